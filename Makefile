@@ -1,0 +1,72 @@
+# `make demo` trains and samples a small model in a fresh environment; it needs nothing but `make` and Python 3.10 or newer.
+# `make help` lists the rest. Every variable can be set on the command line: `make demo PYTHON=python3.12 THREADS=4`.
+
+PYTHON  ?= python3
+VENV    ?= .venv
+# `accelerate launch` sets OMP_NUM_THREADS to 1 unless it is told otherwise.
+THREADS ?= $(or $(OMP_NUM_THREADS),$(shell getconf _NPROCESSORS_ONLN))
+
+# The demo. No `--cpu`: with these flags Accelerate takes the GPU where there is one and asks for no configuration file.
+DEMO_DIR     ?= runs/digits
+TRAIN_FLAGS  ?= --output_dir $(DEMO_DIR)
+SAMPLE_FLAGS ?= --model $(DEMO_DIR) --output $(DEMO_DIR)/samples.png
+LAUNCH_FLAGS ?= --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+                --num_cpu_threads_per_process $(THREADS)
+
+# More flags for pytest: `make test PYTEST_FLAGS="-n 2 -x"`.
+PYTEST_FLAGS ?=
+
+# The newest pins need Python 3.11; the oldest ones install on 3.10 too.
+CONSTRAINTS ?= $(shell $(PYTHON) -c "import sys; print('constraints.txt' if sys.version_info >= (3, 11) else 'constraints-oldest.txt')")
+OLDEST      := $(VENV)-oldest
+BIN         := $(VENV)/bin
+
+.PHONY: help demo test test-slow test-all test-oldest lint style clean
+.DELETE_ON_ERROR:
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.installed-train  ## train on the bundled digits, then sample
+	$(BIN)/python -m accelerate.commands.launch $(LAUNCH_FLAGS) examples/train.py $(TRAIN_FLAGS)
+	$(BIN)/python examples/sample.py $(SAMPLE_FLAGS)
+
+test: $(VENV)/.installed-test  ## the default test suite
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+test-slow: $(VENV)/.installed-test  ## only the slow tests
+	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
+
+test-all: $(VENV)/.installed-test  ## every test in one run
+	$(BIN)/python -m pytest -m "" $(PYTEST_FLAGS)
+
+test-oldest: $(OLDEST)/.installed-test  ## the default test suite on the oldest supported dependencies
+	$(OLDEST)/bin/python -m pytest $(PYTEST_FLAGS)
+
+lint: $(VENV)/.installed-test  ## check rules and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+style: $(VENV)/.installed-test  ## apply what ruff can repair
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:  ## remove caches and build products; environments and runs/ stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
+
+# One stamp for each set of extras: a second call installs nothing. The `test` extra holds all of `train`.
+$(VENV)/.installed-train: setup.cfg pyproject.toml $(CONSTRAINTS)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -e ".[train]" -c $(CONSTRAINTS)
+	touch $@
+
+$(VENV)/.installed-test: setup.cfg pyproject.toml $(CONSTRAINTS)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -e ".[test]" -c $(CONSTRAINTS)
+	touch $(VENV)/.installed-train $@
+
+$(OLDEST)/.installed-test: setup.cfg pyproject.toml constraints-oldest.txt
+	test -x $(OLDEST)/bin/pip || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -e ".[test]" -c constraints-oldest.txt
+	touch $@

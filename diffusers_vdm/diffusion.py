@@ -1,0 +1,362 @@
+"""The equations of the diffusion process, as pure functions of γ.
+
+γ = −log SNR, so **γ grows with the noise**: α² = sigmoid(−γ), σ² = sigmoid(γ), SNR = α²/σ² = exp(−γ).
+Everything else in the package calls these functions; nothing derives them again.
+
+Conventions of every function:
+
+* `gamma…` is a tensor of shape `()` or `(B,)`, float64 where the device has it. Coefficients are worked out in the
+  precision of γ and only then cast to that of the data, because γ_t − γ_s of neighbouring steps does not survive
+  float32. γ = −inf is the noise-free end (α = 1, σ = 0).
+* data and latents have shape `(B, ...)`; half precision is promoted to float32.
+* s < t, hence γ_s < γ_t: s is the cleaner of the two levels.
+
+Papers: VDM = Kingma et al. 2021, "Variational Diffusion Models" (arXiv 2107.00630); DDPM = Ho et al. 2020 (arXiv
+2006.11239); v = Salimans & Ho 2022 (arXiv 2202.00512).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from diffusers.utils.torch_utils import randn_tensor
+
+PredictionType = Literal["epsilon", "sample", "v_prediction"]
+PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
+
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+def alpha(gamma: torch.Tensor) -> torch.Tensor:
+    """Scale of the data in z_t: α = √sigmoid(−γ) [VDM §3.2]. Shape of `gamma`."""
+    return torch.sigmoid(-gamma).sqrt()
+
+
+def sigma(gamma: torch.Tensor) -> torch.Tensor:
+    """Standard deviation of the noise in z_t: σ = √sigmoid(γ), never √(1 − α²) [VDM §3.2]. Shape of `gamma`."""
+    return torch.sigmoid(gamma).sqrt()
+
+
+def snr(gamma: torch.Tensor) -> torch.Tensor:
+    """Signal-to-noise ratio α²/σ² = exp(−γ) [VDM §3.2]. Shape of `gamma`."""
+    return torch.exp(-gamma)
+
+
+def log_alpha_squared(gamma: torch.Tensor) -> torch.Tensor:
+    """log α² = logsigmoid(−γ), in DDPM's terms log ᾱ. Shape of `gamma`."""
+    return F.logsigmoid(-gamma)
+
+
+def gamma_from_log_alpha_squared(log_alpha_squared: torch.Tensor) -> torch.Tensor:
+    """γ = log((1 − ᾱ)/ᾱ) from log ᾱ ≤ 0, as log(expm1(−log ᾱ)), which loses nothing near ᾱ = 1. Same shape."""
+    y = -log_alpha_squared
+    # log(expm1(y)) = y + log(1 − e^{−y}): the second form does not overflow for large y
+    return torch.where(y < 30, torch.log(torch.expm1(y.clamp(max=30))), y + torch.log1p(-torch.exp(-y)))
+
+
+def expand_like(coefficient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A coefficient of shape `()` or `(B,)` in the device, float type and number of dimensions of `x` `(B, ...)`."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if coefficient.ndim > 1 or (coefficient.ndim == 1 and coefficient.shape[0] not in (1, x.shape[0])):
+        raise ValueError(
+            f"gamma must have shape () or ({x.shape[0]},) to go with data of shape {tuple(x.shape)}, "
+            f"got {tuple(coefficient.shape)}; give one noise level, or one for each sample."
+        )
+    if coefficient.ndim == 1:
+        coefficient = coefficient.reshape(-1, *[1] * (x.ndim - 1))
+    return coefficient.to(device=x.device, dtype=dtype)
+
+
+def q_sample(x: torch.Tensor, eps: torch.Tensor, gamma_t: torch.Tensor) -> torch.Tensor:
+    """Draw of q(z_t | x) for given noise: z_t = α_t x + σ_t ε [VDM eq. 1; DDPM eq. 4].
+
+    Args:
+        x, eps (`torch.Tensor` of shape `(B, ...)`): data in [−1, 1] and standard normal noise.
+        gamma_t (`torch.Tensor` of shape `()` or `(B,)`): noise level.
+    """
+    return expand_like(alpha(gamma_t), x) * x + expand_like(sigma(gamma_t), eps) * eps
+
+
+def velocity(x: torch.Tensor, eps: torch.Tensor, gamma_t: torch.Tensor) -> torch.Tensor:
+    """The target of v-prediction: v = α_t ε − σ_t x [Salimans & Ho 2022, §4]. Shape of `x`."""
+    return expand_like(alpha(gamma_t), eps) * eps - expand_like(sigma(gamma_t), x) * x
+
+
+def x_from_eps(z_t: torch.Tensor, eps: torch.Tensor, gamma_t: torch.Tensor) -> torch.Tensor:
+    """x = (z_t − σ_t ε)/α_t [VDM §3.4]. Shape of `z_t`."""
+    return (z_t - expand_like(sigma(gamma_t), eps) * eps) / expand_like(alpha(gamma_t), z_t)
+
+
+def eps_from_x(z_t: torch.Tensor, x: torch.Tensor, gamma_t: torch.Tensor) -> torch.Tensor:
+    """ε = (z_t − α_t x)/σ_t, the inverse of [`x_from_eps`]. Shape of `z_t`."""
+    return (z_t - expand_like(alpha(gamma_t), x) * x) / expand_like(sigma(gamma_t), z_t)
+
+
+def predicted_x_and_eps(
+    model_output: torch.Tensor, z_t: torch.Tensor, gamma_t: torch.Tensor, prediction_type: PredictionType
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x̂ and ε̂ from what the network returns, in any parameterisation.
+
+    epsilon: ε̂ given; sample: x̂ given; v_prediction: x̂ = α z_t − σ v̂ and ε̂ = σ z_t + α v̂.
+
+    Args:
+        model_output, z_t (`torch.Tensor` of shape `(B, ...)`): output of the network and the latent that it saw.
+        gamma_t (`torch.Tensor` of shape `()` or `(B,)`): noise level of `z_t`.
+        prediction_type (`"epsilon"`, `"sample"` or `"v_prediction"`): what `model_output` is.
+
+    Returns: `(x_hat, eps_hat)`, each of the shape of `z_t`.
+    Raises: `ValueError` for another `prediction_type`.
+    """
+    check_prediction_type(prediction_type)
+    if prediction_type == "epsilon":
+        return x_from_eps(z_t, model_output, gamma_t), model_output
+    if prediction_type == "sample":
+        return model_output, eps_from_x(z_t, model_output, gamma_t)
+    a, s = expand_like(alpha(gamma_t), z_t), expand_like(sigma(gamma_t), z_t)
+    return a * z_t - s * model_output, s * z_t + a * model_output
+
+
+def posterior(
+    z_t: torch.Tensor, x: torch.Tensor, gamma_s: torch.Tensor, gamma_t: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of q(z_s | z_t, x) [VDM app. A.2; DDPM eq. 7].
+
+    mean = (α_s/α_t) e^{γ_s − γ_t} z_t + α_s c x,  std = σ_s √c,  c = −expm1(γ_s − γ_t)
+
+    Args:
+        z_t, x (`torch.Tensor` of shape `(B, ...)`): the noisier latent, and the data.
+        gamma_s, gamma_t (`torch.Tensor` of shape `()` or `(B,)`): noise levels, γ_s < γ_t.
+
+    Returns: `(mean, std)`, of shape `(B, ...)` and broadcastable to it.
+    Raises: `ValueError` if any γ_s ≥ γ_t.
+    """
+    check_order(gamma_s, gamma_t)
+    c = -torch.expm1(gamma_s - gamma_t)
+    on_z_t = _alpha_ratio(gamma_s, gamma_t) * torch.exp(gamma_s - gamma_t)
+    mean = expand_like(on_z_t, z_t) * z_t + expand_like(alpha(gamma_s) * c, x) * x
+    return mean, expand_like(sigma(gamma_s) * c.sqrt(), z_t)
+
+
+def ancestral_step(
+    z_t: torch.Tensor, eps_hat: torch.Tensor, gamma_s: torch.Tensor, gamma_t: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of p(z_s | z_t), one ancestral step from γ_t down to γ_s [VDM app. A.4, eq. 34].
+
+    mean = (α_s/α_t)(z_t − c σ_t ε̂),  std = σ_s √c,  c = −expm1(γ_s − γ_t)
+
+    The same as [`posterior`] at x̂ = (z_t − σ_t ε̂)/α_t. Add **normal** noise times std to the mean.
+
+    Args:
+        z_t, eps_hat (`torch.Tensor` of shape `(B, ...)`): latent at the noisier level, and its predicted noise.
+        gamma_s, gamma_t (`torch.Tensor` of shape `()` or `(B,)`): noise levels, γ_s < γ_t.
+
+    Returns: `(mean, std)`, of shape `(B, ...)` and broadcastable to it.
+    Raises: `ValueError` if any γ_s ≥ γ_t.
+    """
+    check_order(gamma_s, gamma_t)
+    c = -torch.expm1(gamma_s - gamma_t)
+    mean = expand_like(_alpha_ratio(gamma_s, gamma_t), z_t) * (z_t - expand_like(c * sigma(gamma_t), z_t) * eps_hat)
+    return mean, expand_like(sigma(gamma_s) * c.sqrt(), z_t)
+
+
+def step_weight(gamma_s: torch.Tensor, gamma_t: torch.Tensor) -> torch.Tensor:
+    """KL(q(z_s|z_t,x) ‖ p(z_s|z_t)) per ‖ε − ε̂‖², in nats: ½ expm1(γ_t − γ_s) [VDM §4, discrete time].
+
+    Its limit for small steps is ½ (dγ/dt)(t − s) [VDM §5, continuous time]. Shape of the γs.
+    """
+    return 0.5 * torch.expm1(gamma_t - gamma_s)
+
+
+def eps_error_weight(gamma_t: torch.Tensor, prediction_type: PredictionType) -> torch.Tensor:
+    """What turns the squared error of the network's own output into ‖ε − ε̂‖².
+
+    epsilon: 1; sample: SNR, as ε − ε̂ = −(α/σ)(x − x̂); v_prediction: α², as ε − ε̂ = α (v − v̂). Shape of γ.
+    """
+    check_prediction_type(prediction_type)
+    if prediction_type == "epsilon":
+        return torch.ones_like(gamma_t)
+    return snr(gamma_t) if prediction_type == "sample" else torch.sigmoid(-gamma_t)
+
+
+def prior_kl_nats(x: torch.Tensor, gamma_1: torch.Tensor) -> torch.Tensor:
+    """KL(q(z_1 | x) ‖ N(0, I)) of each element of `x`, in nats: ½(α₁² x² + σ₁² − 1 − log σ₁²) [VDM §3.5].
+
+    Args:
+        x (`torch.Tensor` of shape `(B, ...)`): data in [−1, 1].
+        gamma_1 (`torch.Tensor` of shape `()` or `(B,)`): noise level at t = 1.
+
+    Returns: `torch.Tensor` of the shape of `x`.
+    """
+    alpha_squared = torch.sigmoid(-gamma_1)
+    # σ₁² − 1 − log σ₁² = −α₁² − log(1 − α₁²), of order α₁⁴: as log1p it keeps its digits
+    constant = -alpha_squared - torch.log1p(-alpha_squared)
+    return 0.5 * (expand_like(alpha_squared, x) * x.square() + expand_like(constant, x))
+
+
+# ---- data are integers -------------------------------------------------------------------------------------------
+
+
+def x_from_levels(levels: torch.Tensor, num_levels: int = 256, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Integers k in [0, num_levels) to data x = 2(k + ½)/num_levels − 1, so that |x| ≤ 1 − 1/num_levels. Same shape."""
+    return (2 * levels.to(dtype) + 1) / num_levels - 1
+
+
+def nearest_levels(x: torch.Tensor, num_levels: int = 256) -> torch.Tensor:
+    """The level k whose x is nearest, the inverse of [`x_from_levels`] on its range; int64 of the shape of `x`."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return torch.floor((x + 1) * (num_levels / 2)).clamp(0, num_levels - 1).long()
+
+
+def decoder_log_prob_nats(
+    levels: torch.Tensor,
+    z_0: torch.Tensor,
+    gamma_0: torch.Tensor,
+    num_levels: int = 256,
+    max_gamma_0: float | None = None,
+) -> torch.Tensor:
+    """log p(x | z_0) of each element, exact over all levels, in nats [VDM §3.3 and the official decoder].
+
+    p(x = x_k | z_0) = softmax_k(−½ e^{−γ_0} (z_0/α_0 − x_k)²) over the `num_levels` values x_k.
+
+    No tensor with an axis of levels is ever made: levels are visited one by one, those that weigh less than e^{−72}
+    of the nearest are left out, and the gradient is the closed form.
+
+    Args:
+        levels (integer `torch.Tensor` of shape `(B, ...)`): the true data, in [0, num_levels).
+        z_0 (`torch.Tensor` of shape `(B, ...)`): the least noisy latent.
+        gamma_0 (`torch.Tensor` of shape `()` or `(B,)`): its noise level.
+        num_levels (`int`, defaults to 256): number of levels of the data.
+        max_gamma_0 (`float`, *optional*): an upper bound of `gamma_0`, which spares reading it from the device.
+
+    Returns: `torch.Tensor` of shape `(B, ...)`, ≤ 0.
+    """
+    y = z_0 / expand_like(alpha(gamma_0), z_0)
+    precision = expand_like(snr(gamma_0), y)
+    radius = _decoder_radius(gamma_0, num_levels, max_gamma_0)
+    log_normaliser = _LogNormaliser.apply(y, precision, num_levels, radius)
+    x = x_from_levels(levels, num_levels, y.dtype)
+    # below 0 in exact arithmetic; rounding must not make a likelihood above 1
+    return (-0.5 * precision * (y - x).square() - log_normaliser).clamp(max=0)
+
+
+def decode(
+    z_0: torch.Tensor,
+    gamma_0: torch.Tensor,
+    num_levels: int = 256,
+    draw: bool = False,
+    generator: Generators = None,
+) -> torch.Tensor:
+    """Data from the least noisy latent through p(x | z_0): its mode, or with `draw` a sample of it.
+
+    Args:
+        z_0 (`torch.Tensor` of shape `(B, ...)`): latent at `gamma_0`; γ_0 = −inf means that `z_0` is x itself.
+        gamma_0 (`torch.Tensor` of shape `()` or `(B,)`): its noise level.
+        num_levels (`int`, defaults to 256): number of levels of the data.
+        draw (`bool`, defaults to `False`): draw from p(x | z_0) instead of taking its most probable level.
+        generator (`torch.Generator` or a list of them, *optional*): for `draw`.
+
+    Returns: int64 `torch.Tensor` of the shape of `z_0`, in [0, num_levels).
+    """
+    y = z_0 / expand_like(alpha(gamma_0), z_0)
+    mode = nearest_levels(y, num_levels)
+    if not draw or bool((gamma_0 == -math.inf).all()):
+        return mode
+    precision = expand_like(snr(gamma_0), y)
+    radius = _decoder_radius(gamma_0, num_levels, None)
+    # a uniform number through randn_tensor, which knows lists of generators: Φ(n)
+    noise = randn_tensor(y.shape, generator=generator, device=y.device, dtype=y.dtype)
+    threshold = 0.5 * torch.erfc(-noise / math.sqrt(2)) * _level_sums(y, precision, num_levels, radius)[0]
+    level, passed = mode.clone(), torch.zeros_like(y)
+    found = torch.zeros_like(y, dtype=torch.bool)
+    for k, weight, _ in _visit_levels(y, precision, num_levels, radius):
+        passed = passed + weight
+        hit = ~found & (passed >= threshold) & (weight > 0)
+        level = torch.where(hit, torch.as_tensor(k, device=y.device), level)
+        found |= hit
+    return level
+
+
+def _decoder_radius(gamma_0: torch.Tensor, num_levels: int, max_gamma_0: float | None) -> int:
+    """How many levels on each side of the nearest one weigh more than e^{−72}: their distance is below 12 σ_0/α_0."""
+    gamma = float(gamma_0.detach().max()) if max_gamma_0 is None else max_gamma_0
+    if not math.isfinite(gamma):
+        raise ValueError(f"gamma_0 must be finite to give p(x | z_0) a width, got {gamma}.")
+    reach = 12 * math.exp(min(0.5 * gamma, 50.0)) * num_levels / 2
+    return min(math.ceil(reach) + 1, num_levels - 1)
+
+
+def _visit_levels(y: torch.Tensor, precision: torch.Tensor, num_levels: int, radius: int):
+    """Yields `(k, weight of level k relative to the nearest, y − x_k)`, level by level and in increasing order of k."""
+    nearest = nearest_levels(y, num_levels)
+    d_nearest = y - x_from_levels(nearest, num_levels, y.dtype)
+    whole = 2 * radius + 1 >= num_levels
+    for k in range(num_levels) if whole else (nearest + offset for offset in range(-radius, radius + 1)):
+        steps = k - nearest
+        d = d_nearest - steps.to(y.dtype) * (2 / num_levels)
+        # d² − d_nearest² as a product: the difference of two large squares would lose its digits
+        weight = torch.exp(-0.5 * precision * (d - d_nearest) * (d + d_nearest))
+        if not whole:
+            weight = torch.where((k >= 0) & (k < num_levels), weight, 0)
+        yield k, weight, d
+
+
+def _level_sums(y: torch.Tensor, precision: torch.Tensor, num_levels: int, radius: int) -> tuple[torch.Tensor, ...]:
+    """Σ w, Σ w d and Σ w d² over the levels, with w relative to the nearest level and d = y − x_k."""
+    total, first, second = torch.zeros_like(y), torch.zeros_like(y), torch.zeros_like(y)
+    for _, weight, d in _visit_levels(y, precision, num_levels, radius):
+        total += weight
+        first += weight * d
+        second += weight * d.square()
+    return total, first, second
+
+
+class _LogNormaliser(torch.autograd.Function):
+    """log Σ_k exp(−½ P (y − x_k)²) with the moments of y − x_k kept for the backward pass, and nothing else."""
+
+    @staticmethod
+    def forward(ctx, y, precision, num_levels, radius):
+        total, first, second = _level_sums(y, precision, num_levels, radius)
+        ctx.save_for_backward(precision, first / total, second / total)
+        d_nearest = y - x_from_levels(nearest_levels(y, num_levels), num_levels, y.dtype)
+        return torch.log(total) - 0.5 * precision * d_nearest.square()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        precision, mean_d, mean_d_squared = ctx.saved_tensors
+        grad_y = grad_precision = None
+        if ctx.needs_input_grad[0]:
+            grad_y = -grad * precision * mean_d
+        if ctx.needs_input_grad[1]:
+            grad_precision = (-0.5 * grad * mean_d_squared).sum_to_size(precision.shape)
+        return grad_y, grad_precision, None, None
+
+
+# ---- checks ------------------------------------------------------------------------------------------------------
+
+
+def _alpha_ratio(gamma_s: torch.Tensor, gamma_t: torch.Tensor) -> torch.Tensor:
+    return torch.exp(0.5 * (log_alpha_squared(gamma_s) - log_alpha_squared(gamma_t)))
+
+
+def check_order(gamma_s: torch.Tensor, gamma_t: torch.Tensor) -> None:
+    """Raises `ValueError` unless γ_s < γ_t everywhere (NaN included)."""
+    if not bool((gamma_s < gamma_t).all()):
+        raise ValueError(
+            f"gamma_s must be below gamma_t (less noise), got gamma_s={_show(gamma_s)}, gamma_t={_show(gamma_t)}; "
+            "swap the arguments to add noise."
+        )
+
+
+def check_prediction_type(prediction_type: str) -> None:
+    """Raises `ValueError` unless `prediction_type` is one of `PREDICTION_TYPES`."""
+    if prediction_type not in PREDICTION_TYPES:
+        raise ValueError(f"prediction_type must be one of {PREDICTION_TYPES}, got {prediction_type!r}.")
+
+
+def _show(gamma: torch.Tensor) -> str:
+    values = gamma.detach().flatten().tolist()
+    return f"{values[0]:.6g}" if len(values) == 1 else "[" + ", ".join(f"{v:.6g}" for v in values[:4]) + ", …]"

@@ -1,0 +1,492 @@
+"""Noise schedules: maps t ∈ [0, 1] → γ(t) = −log SNR(t), increasing by construction.
+
+γ **grows with t**: t = 0 is nearly clean data, t = 1 nearly pure noise. A *schedule* is this map; a *scheduler*
+(schedulers.py) is the sampler that reads it. γ is worked out in float64 whatever the type of the parameters, and no
+cast of a pipeline to half precision can touch those.
+
+Papers: VDM = Kingma et al. 2021 (arXiv 2107.00630); DDPM = Ho et al. 2020 (arXiv 2006.11239); PCHIP = Fritsch &
+Butland 1984.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+from .diffusion import gamma_from_log_alpha_squared, log_alpha_squared, prior_kl_nats
+
+# where the T-step prior KL of a schedule is above this, sampling starts from noise that training never saw
+PRIOR_KL_WARNING_BPD = 0.01
+
+
+@dataclass(frozen=True)
+class ScheduleSummary:
+    """The ends of a noise schedule in the units that papers quote.
+
+    Attributes:
+        gamma_0, gamma_1 (`float`): γ at t = 0 and t = 1; log SNR is −γ.
+        alpha_bar_1 (`float`): share of the data's power left at t = 1, α² = ᾱ_T.
+        data_power (`float`): E[x²] of the data for which the prior KL is told.
+        prior_kl_bpd (`float`): KL(q(z_1|x) ‖ N(0, I)), bits per dimension.
+    """
+
+    gamma_0: float
+    gamma_1: float
+    alpha_bar_1: float
+    data_power: float
+    prior_kl_bpd: float
+
+    @property
+    def log_snr_range(self) -> tuple[float, float]:
+        """`(smallest, largest)` log SNR."""
+        return -self.gamma_1, -self.gamma_0
+
+    def __str__(self) -> str:
+        low, high = self.log_snr_range
+        return (
+            f"log SNR {high:.3f} … {low:.3f}, alpha_bar_T {self.alpha_bar_1:.3e}, "
+            f"prior KL {self.prior_kl_bpd:.3e} bits/dim (E[x²] = {self.data_power:g})"
+        )
+
+
+class NoiseSchedule(ModelMixin, ConfigMixin):
+    """Base of the schedules: what every γ(t) can do, given `gamma_and_slope(t)` and the two ends."""
+
+    _no_split_modules: list[str] = []
+    _has_parameters = True
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As [`ModelMixin.from_pretrained`]; a schedule without parameters is its config and has no weight file."""
+        if cls._has_parameters:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        config, _ = cls.load_config(pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs)
+        return cls.from_config(config).eval()
+
+    def ends(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """γ(0) and γ(1), float64 tensors of shape `()`, differentiable where they are learned."""
+        raise NotImplementedError(f"{type(self).__name__} must define ends().")
+
+    def gamma_and_slope(
+        self, t: torch.Tensor, scale_shape_grad: Callable[[], torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """γ(t) and dγ/dt, float64, of the shape of `t`.
+
+        Args:
+            t (`torch.Tensor`): times in [0, 1], any shape.
+            scale_shape_grad (`Callable`, *optional*):
+                called in the backward pass; its result, of the shape of `t`, multiplies the gradient that reaches the
+                parameters of the *inside* of γ, and leaves that of its ends alone (see `VariationalBound`). Schedules
+                whose inside has no parameters ignore it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define gamma_and_slope().")
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        """γ(t), float64, of the shape of `t` ∈ [0, 1]. Raises `ValueError` for a Python number out of range."""
+        return self.gamma_and_slope(self._times(t))[0]
+
+    def slope(self, t: torch.Tensor) -> torch.Tensor:
+        """dγ/dt > 0, float64, of the shape of `t` ∈ [0, 1]."""
+        return self.gamma_and_slope(self._times(t))[1]
+
+    @torch.no_grad()
+    def inverse(self, gamma: torch.Tensor) -> torch.Tensor:
+        """t with γ(t) = `gamma`, by bisection to the last bit of float64.
+
+        Args:
+            gamma (`torch.Tensor`): noise levels in [γ(0), γ(1)], any shape.
+
+        Raises: `ValueError` where `gamma` is outside of the schedule.
+        """
+        gamma = torch.as_tensor(gamma, dtype=torch.float64, device=self._device())
+        gamma_0, gamma_1 = self.ends()
+        if not bool(((gamma >= gamma_0) & (gamma <= gamma_1)).all()):
+            raise ValueError(
+                f"gamma must be within [{float(gamma_0):.6g}, {float(gamma_1):.6g}], the range of this schedule, "
+                f"got values from {float(gamma.min()):.6g} to {float(gamma.max()):.6g}."
+            )
+        low, high = torch.zeros_like(gamma), torch.ones_like(gamma)
+        for _ in range(60):
+            middle = 0.5 * (low + high)
+            above = self.forward(middle) > gamma
+            low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+        return torch.where(gamma == gamma_1, 1.0, torch.where(gamma == gamma_0, 0.0, 0.5 * (low + high)))
+
+    def timestep(self, t: torch.Tensor, gamma_t: torch.Tensor) -> torch.Tensor:
+        """What the network is conditioned on: `num_train_timesteps` · (γ − γ_min)/(γ_max − γ_min).
+
+        γ_min and γ_max are the *configured* ends, as in the official network, so that a network keeps its meaning
+        while γ(0) and γ(1) are learned, and whatever schedule it is sampled with. Shape of `t`.
+        """
+        low, high = self.config.gamma_min, self.config.gamma_max
+        return self.config.num_train_timesteps * (gamma_t - low) / (high - low)
+
+    @torch.no_grad()
+    def table(self, num_knots: int = 1025) -> torch.Tensor:
+        """γ at `num_knots` equidistant times from 0 to 1, float64 on the CPU, shape `(num_knots,)`."""
+        t = torch.linspace(0, 1, num_knots, dtype=torch.float64, device=self._device())
+        return self.forward(t).cpu()
+
+    @torch.no_grad()
+    def describe(self, data_power: float = 0.25) -> ScheduleSummary:
+        """ᾱ at t = 1, the log-SNR range, and the prior KL for data with E[x²] = `data_power` (CIFAR-10: 0.25).
+
+        Warns (`UserWarning`) where the prior KL is above 0.01 bits/dim: the chain then ends before the data is gone,
+        and sampling starts from noise that the network was never shown.
+        """
+        if not 0 <= data_power <= 1:
+            raise ValueError(f"data_power must be E[x²] of data in [−1, 1], so within [0, 1], got {data_power}.")
+        gamma_0, gamma_1 = (end.cpu() for end in self.ends())
+        x = torch.tensor([math.sqrt(data_power)], dtype=torch.float64)
+        summary = ScheduleSummary(
+            gamma_0=float(gamma_0),
+            gamma_1=float(gamma_1),
+            alpha_bar_1=float(torch.exp(log_alpha_squared(gamma_1))),
+            data_power=data_power,
+            prior_kl_bpd=float(prior_kl_nats(x, gamma_1)) / math.log(2),
+        )
+        if summary.prior_kl_bpd > PRIOR_KL_WARNING_BPD:
+            warnings.warn(
+                f"The prior KL of this {type(self).__name__} is {summary.prior_kl_bpd:.3g} bits/dim, above "
+                f"{PRIOR_KL_WARNING_BPD}: at t = 1 a share of {summary.alpha_bar_1:.3g} of the data's power is left, "
+                "so that samples start from noise that training never saw. Raise gamma_max, or the betas.",
+                stacklevel=3,  # past the no_grad wrapper, at the caller
+            )
+        return summary
+
+    def _device(self) -> torch.device:
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    @staticmethod
+    def _times(t: torch.Tensor | float) -> torch.Tensor:
+        if not torch.is_tensor(t):
+            if not 0 <= t <= 1:
+                raise ValueError(f"t must be within [0, 1], got {t}.")
+            t = torch.tensor(t, dtype=torch.float64)
+        return to_high_precision(t)
+
+    def _apply(self, fn, recurse=True):
+        # `.to(bfloat16)` of a whole pipeline would move γ(1) from 11.30 to 11.25: change the device, keep the digits
+        def keep_digits(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            too_low = moved.is_floating_point() and moved.element_size() < 4
+            return tensor.to(moved.device) if too_low else moved
+
+        return super()._apply(keep_digits, recurse)
+
+
+def to_high_precision(tensor: torch.Tensor) -> torch.Tensor:
+    """float64 where the device has it, else float32 (Apple's GPUs)."""
+    return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
+
+
+def _check_ends(gamma_min: float, gamma_max: float) -> None:
+    if not (math.isfinite(gamma_min) and math.isfinite(gamma_max) and gamma_min < gamma_max):
+        raise ValueError(
+            f"gamma_min must be below gamma_max, both finite (gamma = −log SNR grows with the noise), got "
+            f"gamma_min={gamma_min}, gamma_max={gamma_max}; the paper's CIFAR-10 values are -13.3 and 5."
+        )
+
+
+def _check_steps(num_train_timesteps: int, least: int = 1) -> None:
+    if not isinstance(num_train_timesteps, int) or num_train_timesteps < least:
+        raise ValueError(f"num_train_timesteps must be an integer of at least {least}, got {num_train_timesteps!r}.")
+
+
+class FixedLinearGamma(NoiseSchedule):
+    """γ(t) = γ_min + (γ_max − γ_min) t, without parameters [VDM §3.2; its fixed schedule].
+
+    Args:
+        gamma_min, gamma_max (`float`, default to −13.3 and 5.0): γ(0) and γ(1).
+        num_train_timesteps (`int`, defaults to 1000): scale of the network's timestep.
+    """
+
+    _has_parameters = False
+
+    @register_to_config
+    def __init__(self, gamma_min: float = -13.3, gamma_max: float = 5.0, num_train_timesteps: int = 1000):
+        super().__init__()
+        _check_ends(gamma_min, gamma_max)
+        _check_steps(num_train_timesteps)
+
+    def ends(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return tuple(torch.tensor(g, dtype=torch.float64) for g in (self.config.gamma_min, self.config.gamma_max))
+
+    def gamma_and_slope(self, t, scale_shape_grad=None):
+        low, high = self.config.gamma_min, self.config.gamma_max
+        return low * (1 - t) + high * t, torch.full_like(t, high - low)
+
+    def inverse(self, gamma: torch.Tensor) -> torch.Tensor:
+        """t = (γ − γ_min)/(γ_max − γ_min); see [`NoiseSchedule.inverse`]."""
+        return _linear_inverse(self, gamma)
+
+    def table(self, num_knots: int = 2) -> torch.Tensor:
+        """Two knots are exact for a straight line; see [`NoiseSchedule.table`]."""
+        return super().table(num_knots)
+
+
+class LearnedLinearGamma(NoiseSchedule):
+    """γ(t) = b + |w| t with learned ends, the official code's `learnable_scalar` [VDM §3.2].
+
+    Args:
+        gamma_min, gamma_max (`float`, default to −13.3 and 5.0):
+            where the ends start; they also scale the network's timestep for good.
+        num_train_timesteps (`int`, defaults to 1000): scale of the network's timestep.
+    """
+
+    _keep_in_fp32_modules = ["bias", "weight"]
+
+    @register_to_config
+    def __init__(self, gamma_min: float = -13.3, gamma_max: float = 5.0, num_train_timesteps: int = 1000):
+        super().__init__()
+        _check_ends(gamma_min, gamma_max)
+        _check_steps(num_train_timesteps)
+        self.bias = nn.Parameter(torch.tensor([float(gamma_min)]))
+        self.weight = nn.Parameter(torch.tensor([float(gamma_max) - float(gamma_min)]))
+
+    def ends(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return _learned_ends(self.bias, self.weight)
+
+    def gamma_and_slope(self, t, scale_shape_grad=None):
+        gamma_0, gamma_1 = self.ends()
+        return torch.lerp(gamma_0, gamma_1, t), (gamma_1 - gamma_0).expand(t.shape)
+
+    def inverse(self, gamma: torch.Tensor) -> torch.Tensor:
+        """t = (γ − b)/|w|; see [`NoiseSchedule.inverse`]."""
+        return _linear_inverse(self, gamma)
+
+    def table(self, num_knots: int = 2) -> torch.Tensor:
+        """Two knots are exact for a straight line; see [`NoiseSchedule.table`]."""
+        return super().table(num_knots)
+
+
+class MonotoneGammaNetwork(NoiseSchedule):
+    """γ(t) from a monotone network 1 → hidden → 1, normalised so that its ends are exactly γ_0 and γ_1 [VDM app. H].
+
+    f(t) = t + (1/n) Σ_j |a_j| 2 sigmoid(|w_j| (2t − 1) + b_j)
+    γ(t) = γ_0 + (γ_1 − γ_0) (f(t) − f(0))/(f(1) − f(0))
+
+    The straight part of f has weight one, because the normalisation cancels a common factor; it keeps the slope
+    positive for any parameters. The published code does not normalise, and its ends drift from the values that scale
+    the time embedding.
+
+    Args:
+        gamma_min, gamma_max (`float`, default to −13.3 and 5.0):
+            the ends, or with `learn_ends` where they start; they also scale the network's timestep for good.
+        hidden_dim (`int`, defaults to 1024): n, the number of hidden units.
+        learn_ends (`bool`, defaults to `False`): train γ_0 and γ_1 = γ_0 + |w| too.
+        num_train_timesteps (`int`, defaults to 1000): scale of the network's timestep.
+    """
+
+    _keep_in_fp32_modules = ["bias", "weight", "hidden_weight", "hidden_bias", "output_weight"]
+
+    @register_to_config
+    def __init__(
+        self,
+        gamma_min: float = -13.3,
+        gamma_max: float = 5.0,
+        hidden_dim: int = 1024,
+        learn_ends: bool = False,
+        num_train_timesteps: int = 1000,
+    ):
+        super().__init__()
+        _check_ends(gamma_min, gamma_max)
+        _check_steps(num_train_timesteps)
+        if hidden_dim < 1:
+            raise ValueError(f"hidden_dim must be at least 1, got {hidden_dim}.")
+        if learn_ends:
+            self.bias = nn.Parameter(torch.tensor([float(gamma_min)]))
+            self.weight = nn.Parameter(torch.tensor([float(gamma_max) - float(gamma_min)]))
+        # units spread evenly over t, all alike: nearly a straight line, and each can bend its own part of it
+        steepness = 8.0
+        centres = (torch.arange(hidden_dim) + 0.5) / hidden_dim
+        self.hidden_weight = nn.Parameter(torch.full((hidden_dim,), steepness))
+        self.hidden_bias = nn.Parameter(-steepness * (2 * centres - 1))
+        self.output_weight = nn.Parameter(torch.full((hidden_dim,), 0.1))
+
+    def ends(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.config.learn_ends:
+            return _learned_ends(self.bias, self.weight)
+        ends = (self.config.gamma_min, self.config.gamma_max)
+        return tuple(torch.tensor(g, dtype=torch.float64, device=self._device()) for g in ends)
+
+    def gamma_and_slope(self, t, scale_shape_grad=None):
+        unit, unit_slope = self._unit(t)
+        if scale_shape_grad is not None and unit.requires_grad:
+            unit.register_hook(lambda grad: grad * scale_shape_grad())
+            unit_slope.register_hook(lambda grad: grad * scale_shape_grad())
+        gamma_0, gamma_1 = self.ends()
+        return torch.lerp(gamma_0, gamma_1, unit), (gamma_1 - gamma_0) * unit_slope
+
+    def _unit(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(f(t) − f(0))/(f(1) − f(0)) and its derivative."""
+        w, b, a = (to_high_precision(p) for p in (self.hidden_weight, self.hidden_bias, self.output_weight))
+        w, a = w.abs(), 2 * a.abs() / len(a)
+        at_0, at_1 = torch.sigmoid(b - w), torch.sigmoid(b + w)
+        span = 1 + (a * (at_1 - at_0)).sum()
+        at_t = torch.sigmoid(w * (2 * t[..., None] - 1) + b)
+        unit = (t + (a * (at_t - at_0)).sum(-1)) / span
+        # exact ends whatever the rounding of the sums: the first step of a T-step bound ends at γ(0) itself
+        unit = torch.where(t <= 0, 0.0, torch.where(t >= 1, 1.0, unit))
+        return unit, (1 + (a * 2 * w * at_t * (1 - at_t)).sum(-1)) / span
+
+
+class TableGamma(NoiseSchedule):
+    """γ(t) through a table of values at equidistant times, by monotone cubic interpolation (PCHIP).
+
+    What a scheduler holds: it has no parameters, and is as exact as its table.
+
+    Args:
+        gammas (`Sequence[float]`): increasing values of γ at t = 0, 1/(n − 1), …, 1; at least two.
+        gamma_min, gamma_max (`float`, *optional*, default to the ends of `gammas`): scale of the network's timestep.
+        num_train_timesteps (`int`, defaults to 1000): scale of the network's timestep.
+    """
+
+    _has_parameters = False
+
+    @register_to_config
+    def __init__(
+        self,
+        gammas: Sequence[float],
+        gamma_min: float | None = None,
+        gamma_max: float | None = None,
+        num_train_timesteps: int = 1000,
+    ):
+        super().__init__()
+        self._set_table(torch.as_tensor(gammas, dtype=torch.float64))
+        _check_steps(num_train_timesteps)
+        ends = {
+            "gamma_min": float(self._gammas[0]) if gamma_min is None else gamma_min,
+            "gamma_max": float(self._gammas[-1]) if gamma_max is None else gamma_max,
+        }
+        _check_ends(**ends)
+        self.register_to_config(gammas=self._gammas.tolist(), **ends)
+
+    def _set_table(self, gammas: torch.Tensor) -> None:
+        check_gamma_table(gammas)
+        # plain attributes, not buffers: no cast and no state dict can change them
+        self._gammas = gammas
+        self._knot_slopes = _pchip_slopes(gammas)
+
+    def ends(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._gammas[0], self._gammas[-1]
+
+    def gamma_and_slope(self, t, scale_shape_grad=None):
+        gammas, slopes = self._gammas.to(t), self._knot_slopes.to(t)
+        n = len(gammas) - 1
+        k = (t * n).floor().clamp(0, n - 1).long()
+        r = t * n - k
+        left, right, d_left, d_right = gammas[k], gammas[k + 1], slopes[k], slopes[k + 1]
+        rise = right - left
+        # the Hermite cubic around the left knot: γ = left + r (d_left + r (c₂ + r c₃)), with slopes per knot distance
+        c2, c3 = 3 * rise - 2 * d_left - d_right, d_left + d_right - 2 * rise
+        gamma = torch.where(r == 1, right, left + r * (d_left + r * (c2 + r * c3)))
+        return gamma, n * (d_left + r * (2 * c2 + 3 * r * c3))
+
+
+class LinearBetaGamma(TableGamma):
+    """DDPM's linear-beta schedule: γ_i = log((1 − ᾱ_i)/ᾱ_i), ᾱ_i = Π_{j ≤ i} (1 − β_j) [DDPM §4].
+
+    Index i of DDPM is the time t = i/(T − 1) here, so that γ(0) is the level of its first step; between the indices γ
+    is interpolated. The network's timestep is i itself.
+
+    The betas 1e-4 … 0.02 belong to 1,000 steps. For another number they are **rescaled** by 1000/T, which leaves
+    the ends of log SNR nearly where they were; kept as they are at T = 200, a share ᾱ_T = 0.13 of the data would be
+    left at the end.
+
+    Args:
+        num_train_timesteps (`int`, defaults to 1000): T, at least 2.
+        beta_start, beta_end (`float`, default to 1e-4 and 0.02): first and last β, as for 1,000 steps.
+        rescale_betas (`bool`, defaults to `True`): multiply the betas by 1000/T.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        rescale_betas: bool = True,
+    ):
+        NoiseSchedule.__init__(self)
+        betas = linear_betas(num_train_timesteps, beta_start, beta_end, rescale_betas)
+        self._set_table(gammas_from_betas(betas))
+
+    def timestep(self, t: torch.Tensor, gamma_t: torch.Tensor) -> torch.Tensor:
+        """DDPM's own index, i = t (T − 1). Shape of `t`."""
+        return t * (self.config.num_train_timesteps - 1)
+
+    def table(self, num_knots: int | None = None) -> torch.Tensor:
+        """γ_i at DDPM's own indices unless another `num_knots` is asked for; see [`NoiseSchedule.table`]."""
+        return self._gammas.clone() if num_knots is None else super().table(num_knots)
+
+
+def linear_betas(
+    num_train_timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02, rescale: bool = True
+) -> torch.Tensor:
+    """β_i linear from `beta_start` to `beta_end`, times 1000/T if `rescale` [DDPM §4]; float64, shape `(T,)`.
+
+    Raises: `ValueError` unless 0 < β_start ≤ β_end, and all β < 1 after rescaling.
+    """
+    _check_steps(num_train_timesteps, least=2)
+    scale = 1000 / num_train_timesteps if rescale else 1.0
+    if not 0 < beta_start <= beta_end or not beta_end * scale < 1:
+        raise ValueError(
+            f"betas must satisfy 0 < beta_start <= beta_end and beta_end < 1 after rescaling, got "
+            f"beta_start={beta_start}, beta_end={beta_end} times {scale:g} for num_train_timesteps="
+            f"{num_train_timesteps}; use more steps, or rescale_betas=False with betas of your own."
+        )
+    return torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float64) * scale
+
+
+def gammas_from_betas(betas: torch.Tensor) -> torch.Tensor:
+    """γ_i = log((1 − ᾱ_i)/ᾱ_i), from the sum of log(1 − β) in float64: no 1 − ᾱ is ever taken. Shape of `betas`."""
+    return gamma_from_log_alpha_squared(torch.log1p(-betas.double()).cumsum(0))
+
+
+def check_gamma_table(gammas: torch.Tensor) -> None:
+    """Raises `ValueError` unless `gammas` is one-dimensional, finite, strictly increasing and at least 2 long."""
+    if gammas.ndim != 1 or len(gammas) < 2:
+        raise ValueError(f"gammas must be a list of at least 2 numbers, got shape {tuple(gammas.shape)}.")
+    if not bool(gammas.isfinite().all()):
+        raise ValueError(f"gammas must be finite, got {gammas[~gammas.isfinite()][0].item()}.")
+    wrong = (gammas[1:] <= gammas[:-1]).nonzero()
+    if len(wrong):
+        i = int(wrong[0])
+        raise ValueError(
+            f"gammas must increase (gamma = −log SNR grows with the noise), got {gammas[i].item():.9g} at index {i} "
+            f"and {gammas[i + 1].item():.9g} after it."
+        )
+
+
+def _pchip_slopes(values: torch.Tensor) -> torch.Tensor:
+    """Slopes at equidistant knots of increasing values, per knot distance [Fritsch & Butland 1984]."""
+    rise = values[1:] - values[:-1]
+    if len(rise) == 1:
+        return rise.expand(2)
+    inside = 2 / (1 / rise[:-1] + 1 / rise[1:])
+    first = ((3 * rise[0] - rise[1]) / 2).clamp(min=0)
+    last = ((3 * rise[-1] - rise[-2]) / 2).clamp(min=0)
+    return torch.cat([first[None], inside, last[None]])
+
+
+def _learned_ends(bias: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    gamma_0 = to_high_precision(bias).squeeze(0)
+    return gamma_0, gamma_0 + to_high_precision(weight).abs().squeeze(0)
+
+
+@torch.no_grad()
+def _linear_inverse(schedule: NoiseSchedule, gamma: torch.Tensor) -> torch.Tensor:
+    gamma_0, gamma_1 = schedule.ends()
+    gamma = torch.as_tensor(gamma, dtype=torch.float64, device=gamma_0.device)
+    t = (gamma - gamma_0) / (gamma_1 - gamma_0)
+    if not bool(((t >= 0) & (t <= 1)).all()):
+        return NoiseSchedule.inverse(schedule, gamma)  # tells what is wrong
+    return t

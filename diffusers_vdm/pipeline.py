@@ -1,0 +1,184 @@
+"""The pipeline: images from noise, with our schedulers or those of diffusers."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+
+# diffusers finds the classes of a saved pipeline only in modules that are loaded by then
+from . import diffusion, noise_schedules, schedulers, unet  # noqa: F401
+from .diffusion import Generators
+
+
+class VDMPipeline(DiffusionPipeline):
+    """Unconditional or class-conditional image generation with a VDM or a DDPM.
+
+    Args:
+        unet ([`VDMUNet2DModel`] or `UNet2DModel`): the network.
+        scheduler ([`VDMScheduler`], [`LinearBetaScheduler`], or a scheduler of diffusers): the sampler.
+        noise_schedule ([`NoiseSchedule`], *optional*): the trainable γ(t), kept so that training can go on from a
+            saved pipeline. Sampling reads γ from the scheduler's own table only.
+        num_levels (`int`, defaults to 256): levels of the data that the model was trained on.
+    """
+
+    model_cpu_offload_seq = "unet"
+    _optional_components = ["noise_schedule"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        unet: ModelMixin,
+        scheduler: SchedulerMixin,
+        noise_schedule: ModelMixin | None = None,
+        num_levels: int = 256,
+    ):
+        super().__init__()
+        if not 2 <= num_levels <= 256:
+            raise ValueError(f"num_levels must be within [2, 256] to make images, got {num_levels}.")
+        self.register_modules(unet=unet, scheduler=scheduler, noise_schedule=noise_schedule)
+        self.register_to_config(num_levels=num_levels)
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of steps of the call that runs, or of the last one."""
+        return self._num_timesteps
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        num_inference_steps: int | None = None,
+        generator: Generators = None,
+        class_labels: int | list[int] | torch.Tensor | None = None,
+        timesteps: list[float] | None = None,
+        latents: torch.Tensor | None = None,
+        decode: str = "mode",
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[VDMPipeline, int, Any, dict[str, Any]], dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """Draws images by the scheduler's steps, and decodes the last latent through p(x | z_0).
+
+        Args:
+            batch_size (`int`, defaults to 1): number of images.
+            num_inference_steps (`int`, *optional*, defaults to 250): steps; more are slower and nearer to the model.
+            generator (`torch.Generator` or a list of `batch_size` of them, *optional*): with a list, each image
+                depends on its own generator only, whatever the batch.
+            class_labels (`int`, `list[int]` or `torch.Tensor`, *optional*): classes, one for all or one for each.
+            timesteps (`list`, *optional*): timesteps of one's own, for schedulers that take them, instead of
+                `num_inference_steps`.
+            latents (`torch.Tensor` of shape `(B, C, H, W)`, *optional*): z_1 to start from, standard normal.
+            decode (`"mode"` or `"sample"`, defaults to `"mode"`): the most probable level of p(x | z_0), or a draw.
+            output_type (`"pil"`, `"np"`, `"pt"` or `"latent"`, defaults to `"pil"`):
+                PIL images; arrays `(B, H, W, C)` or tensors `(B, C, H, W)` of the levels k/(num_levels − 1) in [0, 1];
+                or z_0 as it is.
+            return_dict (`bool`, defaults to `True`): return an `ImagePipelineOutput` instead of a tuple.
+            callback_on_step_end (`Callable`, *optional*): called as `f(pipe, step, timestep, tensors)` after every step; may
+                return a dict with `latents` to go on from.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`): what it is given.
+
+        Returns: `ImagePipelineOutput` with `images`, or a tuple with them.
+        Raises: `ValueError` for arguments that do not fit each other or the network, before any work is done.
+        """
+        tensor_names = ["latents"] if callback_on_step_end_tensor_inputs is None else callback_on_step_end_tensor_inputs
+        self._check_inputs(batch_size, num_inference_steps, timesteps, generator, decode, output_type, tensor_names)
+        device = self._execution_device
+        labels = self._labels(class_labels, batch_size, device)
+        shape = (batch_size, self.unet.config.in_channels, *self._image_size())
+        if latents is None:
+            # float32 whatever the network's type: a half-precision latent has no room for the last steps
+            dtype = torch.promote_types(self.unet.dtype, torch.float32)
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}.")
+        latents = latents.to(device) * self.scheduler.init_noise_sigma
+
+        if timesteps is not None:
+            self.scheduler.set_timesteps(timesteps=timesteps, device=device)
+        else:
+            self.scheduler.set_timesteps(num_inference_steps or 250, device=device)
+        step_kwargs = {}
+        if "generator" in inspect.signature(self.scheduler.step).parameters:
+            step_kwargs["generator"] = generator
+        unet_kwargs = {} if labels is None else {"class_labels": labels}
+        # diffusers' own networks do not cast their input
+        unet_dtype = None if isinstance(self.unet, unet.VDMUNet2DModel) else self.unet.dtype
+
+        self._num_timesteps = len(self.scheduler.timesteps)
+        with self.progress_bar(total=self._num_timesteps) as progress_bar:
+            for i, t in enumerate(self.scheduler.timesteps):
+                model_input = self.scheduler.scale_model_input(latents, t).to(unet_dtype or latents.dtype)
+                model_output = self.unet(model_input, t, return_dict=False, **unet_kwargs)[0].to(latents.dtype)
+                latents = self.scheduler.step(model_output, t, latents, return_dict=False, **step_kwargs)[0]
+                if callback_on_step_end is not None:
+                    available = {"latents": latents}
+                    given = {name: available[name] for name in tensor_names}
+                    latents = (callback_on_step_end(self, i, t, given) or {}).pop("latents", latents)
+                progress_bar.update()
+
+        images = latents if output_type == "latent" else self._images(latents, decode, output_type, generator)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _images(self, latents: torch.Tensor, decode: str, output_type: str, generator: Generators):
+        """z_0 to images through p(x | z_0), at the noise level where the scheduler stopped."""
+        gamma = getattr(self.scheduler, "final_gamma", torch.tensor(-math.inf, dtype=torch.float64))
+        num_levels = self.config.num_levels
+        levels = diffusion.decode(latents, gamma, num_levels, draw=decode == "sample", generator=generator)
+        pixels = levels.to(torch.float32) / (num_levels - 1)
+        if output_type == "pt":
+            return pixels
+        array = pixels.cpu().permute(0, 2, 3, 1).numpy()
+        return self.numpy_to_pil(array) if output_type == "pil" else array
+
+    def _image_size(self) -> tuple[int, int]:
+        size = self.unet.config.sample_size
+        if size is None:
+            raise ValueError("unet.config.sample_size is not set; build the network with the size of its images.")
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    def _labels(self, class_labels, batch_size: int, device) -> torch.Tensor | None:
+        if class_labels is None:
+            return None
+        if isinstance(class_labels, int):
+            class_labels = [class_labels] * batch_size
+        labels = torch.as_tensor(class_labels, dtype=torch.long, device=device)
+        num_classes = self.unet.config.num_class_embeds
+        if labels.shape != (batch_size,):
+            raise ValueError(f"class_labels must be one class or {batch_size} of them, got shape {tuple(labels.shape)}.")
+        if num_classes is None:
+            raise ValueError("class_labels were given, but this network was trained without classes.")
+        highest = num_classes + (1 if getattr(self.unet.config, "null_class", False) else 0)
+        if int(labels.min()) < 0 or int(labels.max()) >= highest:
+            raise ValueError(f"class_labels must be within [0, {highest}), got {labels.tolist()}.")
+        return labels
+
+    def _check_inputs(
+        self, batch_size, num_inference_steps, timesteps, generator, decode, output_type, tensor_names
+    ) -> None:
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}.")
+        if num_inference_steps is not None and timesteps is not None:
+            raise ValueError("give either num_inference_steps or timesteps, not both.")
+        if num_inference_steps is not None and (int(num_inference_steps) != num_inference_steps or num_inference_steps < 1):
+            raise ValueError(f"num_inference_steps must be a positive integer, got {num_inference_steps!r}.")
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"generator must be one, or a list of batch_size={batch_size}, got {len(generator)}.")
+        if decode not in ("mode", "sample"):
+            raise ValueError(f"decode must be 'mode' or 'sample', got {decode!r}.")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
+        unknown = set(tensor_names) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, got {sorted(unknown)}."
+            )
