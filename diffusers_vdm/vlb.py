@@ -12,6 +12,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from diffusers.utils import BaseOutput
@@ -59,10 +60,15 @@ class SimpleObjectiveOutput(BaseOutput):
     gamma_t: torch.Tensor
 
 
+def key_to_seed(*key: int | str) -> int:
+    """A 63-bit seed that is a function of `key` alone."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
 def keyed_generator(*key: int | str, device: str | torch.device = "cpu") -> torch.Generator:
     """A generator whose stream is a function of `key` alone, for randomness that does not depend on order or batch."""
-    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.Generator(device).manual_seed(key_to_seed(*key))
 
 
 def stratified_times(
@@ -123,8 +129,6 @@ class _Objective(nn.Module):
         """Σ (target − output)² over the dimensions, at z_t = α_t x + σ_t ε; shape `(B,)`."""
         z_t = diffusion.q_sample(x, eps, gamma_t)
         timesteps = self.noise_schedule.timestep(t, gamma_t).to(x.dtype)
-        if isinstance(self.noise_schedule, LinearBetaGamma):
-            timesteps = timesteps.round()  # DDPM's indices, or what is nearest
         conditions = {name: value for name, value in conditions.items() if value is not None}
         output = self.unet(z_t, timesteps, return_dict=False, **conditions)[0]
         if self.prediction_type == "epsilon":
@@ -340,6 +344,7 @@ def evaluate_bound(
     batch_size: int = 64,
     seed: int = 0,
     device: str | torch.device | None = None,
+    accelerator: Any = None,
     progress_bar: bool | Callable = True,
 ) -> BoundEvaluation:
     """Monte-Carlo estimate of the bound over a data set: each image once per repeat, none dropped.
@@ -355,6 +360,8 @@ def evaluate_bound(
         batch_size (`int`, defaults to 64): how many images go through the network at once.
         seed (`int`, defaults to 0): key of all randomness.
         device (`str` or `torch.device`, *optional*): where to work, defaults to that of the network.
+        accelerator (`accelerate.Accelerator`, *optional*): share the images among its processes, which all must call
+            this and all get the whole answer, the same as from one process. `bound` must not be wrapped (DDP).
         progress_bar (`bool` or `Callable`, defaults to `True`): show a tqdm bar, or the tqdm-like class to use.
 
     Returns: [`BoundEvaluation`].
@@ -364,26 +371,31 @@ def evaluate_bound(
         raise ValueError("images must not be empty: there is no likelihood of nothing.")
     if num_samples < 1 or batch_size < 1:
         raise ValueError(f"num_samples and batch_size must be at least 1, got {num_samples} and {batch_size}.")
+    rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     if device is None:
         device = next((p.device for p in bound.parameters()), torch.device("cpu"))
     n = len(images)
+    mine = torch.arange(rank, n, world)
     names = ("prior", "reconstruction", "diffusion", "gamma_t", "mse")
     draws = {name: torch.zeros(num_samples, n, dtype=torch.float64) for name in names}
     bar_class = progress_bar if callable(progress_bar) else tqdm
+    hidden = progress_bar is False or rank > 0
     was_training = bound.training
     bound.eval()
     try:
-        with bar_class(total=num_samples * n, desc="bits/dim", unit="img", disable=progress_bar is False) as bar:
+        with bar_class(total=num_samples * len(mine), desc="bits/dim", unit="img", disable=hidden, leave=False) as bar:
             for repeat in range(num_samples):
                 shift = torch.rand((), generator=keyed_generator(seed, repeat), dtype=torch.float64)
-                for start in range(0, n, batch_size):
-                    index = range(start, min(start + batch_size, n))
+                for index in mine.split(batch_size):
                     out = _evaluate_batch(bound, images, class_labels, index, seed, repeat, shift, device)
                     for name in names:
-                        draws[name][repeat, start : index.stop] = out[name].double().cpu()
+                        draws[name][repeat, index] = out[name].double().cpu()
                     bar.update(len(index))
     finally:
         bound.train(was_training)
+    if world > 1:
+        shares = to_high_precision(torch.stack(list(draws.values())).to(device))
+        draws = dict(zip(names, accelerator.reduce(shares, "sum").double().cpu(), strict=True))
     total = draws["prior"] + draws["reconstruction"] + draws["diffusion"]
     bad = (~total.isfinite()).nonzero()
     if len(bad):
@@ -410,9 +422,8 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 
 def _evaluate_batch(bound, images, class_labels, index, seed, repeat, shift, device) -> VariationalBoundOutput:
     shape = images.shape[1:]
-    noise = [torch.randn((2, *shape), generator=keyed_generator(seed, repeat, i)) for i in index]
+    noise = [torch.randn((2, *shape), generator=keyed_generator(seed, repeat, i)) for i in index.tolist()]
     eps, eps_0 = torch.stack(noise, 1).to(device)
-    t = (torch.tensor([i * _GOLDEN % 1.0 for i in index], dtype=torch.float64) + shift) % 1.0
-    labels = None if class_labels is None else class_labels[index.start : index.stop].to(device)
-    batch = images[index.start : index.stop].to(device)
-    return bound(batch, class_labels=labels, t=t.to(device), eps=eps, eps_0=eps_0)
+    t = to_high_precision(((index.double() * _GOLDEN + shift) % 1.0).to(device))
+    labels = None if class_labels is None else class_labels[index].to(device)
+    return bound(images[index].to(device), class_labels=labels, t=t, eps=eps, eps_0=eps_0)

@@ -1,0 +1,120 @@
+"""Pictures of a model: its schedule, its loss over γ, grids of samples, and the way there as an animation."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+
+from . import diffusion
+from .noise_schedules import NoiseSchedule
+
+
+def image_grid(images: torch.Tensor, columns: int | None = None, scale: int | None = None, gap: int = 1) -> Image.Image:
+    """Images side by side, enlarged without smoothing so that each pixel can be seen.
+
+    Args:
+        images (`torch.Tensor` of shape `(N, C, H, W)`): values in [0, 1], with 1 or 3 channels.
+        columns (`int`, *optional*): images in a row, defaults to a square.
+        scale (`int`, *optional*): how often a pixel is repeated, defaults to about 64 pixels an image.
+        gap (`int`, defaults to 1): space between the images, in their own pixels.
+    """
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
+        raise ValueError(f"images must have shape (N, 1 or 3, H, W), got {tuple(images.shape)}.")
+    n, channels, height, width = images.shape
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    scale = scale or max(1, round(64 / max(height, width)))
+    canvas = torch.ones(channels, rows * (height + gap) + gap, columns * (width + gap) + gap)
+    for i, image in enumerate(images.cpu().float().clamp(0, 1)):
+        top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
+        canvas[:, top : top + height, left : left + width] = image
+    pixels = (canvas * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    picture = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def save_animation(frames: Sequence[Image.Image], path: str | os.PathLike, seconds: float = 4.0) -> None:
+    """Saves frames as a GIF that lasts about `seconds`, and rests on the last one."""
+    if not frames:
+        raise ValueError("frames must not be empty.")
+    each = max(20, round(1000 * seconds / len(frames)))
+    durations = [each] * (len(frames) - 1) + [1500]
+    frames[0].save(path, save_all=True, append_images=list(frames[1:]), duration=durations, loop=0)
+
+
+def plot_schedule(noise_schedule: NoiseSchedule, path: str | os.PathLike, title: str = "") -> None:
+    """γ(t) with the straight line between its ends, and α², σ² over t."""
+    figure, (left, right) = _figure(2)
+    device = next((p.device for p in noise_schedule.parameters()), None)
+    t = torch.linspace(0, 1, 401, dtype=torch.float64, device=device)
+    with torch.no_grad():
+        gamma = noise_schedule(t).cpu()
+    t = t.cpu()
+    left.plot(t, gamma, label=type(noise_schedule).__name__)
+    left.plot([0, 1], [gamma[0], gamma[-1]], ":", color="gray", label="straight line")
+    left.set(xlabel="t", ylabel="γ = −log SNR")
+    right.plot(t, diffusion.alpha(gamma) ** 2, label="α²  (data)")
+    right.plot(t, diffusion.sigma(gamma) ** 2, label="σ²  (noise)")
+    right.set(xlabel="t", ylabel="share of the power")
+    for axes in (left, right):
+        axes.legend(frameon=False)
+    _save(figure, path, title)
+
+
+def plot_loss_by_gamma(
+    gamma_t: torch.Tensor,
+    mse: torch.Tensor,
+    path: str | os.PathLike,
+    *,
+    terms_bpd: dict[str, float] | None = None,
+    title: str = "",
+) -> None:
+    """Where the bits are: the density of the diffusion loss over γ, ½ mse(γ)/ln 2 bits/dim per unit of γ.
+
+    The area under the curve is the diffusion loss. Points are means over equal shares of the draws, with a band of
+    two standard errors.
+
+    Args:
+        gamma_t, mse (`torch.Tensor` of one shape): noise levels, and mean squared errors of ε̂ there.
+        path (`str` or `os.PathLike`): file to write.
+        terms_bpd (`dict[str, float]`, *optional*): terms of the bound, drawn as a stacked bar beside.
+        title (`str`, *optional*): above the figure.
+    """
+    order = gamma_t.flatten().argsort()
+    gamma, density = gamma_t.flatten()[order], 0.5 * mse.flatten()[order] / math.log(2)
+    bins = max(2, min(40, len(gamma) // 20))
+    groups = list(zip(gamma.tensor_split(bins), density.tensor_split(bins), strict=True))
+    centre = torch.stack([g.mean() for g, _ in groups])
+    mean = torch.stack([d.mean() for _, d in groups])
+    error = torch.stack([d.std(unbiased=False) / math.sqrt(max(1, len(d) - 1)) for _, d in groups])
+    figure, axes = _figure(2 if terms_bpd else 1, ratios=(3, 1) if terms_bpd else None)
+    left = axes[0]
+    left.plot(centre, mean, marker=".")
+    left.fill_between(centre, mean - 2 * error, mean + 2 * error, alpha=0.3, linewidth=0)
+    left.set(xlabel="γ = −log SNR  (less noise ← → more)", ylabel="bits/dim per unit of γ", ylim=(0, None))
+    if terms_bpd:
+        bottom = 0.0
+        for name, value in terms_bpd.items():
+            axes[1].bar(0, value, bottom=bottom, label=f"{name} {value:.4f}", width=0.5)
+            bottom += value
+        axes[1].set(xticks=[], ylabel="bits/dim", xlim=(-0.5, 0.5), ylim=(0, 1.35 * bottom))
+        axes[1].legend(frameon=False, loc="upper center", reverse=True)
+    _save(figure, path, title)
+
+
+def _figure(columns: int, ratios: tuple[int, ...] | None = None):
+    # figures without pyplot: no global state, no window system
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6 * columns, 3.6), layout="constrained")
+    return figure, figure.subplots(1, columns, squeeze=False, width_ratios=ratios)[0]
+
+
+def _save(figure, path: str | os.PathLike, title: str) -> None:
+    if title:
+        figure.suptitle(title)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,148 @@
+"""The options of train.py: what they mean, what they default to, and which do not go together."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+
+ON_OFF = argparse.BooleanOptionalAction
+# name, default, help. A type stands for an option without a default; a tuple for choices, the first the default
+OPTIONS: dict[str, list[tuple]] = {
+    "data": [
+        ("dataset_name", str, "data set on the Hub, or a local copy of one; the bundled digits if nothing is given"),
+        ("dataset_config_name", str, "configuration of the data set"),
+        ("train_data_dir", str, "folder of image files, instead of --dataset_name"),
+        ("train_split", "train", "split to train on, slices allowed: train[:2000]"),
+        ("eval_split", "test", "split for the held-out bits/dim"),
+        ("image_column", str, "column of the images, found by its type if not given"),
+        ("label_column", str, "column of the classes, found by its type if not given"),
+        ("image_mode", (None, "RGB", "L"), "convert images to it"),
+        ("resolution", int, "resize and crop to squares of this side; all images must have one size without it"),
+        ("center_crop", False, "crop the middle instead of a place drawn once for each image"),
+        ("random_flip", False, "flip half of the images, telling the network where it has the flag for it"),
+        ("cache_dir", str, "cache of data sets"),
+        ("dataloader_num_workers", 2, "threads that decode the images"),
+    ],
+    "model": [
+        ("preset", str, "network by name, see diffusers_vdm.UNET_PRESETS; digits if not given"),
+        ("model_config_name_or_path", str, "config of a VDMUNet2DModel, instead of --preset"),
+        ("class_conditional", False, "condition on the classes, with a null class"),
+        ("dropout", float, "dropout of the network, defaults to what its preset says"),
+        ("objective", ("vdm", "ddpm"), "the variational bound, or DDPM's unweighted squared error"),
+        ("schedule", (None, "learned", "learned_linear", "fixed_linear", "linear_beta"), "γ(t); learned for vdm"),
+        ("gamma_min", float, "γ(0), or where it starts; -13.3, for the digits -7.5"),
+        ("gamma_max", 5.0, "γ(1), or where it starts"),
+        ("learn_ends", True, "train the ends of --schedule learned, too"),
+        ("num_timesteps", int, "T of a discrete-time bound; continuous time if not given"),
+        ("ddpm_num_steps", 1000, "T of --schedule linear_beta; its betas are rescaled by 1000/T"),
+        ("prediction_type", ("epsilon", "sample", "v_prediction"), "what the network predicts"),
+    ],
+    "optimisation": [
+        ("train_batch_size", 64, "images of a batch, for each process"),
+        ("gradient_accumulation_steps", 1, "batches of an optimiser step"),
+        ("max_train_steps", int, "optimiser steps; 4000 if --num_epochs is not given either"),
+        ("num_epochs", int, "passes over the data, instead of --max_train_steps"),
+        ("learning_rate", 2e-3, "peak learning rate; the paper's networks want 2e-4"),
+        ("lr_scheduler", "cosine", "one of diffusers' schedules, counted in optimiser steps"),
+        ("lr_warmup_steps", 100, "steps of linear warm-up"),
+        ("adam_beta1", 0.9, "of AdamW"),
+        ("adam_beta2", 0.99, "of AdamW"),
+        ("adam_weight_decay", 0.01, "of AdamW; never on γ"),
+        ("adam_epsilon", 1e-8, "of AdamW"),
+        ("max_grad_norm", 1.0, "clip gradients to this norm"),
+        ("use_ema", True, "average the weights; what is evaluated and saved are the averages"),
+        ("ema_max_decay", 0.9999, "decay of the average, after warm-up"),
+        ("ema_inv_gamma", 1.0, "of the warm-up 1 - (1 + step/inv_gamma)^-power"),
+        ("ema_power", 0.75, "of the warm-up"),
+        ("mixed_precision", ("no", "bf16", "fp16"), "of the network; γ and losses stay in float32 and better"),
+        ("allow_tf32", False, "TF32 matrix products; they move bits/dim"),
+        ("gradient_checkpointing", False, "less memory, more time"),
+        ("seed", 0, "key of all randomness"),
+    ],
+    "output": [
+        ("output_dir", "runs/vdm", "folder of everything that is written"),
+        ("overwrite_output_dir", False, "allow an output_dir that holds another run"),
+        ("logging_steps", 50, "steps between lines of metrics.jsonl"),
+        ("eval_steps", 1000, "steps between looks at the held-out bits/dim, 0 for the end only"),
+        ("eval_batch_size", 128, "images of a batch in evaluation"),
+        ("eval_samples", 16, "draws of (t, ε) for each held-out image in the end"),
+        ("max_eval_images", int, "use only so many held-out images, for every look but the last"),
+        ("num_images", 64, "samples in samples.png"),
+        ("ddpm_num_inference_steps", 250, "steps that draw them"),
+        ("checkpointing_steps", 1000, "steps between checkpoints, 0 for none"),
+        ("checkpoints_total_limit", 2, "keep the newest"),
+        ("resume_from_checkpoint", str, "'latest' in output_dir, or a folder"),
+        ("logger", ("none", "tensorboard", "wandb"), "tracker beside metrics.jsonl"),
+        ("logging_dir", "logs", "its folder in output_dir"),
+        ("push_to_hub", False, "upload the pipeline and the pictures in the end"),
+        ("hub_model_id", str, "repository, defaults to the name of output_dir"),
+        ("hub_token", str, "token, defaults to the one logged in with"),
+        ("hub_private_repo", False, "make it a private one"),
+    ],
+}
+
+
+def parse_options(description: str, arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked; wrong arguments end the program before any work starts."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for group, rows in OPTIONS.items():
+        section = parser.add_argument_group(group)
+        for name, default, text in rows:
+            if isinstance(default, bool):
+                section.add_argument(f"--{name}", action=ON_OFF, default=default, help=f"{text} (default: {default})")
+            elif isinstance(default, tuple):
+                section.add_argument(f"--{name}", choices=[c for c in default if c], default=default[0], help=text)
+            elif isinstance(default, type):
+                section.add_argument(f"--{name}", type=default, help=text)
+            else:
+                section.add_argument(
+                    f"--{name}", type=type(default), default=default, help=f"{text} (default: {default})"
+                )
+    options = parser.parse_args(arguments)
+    try:
+        check_options(options)
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def check_options(o: argparse.Namespace) -> None:
+    """Everything that can be told before any work starts; fills in what depends on other options."""
+    o.digits = o.dataset_name is None and o.train_data_dir is None
+    o.schedule = o.schedule or ("learned" if o.objective == "vdm" else "linear_beta")
+    o.gamma_min = (-7.5 if o.digits else -13.3) if o.gamma_min is None else o.gamma_min
+    if o.max_train_steps is None and o.num_epochs is None:
+        o.max_train_steps = 4000
+    if o.preset is None and o.model_config_name_or_path is None:
+        o.preset = "digits"
+    for bad, message in (
+        (o.dataset_name and o.train_data_dir, "give --dataset_name or --train_data_dir, not both"),
+        (o.preset and o.model_config_name_or_path, "give --preset or --model_config_name_or_path, not both"),
+        (o.max_train_steps and o.num_epochs, "give --max_train_steps or --num_epochs, not both"),
+        (o.objective == "ddpm" and o.schedule.startswith("learned"), "--objective ddpm cannot train γ: its minimiser "
+         "is one γ for all t; use --schedule linear_beta or fixed_linear"),
+        (o.objective == "ddpm" and o.num_timesteps, "--num_timesteps is of the bound; --objective ddpm has none"),
+        (not o.gamma_min < o.gamma_max, f"--gamma_min {o.gamma_min} must be below --gamma_max {o.gamma_max}"),
+        (o.push_to_hub and o.logger == "wandb" and o.hub_token, "--hub_token would be logged; log in instead"),
+    ):  # fmt: skip
+        if bad:
+            raise ValueError(message)
+    positive = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_epochs", "learning_rate",
+                "max_grad_norm", "logging_steps", "eval_batch_size", "eval_samples", "num_images", "num_timesteps",
+                "ddpm_num_inference_steps", "checkpoints_total_limit", "resolution", "max_eval_images")  # fmt: skip
+    for name in positive:
+        value = getattr(o, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"--{name} must be positive, got {value}")
+    if o.train_data_dir and not Path(o.train_data_dir).is_dir():
+        raise ValueError(f"--train_data_dir {o.train_data_dir} is not a folder")
+    folder = Path(o.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is a file")
+    if (folder / "metrics.jsonl").exists() and not (o.overwrite_output_dir or o.resume_from_checkpoint):
+        raise ValueError(
+            f"--output_dir {folder} holds another run; go on with it by --resume_from_checkpoint latest, replace it by "
+            "--overwrite_output_dir, or name another folder"
+        )
