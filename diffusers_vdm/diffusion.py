@@ -200,7 +200,7 @@ def prior_kl_nats(x: torch.Tensor, gamma_1: torch.Tensor) -> torch.Tensor:
 
 
 def x_from_levels(levels: torch.Tensor, num_levels: int = 256, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Integers k in [0, num_levels) to data x = 2(k + ½)/num_levels − 1, so that |x| ≤ 1 − 1/num_levels. Same shape."""
+    """Integers k in [0, num_levels) to data x = 2(k + ½)/num_levels − 1, so |x| ≤ 1 − 1/num_levels. Same shape."""
     return (2 * levels.to(dtype) + 1) / num_levels - 1
 
 
@@ -289,7 +289,7 @@ def _decoder_radius(gamma_0: torch.Tensor, num_levels: int, max_gamma_0: float |
 
 
 def _visit_levels(y: torch.Tensor, precision: torch.Tensor, num_levels: int, radius: int):
-    """Yields `(k, weight of level k relative to the nearest, y − x_k)`, level by level and in increasing order of k."""
+    """Yields `(k, weight of level k relative to the nearest, y − x_k)`, in increasing order of k."""
     nearest = nearest_levels(y, num_levels)
     d_nearest = y - x_from_levels(nearest, num_levels, y.dtype)
     whole = 2 * radius + 1 >= num_levels

@@ -20,7 +20,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from .diffusion import gamma_from_log_alpha_squared, log_alpha_squared, prior_kl_nats
+from .diffusion import gamma_from_log_alpha_squared, prior_kl_nats
 
 # where the T-step prior KL of a schedule is above this, sampling starts from noise that training never saw
 PRIOR_KL_WARNING_BPD = 0.01
@@ -30,11 +30,8 @@ PRIOR_KL_WARNING_BPD = 0.01
 class ScheduleSummary:
     """The ends of a noise schedule in the units that papers quote.
 
-    Attributes:
-        gamma_0, gamma_1 (`float`): γ at t = 0 and t = 1; log SNR is −γ.
-        alpha_bar_1 (`float`): share of the data's power left at t = 1, α² = ᾱ_T.
-        data_power (`float`): E[x²] of the data for which the prior KL is told.
-        prior_kl_bpd (`float`): KL(q(z_1|x) ‖ N(0, I)), bits per dimension.
+    γ at t = 0 and 1 (log SNR is −γ); ᾱ_T = α² at t = 1, the share of the data's power that is left there; and the
+    prior KL(q(z_1|x) ‖ N(0, I)) in bits per dimension for data with E[x²] = `data_power`.
     """
 
     gamma_0: float
@@ -49,9 +46,8 @@ class ScheduleSummary:
         return -self.gamma_1, -self.gamma_0
 
     def __str__(self) -> str:
-        low, high = self.log_snr_range
         return (
-            f"log SNR {high:.3f} … {low:.3f}, alpha_bar_T {self.alpha_bar_1:.3e}, "
+            f"log SNR {-self.gamma_0:.3f} … {-self.gamma_1:.3f}, alpha_bar_T {self.alpha_bar_1:.3e}, "
             f"prior KL {self.prior_kl_bpd:.3e} bits/dim (E[x²] = {self.data_power:g})"
         )
 
@@ -59,7 +55,6 @@ class ScheduleSummary:
 class NoiseSchedule(ModelMixin, ConfigMixin):
     """Base of the schedules: what every γ(t) can do, given `gamma_and_slope(t)` and the two ends."""
 
-    _no_split_modules: list[str] = []
     _has_parameters = True
 
     @classmethod
@@ -81,15 +76,14 @@ class NoiseSchedule(ModelMixin, ConfigMixin):
 
         Args:
             t (`torch.Tensor`): times in [0, 1], any shape.
-            scale_shape_grad (`Callable`, *optional*):
-                called in the backward pass; its result, of the shape of `t`, multiplies the gradient that reaches the
-                parameters of the *inside* of γ, and leaves that of its ends alone (see `VariationalBound`). Schedules
-                whose inside has no parameters ignore it.
+            scale_shape_grad (`Callable`, *optional*): called in the backward pass; its result, of the shape of `t`,
+                multiplies the gradient that reaches the parameters of the *inside* of γ, if it has any, and leaves
+                that of the ends alone (see `VariationalBound`).
         """
         raise NotImplementedError(f"{type(self).__name__} must define gamma_and_slope().")
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
-        """γ(t), float64, of the shape of `t` ∈ [0, 1]. Raises `ValueError` for a Python number out of range."""
+        """γ(t), float64, of the shape of `t` ∈ [0, 1]; `ValueError` for a Python number out of range."""
         return self.gamma_and_slope(self._times(t))[0]
 
     def slope(self, t: torch.Tensor) -> torch.Tensor:
@@ -98,12 +92,9 @@ class NoiseSchedule(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def inverse(self, gamma: torch.Tensor) -> torch.Tensor:
-        """t with γ(t) = `gamma`, by bisection to the last bit of float64.
+        """t with γ(t) = `gamma` of any shape, by bisection to the last bit of float64.
 
-        Args:
-            gamma (`torch.Tensor`): noise levels in [γ(0), γ(1)], any shape.
-
-        Raises: `ValueError` where `gamma` is outside of the schedule.
+        Raises: `ValueError` where `gamma` is outside of [γ(0), γ(1)].
         """
         gamma = torch.as_tensor(gamma, dtype=torch.float64, device=self._device())
         gamma_0, gamma_1 = self.ends()
@@ -122,8 +113,7 @@ class NoiseSchedule(ModelMixin, ConfigMixin):
     def timestep(self, t: torch.Tensor, gamma_t: torch.Tensor) -> torch.Tensor:
         """What the network is conditioned on: `num_train_timesteps` · (γ − γ_min)/(γ_max − γ_min).
 
-        γ_min and γ_max are the *configured* ends, as in the official network, so that a network keeps its meaning
-        while γ(0) and γ(1) are learned, and whatever schedule it is sampled with. Shape of `t`.
+        γ_min and γ_max are the *configured* ends, as in the official network: its meaning stays while ends are learned.
         """
         low, high = self.config.gamma_min, self.config.gamma_max
         return self.config.num_train_timesteps * (gamma_t - low) / (high - low)
@@ -138,20 +128,15 @@ class NoiseSchedule(ModelMixin, ConfigMixin):
     def describe(self, data_power: float = 0.25) -> ScheduleSummary:
         """ᾱ at t = 1, the log-SNR range, and the prior KL for data with E[x²] = `data_power` (CIFAR-10: 0.25).
 
-        Warns (`UserWarning`) where the prior KL is above 0.01 bits/dim: the chain then ends before the data is gone,
-        and sampling starts from noise that the network was never shown.
+        Warns (`UserWarning`) where the prior KL is above 0.01 bits/dim: the chain ends before the data is gone.
         """
         if not 0 <= data_power <= 1:
-            raise ValueError(f"data_power must be E[x²] of data in [−1, 1], so within [0, 1], got {data_power}.")
+            raise ValueError(f"data_power is E[x²] of data in [−1, 1] and must be within [0, 1], got {data_power}.")
         gamma_0, gamma_1 = (end.cpu() for end in self.ends())
         x = torch.tensor([math.sqrt(data_power)], dtype=torch.float64)
-        summary = ScheduleSummary(
-            gamma_0=float(gamma_0),
-            gamma_1=float(gamma_1),
-            alpha_bar_1=float(torch.exp(log_alpha_squared(gamma_1))),
-            data_power=data_power,
-            prior_kl_bpd=float(prior_kl_nats(x, gamma_1)) / math.log(2),
-        )
+        prior_kl_bpd = float(prior_kl_nats(x, gamma_1)) / math.log(2)
+        alpha_bar_1 = float(torch.sigmoid(-gamma_1))
+        summary = ScheduleSummary(float(gamma_0), float(gamma_1), alpha_bar_1, data_power, prior_kl_bpd)
         if summary.prior_kl_bpd > PRIOR_KL_WARNING_BPD:
             warnings.warn(
                 f"The prior KL of this {type(self).__name__} is {summary.prior_kl_bpd:.3g} bits/dim, above "
@@ -187,7 +172,8 @@ def to_high_precision(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
 
 
-def _check_ends(gamma_min: float, gamma_max: float) -> None:
+def check_ends(gamma_min: float, gamma_max: float) -> None:
+    """Raises `ValueError` unless both are finite and γ_min < γ_max."""
     if not (math.isfinite(gamma_min) and math.isfinite(gamma_max) and gamma_min < gamma_max):
         raise ValueError(
             f"gamma_min must be below gamma_max, both finite (gamma = −log SNR grows with the noise), got "
@@ -195,13 +181,26 @@ def _check_ends(gamma_min: float, gamma_max: float) -> None:
         )
 
 
-def _check_steps(num_train_timesteps: int, least: int = 1) -> None:
+def check_num_train_timesteps(num_train_timesteps: int, least: int = 1) -> None:
+    """Raises `ValueError` unless it is an integer of at least `least`."""
     if not isinstance(num_train_timesteps, int) or num_train_timesteps < least:
         raise ValueError(f"num_train_timesteps must be an integer of at least {least}, got {num_train_timesteps!r}.")
 
 
-class FixedLinearGamma(NoiseSchedule):
-    """γ(t) = γ_min + (γ_max − γ_min) t, without parameters [VDM §3.2; its fixed schedule].
+class _StraightLine(NoiseSchedule):
+    """What a γ(t) that is a straight line between its ends can do, fixed or learned."""
+
+    def gamma_and_slope(self, t, scale_shape_grad=None):
+        gamma_0, gamma_1 = self.ends()
+        return torch.lerp(gamma_0.to(t), gamma_1.to(t), t), (gamma_1 - gamma_0).to(t).expand(t.shape)
+
+    def table(self, num_knots: int = 2) -> torch.Tensor:
+        """Two knots are exact for a straight line; see [`NoiseSchedule.table`]."""
+        return super().table(num_knots)
+
+
+class FixedLinearGamma(_StraightLine):
+    """γ(t) = γ_min + (γ_max − γ_min) t, without parameters [the fixed schedule of VDM].
 
     Args:
         gamma_min, gamma_max (`float`, default to −13.3 and 5.0): γ(0) and γ(1).
@@ -213,32 +212,17 @@ class FixedLinearGamma(NoiseSchedule):
     @register_to_config
     def __init__(self, gamma_min: float = -13.3, gamma_max: float = 5.0, num_train_timesteps: int = 1000):
         super().__init__()
-        _check_ends(gamma_min, gamma_max)
-        _check_steps(num_train_timesteps)
+        check_ends(gamma_min, gamma_max)
+        check_num_train_timesteps(num_train_timesteps)
 
     def ends(self) -> tuple[torch.Tensor, torch.Tensor]:
         return tuple(torch.tensor(g, dtype=torch.float64) for g in (self.config.gamma_min, self.config.gamma_max))
 
-    def gamma_and_slope(self, t, scale_shape_grad=None):
-        low, high = self.config.gamma_min, self.config.gamma_max
-        return low * (1 - t) + high * t, torch.full_like(t, high - low)
 
-    def inverse(self, gamma: torch.Tensor) -> torch.Tensor:
-        """t = (γ − γ_min)/(γ_max − γ_min); see [`NoiseSchedule.inverse`]."""
-        return _linear_inverse(self, gamma)
-
-    def table(self, num_knots: int = 2) -> torch.Tensor:
-        """Two knots are exact for a straight line; see [`NoiseSchedule.table`]."""
-        return super().table(num_knots)
-
-
-class LearnedLinearGamma(NoiseSchedule):
+class LearnedLinearGamma(_StraightLine):
     """γ(t) = b + |w| t with learned ends, the official code's `learnable_scalar` [VDM §3.2].
 
-    Args:
-        gamma_min, gamma_max (`float`, default to −13.3 and 5.0):
-            where the ends start; they also scale the network's timestep for good.
-        num_train_timesteps (`int`, defaults to 1000): scale of the network's timestep.
+    The arguments of [`FixedLinearGamma`]; γ_min and γ_max are where the ends start, and scale the timestep for good.
     """
 
     _keep_in_fp32_modules = ["bias", "weight"]
@@ -246,25 +230,13 @@ class LearnedLinearGamma(NoiseSchedule):
     @register_to_config
     def __init__(self, gamma_min: float = -13.3, gamma_max: float = 5.0, num_train_timesteps: int = 1000):
         super().__init__()
-        _check_ends(gamma_min, gamma_max)
-        _check_steps(num_train_timesteps)
+        check_ends(gamma_min, gamma_max)
+        check_num_train_timesteps(num_train_timesteps)
         self.bias = nn.Parameter(torch.tensor([float(gamma_min)]))
         self.weight = nn.Parameter(torch.tensor([float(gamma_max) - float(gamma_min)]))
 
     def ends(self) -> tuple[torch.Tensor, torch.Tensor]:
         return _learned_ends(self.bias, self.weight)
-
-    def gamma_and_slope(self, t, scale_shape_grad=None):
-        gamma_0, gamma_1 = self.ends()
-        return torch.lerp(gamma_0, gamma_1, t), (gamma_1 - gamma_0).expand(t.shape)
-
-    def inverse(self, gamma: torch.Tensor) -> torch.Tensor:
-        """t = (γ − b)/|w|; see [`NoiseSchedule.inverse`]."""
-        return _linear_inverse(self, gamma)
-
-    def table(self, num_knots: int = 2) -> torch.Tensor:
-        """Two knots are exact for a straight line; see [`NoiseSchedule.table`]."""
-        return super().table(num_knots)
 
 
 class MonotoneGammaNetwork(NoiseSchedule):
@@ -297,8 +269,8 @@ class MonotoneGammaNetwork(NoiseSchedule):
         num_train_timesteps: int = 1000,
     ):
         super().__init__()
-        _check_ends(gamma_min, gamma_max)
-        _check_steps(num_train_timesteps)
+        check_ends(gamma_min, gamma_max)
+        check_num_train_timesteps(num_train_timesteps)
         if hidden_dim < 1:
             raise ValueError(f"hidden_dim must be at least 1, got {hidden_dim}.")
         if learn_ends:
@@ -339,9 +311,7 @@ class MonotoneGammaNetwork(NoiseSchedule):
 
 
 class TableGamma(NoiseSchedule):
-    """γ(t) through a table of values at equidistant times, by monotone cubic interpolation (PCHIP).
-
-    What a scheduler holds: it has no parameters, and is as exact as its table.
+    """γ(t) through a table of values at equidistant times, by monotone cubic interpolation (PCHIP). No parameters.
 
     Args:
         gammas (`Sequence[float]`): increasing values of γ at t = 0, 1/(n − 1), …, 1; at least two.
@@ -361,12 +331,12 @@ class TableGamma(NoiseSchedule):
     ):
         super().__init__()
         self._set_table(torch.as_tensor(gammas, dtype=torch.float64))
-        _check_steps(num_train_timesteps)
+        check_num_train_timesteps(num_train_timesteps)
         ends = {
             "gamma_min": float(self._gammas[0]) if gamma_min is None else gamma_min,
             "gamma_max": float(self._gammas[-1]) if gamma_max is None else gamma_max,
         }
-        _check_ends(**ends)
+        check_ends(**ends)
         self.register_to_config(gammas=self._gammas.tolist(), **ends)
 
     def _set_table(self, gammas: torch.Tensor) -> None:
@@ -397,9 +367,8 @@ class LinearBetaGamma(TableGamma):
     Index i of DDPM is the time t = i/(T − 1) here, so that γ(0) is the level of its first step; between the indices γ
     is interpolated. The network's timestep is i itself.
 
-    The betas 1e-4 … 0.02 belong to 1,000 steps. For another number they are **rescaled** by 1000/T, which leaves
-    the ends of log SNR nearly where they were; kept as they are at T = 200, a share ᾱ_T = 0.13 of the data would be
-    left at the end.
+    The betas 1e-4 … 0.02 belong to 1,000 steps. For another number they are **rescaled** by 1000/T, which keeps ᾱ_T;
+    left alone at T = 200, a share ᾱ_T = 0.13 of the data's power would be left at the end.
 
     Args:
         num_train_timesteps (`int`, defaults to 1000): T, at least 2.
@@ -420,7 +389,7 @@ class LinearBetaGamma(TableGamma):
         self._set_table(gammas_from_betas(betas))
 
     def timestep(self, t: torch.Tensor, gamma_t: torch.Tensor) -> torch.Tensor:
-        """DDPM's own index, i = t (T − 1). Shape of `t`."""
+        """DDPM's own index i = t (T − 1). Shape of `t`."""
         return t * (self.config.num_train_timesteps - 1)
 
     def table(self, num_knots: int | None = None) -> torch.Tensor:
@@ -435,7 +404,7 @@ def linear_betas(
 
     Raises: `ValueError` unless 0 < β_start ≤ β_end, and all β < 1 after rescaling.
     """
-    _check_steps(num_train_timesteps, least=2)
+    check_num_train_timesteps(num_train_timesteps, least=2)
     scale = 1000 / num_train_timesteps if rescale else 1.0
     if not 0 < beta_start <= beta_end or not beta_end * scale < 1:
         raise ValueError(
@@ -480,13 +449,3 @@ def _pchip_slopes(values: torch.Tensor) -> torch.Tensor:
 def _learned_ends(bias: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     gamma_0 = to_high_precision(bias).squeeze(0)
     return gamma_0, gamma_0 + to_high_precision(weight).abs().squeeze(0)
-
-
-@torch.no_grad()
-def _linear_inverse(schedule: NoiseSchedule, gamma: torch.Tensor) -> torch.Tensor:
-    gamma_0, gamma_1 = schedule.ends()
-    gamma = torch.as_tensor(gamma, dtype=torch.float64, device=gamma_0.device)
-    t = (gamma - gamma_0) / (gamma_1 - gamma_0)
-    if not bool(((t >= 0) & (t <= 1)).all()):
-        return NoiseSchedule.inverse(schedule, gamma)  # tells what is wrong
-    return t

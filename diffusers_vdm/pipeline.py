@@ -82,14 +82,16 @@ class VDMPipeline(DiffusionPipeline):
                 PIL images; arrays `(B, H, W, C)` or tensors `(B, C, H, W)` of the levels k/(num_levels − 1) in [0, 1];
                 or z_0 as it is.
             return_dict (`bool`, defaults to `True`): return an `ImagePipelineOutput` instead of a tuple.
-            callback_on_step_end (`Callable`, *optional*): called as `f(pipe, step, timestep, tensors)` after every step; may
-                return a dict with `latents` to go on from.
-            callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`): what it is given.
+            callback_on_step_end (`Callable`, *optional*): called as `f(pipe, step, timestep, tensors)` after every
+                step; may return a dict with `latents` to go on from.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*): what it is given, defaults to `["latents"]`.
 
         Returns: `ImagePipelineOutput` with `images`, or a tuple with them.
         Raises: `ValueError` for arguments that do not fit each other or the network, before any work is done.
         """
-        tensor_names = ["latents"] if callback_on_step_end_tensor_inputs is None else callback_on_step_end_tensor_inputs
+        tensor_names = callback_on_step_end_tensor_inputs
+        if tensor_names is None:
+            tensor_names = ["latents"]
         self._check_inputs(batch_size, num_inference_steps, timesteps, generator, decode, output_type, tensor_names)
         device = self._execution_device
         labels = self._labels(class_labels, batch_size, device)
@@ -154,7 +156,9 @@ class VDMPipeline(DiffusionPipeline):
         labels = torch.as_tensor(class_labels, dtype=torch.long, device=device)
         num_classes = self.unet.config.num_class_embeds
         if labels.shape != (batch_size,):
-            raise ValueError(f"class_labels must be one class or {batch_size} of them, got shape {tuple(labels.shape)}.")
+            raise ValueError(
+                f"class_labels must be one class or {batch_size} of them, got shape {tuple(labels.shape)}."
+            )
         if num_classes is None:
             raise ValueError("class_labels were given, but this network was trained without classes.")
         highest = num_classes + (1 if getattr(self.unet.config, "null_class", False) else 0)
@@ -169,7 +173,9 @@ class VDMPipeline(DiffusionPipeline):
             raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}.")
         if num_inference_steps is not None and timesteps is not None:
             raise ValueError("give either num_inference_steps or timesteps, not both.")
-        if num_inference_steps is not None and (int(num_inference_steps) != num_inference_steps or num_inference_steps < 1):
+        if num_inference_steps is not None and (
+            int(num_inference_steps) != num_inference_steps or num_inference_steps < 1
+        ):
             raise ValueError(f"num_inference_steps must be a positive integer, got {num_inference_steps!r}.")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"generator must be one, or a list of batch_size={batch_size}, got {len(generator)}.")
@@ -180,5 +186,6 @@ class VDMPipeline(DiffusionPipeline):
         unknown = set(tensor_names) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
-                f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, got {sorted(unknown)}."
+                f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, "
+                f"got {sorted(unknown)}."
             )

@@ -13,7 +13,9 @@ from . import diffusion
 from .noise_schedules import NoiseSchedule
 
 
-def image_grid(images: torch.Tensor, columns: int | None = None, scale: int | None = None, gap: int = 1) -> Image.Image:
+def image_grid(
+    images: torch.Tensor, columns: int | None = None, scale: int | None = None, gap: int = 1
+) -> Image.Image:
     """Images side by side, enlarged without smoothing so that each pixel can be seen.
 
     Args:

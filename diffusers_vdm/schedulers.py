@@ -23,7 +23,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from . import diffusion
 from .diffusion import Generators, PredictionType
-from .noise_schedules import LinearBetaGamma, NoiseSchedule, TableGamma, check_gamma_table
+from .noise_schedules import LinearBetaGamma, NoiseSchedule, TableGamma, check_ends, check_gamma_table
 
 # keys that configs of diffusers carry and that say nothing about γ or the step when they have these values
 _HARMLESS_FOREIGN_KEYS = {
@@ -41,12 +41,7 @@ _HARMLESS_FOREIGN_KEYS = {
 
 @dataclass
 class VDMSchedulerOutput(BaseOutput):
-    """What `step` returns.
-
-    Attributes:
-        prev_sample (`torch.Tensor` of shape `(B, ...)`): z_s, the input of the next step.
-        pred_original_sample (`torch.Tensor` of shape `(B, ...)`): x̂, the data that the network expects.
-    """
+    """What `step` returns: z_s, the input of the next step, and x̂, the data that the network expects; `(B, ...)`."""
 
     prev_sample: torch.Tensor
     pred_original_sample: torch.Tensor | None = None
@@ -59,22 +54,18 @@ class GammaScheduler(SchedulerMixin, ConfigMixin):
     order = 1
     init_noise_sigma = 1.0
 
-    # ---- what a subclass defines ----
-
     def _gammas_at(self, timesteps: torch.Tensor) -> torch.Tensor:
         """float64 γ of `timesteps` of any shape."""
         raise NotImplementedError
 
-    def noise_schedule(self) -> NoiseSchedule:
-        """γ(t) of this scheduler as a module without parameters, for the bound and the ODE."""
-        raise NotImplementedError
+    def noise_schedule(self) -> TableGamma:
+        """γ(t) as a module without parameters, for the bound and the ODE: [`TableGamma`] or [`LinearBetaGamma`]."""
+        return self._schedule
 
     @property
     def final_gamma(self) -> torch.Tensor:
         """γ of the sample that the last step returns: γ_0 for a VDM, −inf (the data itself) for DDPM. Shape `()`."""
         raise NotImplementedError
-
-    # ---- diffusers' interface ----
 
     @property
     def alphas_cumprod(self) -> torch.Tensor:
@@ -109,14 +100,13 @@ class GammaScheduler(SchedulerMixin, ConfigMixin):
         s is the timestep that follows `timestep` in `self.timesteps`, and after the last one the end of the chain.
 
         Args:
-            model_output (`torch.Tensor` of shape `(B, ...)`): what the network said of `sample`, see `prediction_type`.
+            model_output (`torch.Tensor` of shape `(B, ...)`): the network's output, see `prediction_type`.
             timestep (`torch.Tensor` of shape `()` or `float`): one of `self.timesteps`, or a value between them.
             sample (`torch.Tensor` of shape `(B, ...)`): z_t.
             generator (`torch.Generator` or a list of B of them, *optional*): with a list, each sample has its own
                 noise, whatever batch it is in.
-            return_dict (`bool`, defaults to `True`): return a [`VDMSchedulerOutput`] instead of a tuple.
+            return_dict (`bool`, defaults to `True`): return a [`VDMSchedulerOutput`] instead of a tuple of its parts.
 
-        Returns: [`VDMSchedulerOutput`], or `(prev_sample, pred_original_sample)`.
         Raises: `ValueError` for shapes that differ and timesteps outside of the schedule.
         """
         if model_output.shape != sample.shape:
@@ -149,26 +139,17 @@ class GammaScheduler(SchedulerMixin, ConfigMixin):
             return prev_sample, x_hat
         return VDMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x_hat)
 
-    def add_noise(
-        self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
-    ) -> torch.Tensor:
-        """z_t = α_t x + σ_t ε at the noise level of each timestep [VDM eq. 1].
-
-        Args:
-            original_samples, noise (`torch.Tensor` of shape `(B, ...)`): data in [−1, 1] and standard normal noise.
-            timesteps (`torch.Tensor` with 1 or B values): as in `self.timesteps`; any value in range will do.
-        """
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """z_t = α_t x + σ_t ε for data and noise of shape `(B, ...)`, at 1 or B timesteps in range [VDM eq. 1]."""
         gamma_t = self._gammas_at(torch.as_tensor(timesteps)).flatten()
         dtype = torch.promote_types(original_samples.dtype, torch.float32)
         return diffusion.q_sample(original_samples.to(dtype), noise.to(dtype), gamma_t).to(original_samples.dtype)
 
     def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """v = α_t ε − σ_t x, the target of v-prediction; `sample` is the clean data x. Arguments as in `add_noise`."""
+        """v = α_t ε − σ_t x, the target of v-prediction; `sample` is the clean data x, the rest as in `add_noise`."""
         gamma_t = self._gammas_at(torch.as_tensor(timesteps)).flatten()
         dtype = torch.promote_types(sample.dtype, torch.float32)
         return diffusion.velocity(sample.to(dtype), noise.to(dtype), gamma_t).to(sample.dtype)
-
-    # ---- shared machinery ----
 
     def _init_chain(self, prediction_type: str, clip_sample_range: float) -> None:
         diffusion.check_prediction_type(prediction_type)
@@ -218,10 +199,7 @@ class GammaScheduler(SchedulerMixin, ConfigMixin):
     def from_config(cls, config=None, return_unused_kwargs: bool = False, **kwargs):
         """As [`ConfigMixin.from_config`], but a key that this class does not know is an error, not a shrug.
 
-        Configs of diffusers' own schedulers are taken as long as they describe the same process.
-
-        Raises: `ValueError` for unknown or misspelt keys, and for settings of other schedulers that change γ or the
-            step and that this class cannot honour.
+        Configs of diffusers' own schedulers are taken where they describe the same process; `ValueError` else.
         """
         if isinstance(config, dict):
             # diffusers drops the values listed there, also where they were changed since: keep what is written
@@ -268,7 +246,7 @@ class VDMScheduler(GammaScheduler):
     Args:
         num_train_timesteps (`int`, defaults to 1000): scale of the timestep.
         gamma_min, gamma_max (`float`, default to −13.3 and 5.0):
-            the levels that have the timesteps 0 and `num_train_timesteps`: those that the network was *configured* with.
+            the levels of the timesteps 0 and `num_train_timesteps`: those that the network was *configured* with.
         trained_gammas (`list[float]`, *optional*):
             values of γ at equidistant t from 0 to 1, increasing, with PCHIP between them; a straight line from
             `gamma_min` to `gamma_max` if not given. [`VDMScheduler.from_noise_schedule`] fills it.
@@ -291,6 +269,7 @@ class VDMScheduler(GammaScheduler):
         clip_sample: bool = False,
         clip_sample_range: float = 1.0,
     ):
+        check_ends(gamma_min, gamma_max)
         table = [gamma_min, gamma_max] if trained_gammas is None else list(trained_gammas)
         if trained_gammas is not None:
             check_gamma_table(torch.tensor(table, dtype=torch.float64))
@@ -305,12 +284,7 @@ class VDMScheduler(GammaScheduler):
         """A scheduler with γ(t) of `noise_schedule` baked into its config.
 
         The table is exact at its knots; between them the error of 1,025 knots is about 2e-8 in γ for a smooth learned
-        schedule, and zero for the linear ones, which need two.
-
-        Args:
-            noise_schedule ([`NoiseSchedule`]): any schedule; its present parameters are read, without gradients.
-            num_knots (`int`, *optional*): length of the table, defaults to what the schedule needs.
-            kwargs: further arguments of [`VDMScheduler`], `prediction_type` for instance.
+        schedule, and zero for the linear ones, which need two. `kwargs` are further arguments, `prediction_type` say.
         """
         if isinstance(noise_schedule, LinearBetaGamma):
             raise ValueError(
@@ -325,10 +299,6 @@ class VDMScheduler(GammaScheduler):
             trained_gammas=table.tolist(),
             **kwargs,
         )
-
-    def noise_schedule(self) -> TableGamma:
-        """γ(t) of the table as a [`TableGamma`], for the bound and the ODE."""
-        return self._schedule
 
     @property
     def final_gamma(self) -> torch.Tensor:
@@ -345,10 +315,9 @@ class VDMScheduler(GammaScheduler):
 
         Args:
             num_inference_steps (`int`, *optional*): T, any number ≥ 1; levels γ(1), γ(1 − 1/T), …, γ(1/T), then γ(0).
-            device (`str` or `torch.device`, *optional*): where `self.timesteps` goes. The arithmetic of γ stays on
-                the CPU in float64.
-            timesteps (`Sequence[float]`, *optional*): decreasing timesteps (normalised γ) of one's own, instead of
-                `num_inference_steps`; the chain ends at γ(0) in any case.
+            device (`str` or `torch.device`, *optional*): where `self.timesteps` goes; γ stays on the CPU in float64.
+            timesteps (`Sequence[float]`, *optional*): decreasing timesteps (normalised γ) of one's own; the chain ends
+                at γ(0) in any case.
         """
         self._check_num_inference_steps(num_inference_steps, timesteps)
         if timesteps is None:
@@ -383,9 +352,8 @@ class VDMScheduler(GammaScheduler):
 class LinearBetaScheduler(GammaScheduler):
     """Ancestral sampling of DDPM with linear betas: integer timesteps, drop-in for `DDPMScheduler` [DDPM §2, §4].
 
-    Equal to diffusers' `DDPMScheduler(variance_type="fixed_small", clip_sample=False)` on the same betas, but with
-    float64 tables. The betas are those of 1,000 steps and are rescaled by 1000/T for another T (see
-    [`LinearBetaGamma`]). The last step returns the data x̂ itself.
+    Equal to diffusers' `DDPMScheduler(variance_type="fixed_small", clip_sample=False)` on the same betas, with float64
+    tables. The betas are rescaled by 1000/T (see [`LinearBetaGamma`]). The last step returns the data x̂ itself.
 
     Args:
         num_train_timesteps (`int`, defaults to 1000): T.
@@ -423,7 +391,7 @@ class LinearBetaScheduler(GammaScheduler):
 
     @classmethod
     def from_noise_schedule(cls, noise_schedule: LinearBetaGamma, **kwargs) -> LinearBetaScheduler:
-        """The scheduler of a [`LinearBetaGamma`]; `kwargs` are further arguments, `prediction_type` for instance."""
+        """The scheduler of a [`LinearBetaGamma`]; `kwargs` are further arguments, `prediction_type` say."""
         if not isinstance(noise_schedule, LinearBetaGamma):
             raise TypeError(
                 f"noise_schedule must be a LinearBetaGamma, got {type(noise_schedule).__name__}; "
@@ -431,10 +399,6 @@ class LinearBetaScheduler(GammaScheduler):
             )
         names = ("num_train_timesteps", "beta_start", "beta_end", "rescale_betas")
         return cls(**{name: noise_schedule.config[name] for name in names}, **kwargs)
-
-    def noise_schedule(self) -> LinearBetaGamma:
-        """γ(t) of the betas as a [`LinearBetaGamma`], for the bound and the ODE."""
-        return self._schedule
 
     @property
     def final_gamma(self) -> torch.Tensor:
@@ -447,13 +411,7 @@ class LinearBetaScheduler(GammaScheduler):
         device: str | torch.device | None = None,
         timesteps: Sequence[int] | None = None,
     ) -> None:
-        """Lays out the chain.
-
-        Args:
-            num_inference_steps (`int`, *optional*): number of steps, at most T.
-            device (`str` or `torch.device`, *optional*): where `self.timesteps` goes.
-            timesteps (`Sequence[int]`, *optional*): decreasing indices of one's own, instead of `num_inference_steps`.
-        """
+        """Lays out a chain of `num_inference_steps` ≤ T steps, or one through decreasing indices of one's own."""
         self._check_num_inference_steps(num_inference_steps, timesteps)
         total = self.config.num_train_timesteps
         if timesteps is None:

@@ -276,14 +276,8 @@ def save_checkpoint(
 ) -> Path:
     """Writes `output_dir/checkpoint-{step}` as safetensors and JSON: under another name first, then renamed.
 
-    Args:
-        output_dir (`str` or `os.PathLike`): folder of the run.
-        step (`int`): optimiser steps done.
-        tensors (`dict[str, dict[str, torch.Tensor]]`): a file for each group.
-        state (`dict`): anything that JSON holds.
-        total_limit (`int`, *optional*): keep this many newest checkpoints, at least one.
-
-    Returns: the folder.
+    Each group of `tensors` is a file, `state` is anything that JSON holds, and with `total_limit` only so many of the
+    newest checkpoints are kept, at least one. Returns the folder.
     """
     output_dir = Path(output_dir)
     final, temporary = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.tmp"
@@ -345,7 +339,8 @@ def save(
 ) -> Path:
     """Writes all that a run needs to go on; `run` is its description, compared when it does."""
     tensors = {"model": objective.state_dict(), "optimizer": optimizer_tensors(optimizer)}
-    state: dict[str, Any] = {"run": run, "lr_scheduler": {k: v for k, v in lr_scheduler.state_dict().items() if k != "lr_lambdas"}}
+    rates = {name: value for name, value in lr_scheduler.state_dict().items() if name != "lr_lambdas"}
+    state: dict[str, Any] = {"run": run, "lr_scheduler": rates}
     if ema is not None:
         tensors["ema"] = {str(i): p for i, p in enumerate(ema.shadow_params)}
         state["ema_step"] = ema.optimization_step
@@ -385,7 +380,8 @@ def restore(
     """
     tensors, state = load_checkpoint(folder)
     before, now = state["run"], run
-    differences = {k for k in now["options"] if k not in _FREE_OPTIONS and now["options"][k] != before["options"].get(k)}
+    fixed = set(now["options"]) - _FREE_OPTIONS
+    differences = {name for name in fixed if now["options"][name] != before["options"].get(name)}
     for name in ("data", "global_batch_size"):
         if before[name] != now[name]:
             differences.add(name)

@@ -34,8 +34,8 @@ class VDMUNet2DModel(UNet2DModel, AttentionMixin):
             2^n π z are f = 6, 7. Always worked out in float32.
         input_residual (`bool`, defaults to `False`): add the input to the output [the official network].
         zero_init (`bool`, defaults to `True`):
-            start as the official network does: LeCun-normal kernels, zero biases, and zero kernels where a block or the
-            network ends, so that a fresh one returns its input (with `input_residual`) or 0. `False` leaves PyTorch's.
+            start as the official network does: LeCun-normal kernels, zero biases, and zero kernels where a block or
+            the network ends, so that a fresh one returns its input (with `input_residual`) or 0. `False`: PyTorch's.
         augmentation_flag (`bool`, defaults to `False`):
             one more input of the time embedding: 1 for an augmented image, 0 else, so that flips do not leak into
             samples [the official network's `conditioning`].
@@ -141,7 +141,7 @@ class VDMUNet2DModel(UNet2DModel, AttentionMixin):
         Args:
             sample (`torch.Tensor` of shape `(B, C, H, W)`): z_t. Keep it in float32, also for a half-precision
                 network: the Fourier features need its digits.
-            timestep (`torch.Tensor` of shape `()` or `(B,)`, or a number): the scheduler's timestep, may be fractional.
+            timestep (`torch.Tensor` of shape `()` or `(B,)`, or a number): the scheduler's timestep, maybe fractional.
             class_labels (`torch.Tensor` of shape `(B,)`, *optional*): classes; with `null_class` they may be left out.
             augmentation_flags (`torch.Tensor` of shape `(B,)`, *optional*, defaults to zeros): 1 where the image was
                 augmented; only with `augmentation_flag`.
@@ -327,9 +327,7 @@ def _check_arguments(
     input_residual, null_class, num_class_embeds,
 ) -> None:  # fmt: skip
     if input_residual and in_channels != out_channels:
-        raise ValueError(
-            f"input_residual needs in_channels == out_channels, got {in_channels} and {out_channels}."
-        )
+        raise ValueError(f"input_residual needs in_channels == out_channels, got {in_channels} and {out_channels}.")
     if null_class and num_class_embeds is None:
         raise ValueError("null_class needs num_class_embeds, the number of real classes.")
     if time_embedding_type not in ("positional", "fourier", "learned"):
@@ -343,7 +341,7 @@ def _check_arguments(
             )
     if min(block_out_channels) == norm_num_groups:
         warnings.warn(
-            f"norm_num_groups={norm_num_groups} on {norm_num_groups} channels normalises every channel by itself, which "
+            f"norm_num_groups={norm_num_groups} on as many channels normalises every channel by itself, which "
             "removes the time embedding: the network cannot see the noise level. Use at most half as many groups.",
             stacklevel=4,
         )
@@ -351,6 +349,4 @@ def _check_arguments(
         factor = 2 ** (len(block_out_channels) - 1)
         for size in (sample_size,) if isinstance(sample_size, int) else sample_size:
             if size % factor:
-                raise ValueError(
-                    f"sample_size must be divisible by {factor} = 2^(levels − 1), got {sample_size}."
-                )
+                raise ValueError(f"sample_size must be divisible by {factor} = 2^(levels − 1), got {sample_size}.")

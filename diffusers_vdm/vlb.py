@@ -171,7 +171,7 @@ class VariationalBound(_Objective):
     ):
         super().__init__(unet, noise_schedule, num_levels, prediction_type)
         if num_timesteps is not None and (int(num_timesteps) != num_timesteps or num_timesteps < 1):
-            raise ValueError(f"num_timesteps must be a positive integer, or None for continuous time: {num_timesteps}.")
+            raise ValueError(f"num_timesteps must be a positive integer, or None (continuous time): {num_timesteps}.")
         self.num_timesteps = num_timesteps
         self.minimize_variance = minimize_variance
 
@@ -249,10 +249,10 @@ class VariationalBound(_Objective):
 
     def _max_gamma_0(self) -> float | None:
         """γ_0 as a number where it is not learned, which spares a wait for the device in each step."""
-        learned = any(True for _ in self.noise_schedule.parameters())
-        if learned and not (hasattr(self.noise_schedule.config, "learn_ends") and not self.noise_schedule.config.learn_ends):
+        gamma_0 = self.noise_schedule.ends()[0]
+        if gamma_0.requires_grad or gamma_0.device.type != "cpu":
             return None
-        return float(self.noise_schedule.ends()[0].detach()) if not learned else self.noise_schedule.config.gamma_min
+        return float(gamma_0)
 
 
 class SimpleObjective(_Objective):
@@ -311,13 +311,13 @@ class BoundEvaluation:
 
     Attributes:
         bpd (`float`): mean of the bound over images and repeats, bits/dim.
-        stderr_bpd (`float`): standard error of `bpd` as an estimate for *these* images, from the spread of the repeats;
+        stderr_bpd (`float`): standard error of `bpd` as an estimate for *these* images, by the spread of the repeats,
             NaN for a single one. (Images of one repeat share a lattice of t and are not independent.)
         prior_bpd, reconstruction_bpd, diffusion_bpd (`float`): its terms.
         num_images, num_samples (`int`): N, and how many draws of (t, ε, ε_0) each image got.
         num_timesteps (`int` or `None`): T, or `None` for continuous time. No bits/dim without its T.
         per_image_bpd (`torch.Tensor` of shape `(N,)`): mean over the draws of each image.
-        gamma_t, mse, diffusion_terms_bpd (`torch.Tensor` of shape `(num_samples, N)`): the draws of the diffusion term.
+        gamma_t, mse, diffusion_terms_bpd (`torch.Tensor` of shape `(num_samples, N)`): draws of the diffusion term.
     """
 
     bpd: float

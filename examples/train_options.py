@@ -6,7 +6,6 @@ import argparse
 import math
 from pathlib import Path
 
-
 ON_OFF = argparse.BooleanOptionalAction
 # name, default, help. A type stands for an option without a default; a tuple for choices, the first the default
 OPTIONS: dict[str, list[tuple]] = {
@@ -143,6 +142,6 @@ def check_options(o: argparse.Namespace) -> None:
         raise ValueError(f"--output_dir {folder} is a file")
     if (folder / "metrics.jsonl").exists() and not (o.overwrite_output_dir or o.resume_from_checkpoint):
         raise ValueError(
-            f"--output_dir {folder} holds another run; go on with it by --resume_from_checkpoint latest, replace it by "
+            f"--output_dir {folder} holds another run; go on by --resume_from_checkpoint latest, replace it by "
             "--overwrite_output_dir, or name another folder"
         )

@@ -1,0 +1,99 @@
+"""Draw images from a saved model.
+
+    python examples/sample.py --model runs/digits
+    python examples/sample.py --model user/vdm-cifar10 --num_images 16 --num_inference_steps 1000 --device cuda
+
+Writes a grid of the images (and with --images_dir each one as a PNG), and prints a small table. Every image has a
+stream of noise of its own, a function of (seed, index): it does not depend on how many are drawn, nor in what batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of a saved pipeline, or repository on the Hub")
+    parser.add_argument("--output", default="samples.png", help="file of the grid (default: samples.png)")
+    parser.add_argument("--images_dir", help="also write every image into this folder")
+    parser.add_argument("--num_images", type=int, default=64, help="default: 64")
+    parser.add_argument("--batch_size", type=int, default=64, help="images drawn at once (default: 64)")
+    parser.add_argument("--num_inference_steps", type=int, default=250, help="default: 250")
+    parser.add_argument("--class_labels", type=int, nargs="*", help="classes, repeated until there are enough")
+    parser.add_argument("--decode", choices=("mode", "sample"), default="mode", help="of p(x | z_0); default: mode")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="network's")
+    options = parser.parse_args(arguments)
+    for name in ("num_images", "batch_size", "num_inference_steps"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be positive, got {getattr(options, name)}")
+    if not Path(options.output).suffix:
+        parser.error(f"--output must name an image file, as samples.png, got {options.output}")
+    return options
+
+
+def main(options: argparse.Namespace) -> None:
+    import torch
+    from tqdm.auto import tqdm
+
+    from diffusers_vdm import VDMPipeline
+    from diffusers_vdm.plots import image_grid
+    from diffusers_vdm.vlb import keyed_generator
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pipe = VDMPipeline.from_pretrained(options.model, torch_dtype=getattr(torch, options.dtype)).to(device)
+    pipe.set_progress_bar_config(leave=False)
+    given, labels = options.class_labels, None
+    if given:
+        labels = [given[i % len(given)] for i in range(options.num_images)]
+
+    start, images = time.perf_counter(), []
+    batches = range(0, options.num_images, options.batch_size)
+    for first in tqdm(batches, desc="batches", disable=len(batches) == 1):
+        index = range(first, min(first + options.batch_size, options.num_images))
+        images.append(
+            pipe(
+                len(index),
+                options.num_inference_steps,
+                [keyed_generator(options.seed, "sample", i) for i in index],
+                labels and labels[index.start : index.stop],
+                decode=options.decode,
+                output_type="pt",
+            ).images.cpu()
+        )
+    images = torch.cat(images)
+    seconds = time.perf_counter() - start
+
+    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+    image_grid(images).save(options.output)
+    if options.images_dir:
+        folder = Path(options.images_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, image in enumerate(pipe.numpy_to_pil(images.permute(0, 2, 3, 1).numpy())):
+            image.save(folder / f"{i:05d}.png")
+
+    table = [
+        ("images", f"{len(images)} of {tuple(images.shape[1:])}, {pipe.config.num_levels} levels"),
+        ("sampler", f"{type(pipe.scheduler).__name__}, {options.num_inference_steps} steps, seed {options.seed}"),
+        ("time", f"{seconds:.1f} s on {device}, {len(images) / seconds:.2f} images/s"),
+        ("pixel mean ± std", f"{images.mean():.3f} ± {images.std():.3f} of [0, 1]"),
+    ]
+    metrics = Path(options.model) / "metrics.jsonl"
+    if metrics.is_file():
+        lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+        last = next((line for line in reversed(lines) if "eval_bpd" in line), None)
+        if last:
+            error = f" ± {last['eval_bpd_stderr']:.4f}" if last["eval_bpd_stderr"] else ""
+            table.append(("held-out bits/dim", f"{last['eval_bpd']:.4f}{error} at step {last['step']}"))
+    table.append(("written", options.output))
+    for name, value in table:
+        print(f"  {name:<20}{value}")
+
+
+if __name__ == "__main__":
+    main(parse_options())
