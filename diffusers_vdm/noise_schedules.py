@@ -22,7 +22,7 @@ from torch import nn
 
 from .diffusion import gamma_from_log_alpha_squared, prior_kl_nats
 
-# where the T-step prior KL of a schedule is above this, sampling starts from noise that training never saw
+# bits/dim above which sampling starts from noise that training never saw
 PRIOR_KL_WARNING_BPD = 0.01
 
 
@@ -113,7 +113,7 @@ class NoiseSchedule(ModelMixin, ConfigMixin):
     def timestep(self, t: torch.Tensor, gamma_t: torch.Tensor) -> torch.Tensor:
         """What the network is conditioned on: `num_train_timesteps` · (γ − γ_min)/(γ_max − γ_min).
 
-        γ_min and γ_max are the *configured* ends, as in the official network: its meaning stays while ends are learned.
+        γ_min and γ_max are the *configured* ends, as in the official network, also while ends are learned.
         """
         low, high = self.config.gamma_min, self.config.gamma_max
         return self.config.num_train_timesteps * (gamma_t - low) / (high - low)
@@ -121,8 +121,7 @@ class NoiseSchedule(ModelMixin, ConfigMixin):
     @torch.no_grad()
     def table(self, num_knots: int = 1025) -> torch.Tensor:
         """γ at `num_knots` equidistant times from 0 to 1, float64 on the CPU, shape `(num_knots,)`."""
-        t = torch.linspace(0, 1, num_knots, dtype=torch.float64, device=self._device())
-        return self.forward(t).cpu()
+        return self.forward(torch.linspace(0, 1, num_knots, dtype=torch.float64, device=self._device())).cpu()
 
     @torch.no_grad()
     def describe(self, data_power: float = 0.25) -> ScheduleSummary:
@@ -345,7 +344,7 @@ class TableGamma(NoiseSchedule):
         self._gammas = gammas
         self._knot_slopes = _pchip_slopes(gammas)
 
-    def ends(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def ends(self):
         return self._gammas[0], self._gammas[-1]
 
     def gamma_and_slope(self, t, scale_shape_grad=None):
@@ -393,7 +392,7 @@ class LinearBetaGamma(TableGamma):
         return t * (self.config.num_train_timesteps - 1)
 
     def table(self, num_knots: int | None = None) -> torch.Tensor:
-        """γ_i at DDPM's own indices unless another `num_knots` is asked for; see [`NoiseSchedule.table`]."""
+        """γ_i at DDPM's indices, or at `num_knots` times; see [`NoiseSchedule.table`]."""
         return self._gammas.clone() if num_knots is None else super().table(num_knots)
 
 

@@ -179,7 +179,7 @@ def _pixels(
             share = torch.rand(2, generator=keyed_generator(*crop_key)).tolist()
             left, top = int(share[0] * (width - resolution + 1)), int(share[1] * (height - resolution + 1))
         image = image.crop((left, top, left + resolution, top + resolution))
-    pixels = np.asarray(image)
+    pixels = np.array(image)
     return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 ON_OFF = argparse.BooleanOptionalAction
@@ -107,8 +109,21 @@ def parse_options(description: str, arguments: list[str] | None = None) -> argpa
     return options
 
 
+def check_choice(name: str, value: str | None, known: Iterable[str]) -> None:
+    if value is not None and value not in known:
+        close = difflib.get_close_matches(value, list(known), n=1)
+        raise ValueError(
+            f"--{name} {value!r} is unknown; "
+            + (f"did you mean {close[0]!r}?" if close else f"there are {sorted(known)}")
+        )
+
+
 def check_options(o: argparse.Namespace) -> None:
     """Everything that can be told before any work starts; fills in what depends on other options."""
+    from diffusers.optimization import SchedulerType
+
+    from diffusers_vdm import UNET_PRESETS
+
     o.digits = o.dataset_name is None and o.train_data_dir is None
     o.schedule = o.schedule or ("learned" if o.objective == "vdm" else "linear_beta")
     o.gamma_min = (-7.5 if o.digits else -13.3) if o.gamma_min is None else o.gamma_min
@@ -128,6 +143,8 @@ def check_options(o: argparse.Namespace) -> None:
     ):  # fmt: skip
         if bad:
             raise ValueError(message)
+    check_choice("preset", o.preset, UNET_PRESETS)
+    check_choice("lr_scheduler", o.lr_scheduler, [member.value for member in SchedulerType])
     positive = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_epochs", "learning_rate",
                 "max_grad_norm", "logging_steps", "eval_batch_size", "eval_samples", "num_images", "num_timesteps",
                 "ddpm_num_inference_steps", "checkpoints_total_limit", "resolution", "max_eval_images")  # fmt: skip

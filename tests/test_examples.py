@@ -1,0 +1,163 @@
+"""The examples as a user runs them: as commands, with small sizes, and what they leave behind."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+SMALL = (
+    "--train_batch_size 8 --max_train_steps 6 --logging_steps 2 --eval_steps 4 --checkpointing_steps 3 "
+    "--max_eval_images 20 --eval_samples 2 --num_images 4 --ddpm_num_inference_steps 5 --lr_warmup_steps 2"
+)
+
+
+def run(script, *arguments, processes=None, check=True):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "1"}
+    command = [sys.executable]
+    if processes:
+        launch = f"-m accelerate.commands.launch --multi_gpu --num_processes {processes} --num_machines 1"
+        command += [*launch.split(), "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    done = subprocess.run(
+        [*command, str(ROOT / "examples" / script), *map(str, arguments)],
+        env=environment, capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    if check:
+        assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_training_leaves_all_that_the_readme_promises_and_sampling_reads_it(tmp_path):
+    out = tmp_path / "run"
+    done = run("train.py", "--output_dir", out, *SMALL.split())
+    assert "histogram of each training pixel" in done.stdout and "this model, continuous time" in done.stdout
+    for name in ("model_index.json", "options.json", "metrics.jsonl", "samples.png", "schedule.png",
+                 "loss_by_gamma.png", "denoising.gif", "noise_schedule", "unet", "scheduler"):  # fmt: skip
+        assert (out / name).exists(), name
+    for name in ("samples.png", "schedule.png", "loss_by_gamma.png"):
+        with Image.open(out / name) as picture:
+            assert min(picture.size) > 50
+    with Image.open(out / "denoising.gif") as animation:
+        assert animation.n_frames == 5
+    lines = metrics(out)
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    last = lines[-1]
+    assert last["eval_num_images"] == 297 and last["eval_weights"] == "ema"
+    terms = sum(last[f"eval_{term}_bpd"] for term in ("prior", "reconstruction", "diffusion"))
+    assert last["eval_bpd"] == pytest.approx(terms)
+    recorded = json.loads((out / "options.json").read_text())
+    assert recorded["options"]["max_train_steps"] == 6 and len(recorded["data"]["fingerprint"]) == 16
+
+    grid = tmp_path / "grids" / "s.png"
+    done = run("sample.py", "--model", out, "--num_images", 3, "--batch_size", 2, "--num_inference_steps", 4,
+               "--output", grid, "--images_dir", tmp_path / "each", "--decode", "sample")  # fmt: skip
+    assert grid.exists() and len(list((tmp_path / "each").iterdir())) == 3
+    assert f"{last['eval_bpd']:.4f}" in done.stdout
+
+    # the same folder is not overwritten by mistake
+    done = run("train.py", "--output_dir", out, *SMALL.split(), check=False)
+    assert done.returncode == 2 and "holds another run" in done.stderr
+
+
+def weights(folder):
+    return [
+        (p.name, p.read_bytes()) for p in sorted(Path(folder).glob("*/*.safetensors")) if "checkpoint" not in str(p)
+    ]
+
+
+def numbers(folder):
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in metrics(folder)]
+
+
+@pytest.mark.slow
+def test_a_resumed_run_is_bit_for_bit_the_whole_run(tmp_path):
+    extra = ["--dropout", 0.1, "--gradient_accumulation_steps", 2]
+    run("train.py", "--output_dir", tmp_path / "whole", *SMALL.split(), *extra)
+    out = tmp_path / "part"
+    run("train.py", "--output_dir", out, *SMALL.split(), *extra)
+    # as if it had been killed after the first checkpoint
+    for p in out.glob("checkpoint-6/*"):
+        p.unlink()
+    (out / "checkpoint-6").rmdir()
+    for p in out.glob("*/*.safetensors"):
+        if "checkpoint" not in str(p):
+            p.unlink()
+    run("train.py", "--output_dir", out, "--resume_from_checkpoint", "latest", *SMALL.split(), *extra)
+    assert weights(out) == weights(tmp_path / "whole") != []
+    assert numbers(out) == numbers(tmp_path / "whole")
+    changed = [*SMALL.split(), *extra, "--learning_rate", 1]
+    done = run("train.py", "--output_dir", out, "--resume_from_checkpoint", "latest", *changed, check=False)
+    assert done.returncode != 0 and "learning_rate" in done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does(tmp_path):
+    run("train.py", "--output_dir", tmp_path / "one", *SMALL.split())
+    two = SMALL.replace("--train_batch_size 8", "--train_batch_size 4")
+    run("train.py", "--output_dir", tmp_path / "two", *two.split(), processes=2)
+    recorded = [json.loads((tmp_path / n / "options.json").read_text())["global_batch_size"] for n in ("one", "two")]
+    assert recorded == [8, 8]
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert a.keys() == b.keys()
+        for key in a.keys() & {"train_bpd", "eval_bpd"}:
+            assert a[key] == pytest.approx(b[key], rel=1e-4), key
+
+
+@pytest.mark.slow
+def test_ddpm_by_the_same_script(tmp_path):
+    out = tmp_path / "ddpm"
+    run("train.py", "--objective", "ddpm", "--schedule", "linear_beta", "--ddpm_num_steps", 100, "--output_dir", out,
+        "--class_conditional", *SMALL.split())  # fmt: skip
+    index = json.loads((out / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers_vdm.schedulers", "LinearBetaScheduler"]
+    assert metrics(out)[-1]["eval_num_timesteps"] == 99
+    run("sample.py", "--model", out, "--num_images", 2, "--num_inference_steps", 100, "--class_labels", 3, 5,
+        "--output", tmp_path / "s.png")  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_folder_of_colour_images(tmp_path):
+    from test_training import picture, write_folder
+
+    rng = np.random.default_rng(0)
+    data = write_folder(tmp_path / "data", [picture(rng, (16, 20)) for _ in range(9)])
+    out = tmp_path / "run"
+    run("train.py", "--train_data_dir", data, "--resolution", 16, "--random_flip", "--output_dir", out,
+        "--cache_dir", tmp_path / "cache", *SMALL.split())  # fmt: skip
+    config = json.loads((out / "unet" / "config.json").read_text())
+    assert (config["in_channels"], config["sample_size"]) == (3, 16)
+    assert json.loads((out / "model_index.json").read_text())["num_levels"] == 256
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--learning_rate", "-1"], "--learning_rate must be positive"),
+        (["--objective", "ddpm", "--schedule", "learned"], "cannot train γ"),
+        (["--gamma_min", "6"], "must be below --gamma_max"),
+        (["--dataset_name", "a", "--train_data_dir", "b"], "not both"),
+        (["--train_data_dir", "does/not/exist"], "is not a folder"),
+        (["--max_train_steps", "5", "--num_epochs", "1"], "not both"),
+        (["--preset", "digit"], "did you mean 'digits'"),
+        (["--lr_scheduler", "cosin"], "did you mean 'cosine'"),
+        (["--use_emma"], "unrecognized arguments"),
+        (["--use_ema", "False"], "unrecognized arguments"),
+    ],
+)
+def test_wrong_arguments_are_told_before_any_work(arguments, message, tmp_path, capsys):
+    from train_options import parse_options
+
+    with pytest.raises(SystemExit) as stop:
+        parse_options("", ["--output_dir", str(tmp_path / "out"), *arguments])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
