@@ -46,7 +46,8 @@ def main(options: argparse.Namespace) -> None:
     from diffusers_vdm.vlb import keyed_generator
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipe = VDMPipeline.from_pretrained(options.model, torch_dtype=getattr(torch, options.dtype)).to(device)
+    pipe = VDMPipeline.from_pretrained(options.model).to(device)
+    pipe.unet.to(getattr(torch, options.dtype))
     pipe.set_progress_bar_config(leave=False)
     given, labels = options.class_labels, None
     if given:

@@ -109,6 +109,8 @@ def main(o: argparse.Namespace) -> None:
             f"{os.environ['WORLD_SIZE']} processes were launched, but each would run alone and write into one folder; "
             "on a CPU, set ACCELERATE_USE_CPU=1 and launch with --multi_gpu --num_processes N"
         )
+    if accelerator.device.type == "cpu":  # `accelerate launch` leaves one thread, unless told otherwise
+        torch.set_num_threads(o.num_threads or max(1, os.cpu_count() // world))
 
     train, test = load_data(o, progress_bar=is_main)
     torch.manual_seed(training.key_to_seed(o.seed, "weights"))

@@ -61,6 +61,7 @@ OPTIONS: dict[str, list[tuple]] = {
         ("allow_tf32", False, "TF32 matrix products; they move bits/dim"),
         ("gradient_checkpointing", False, "less memory, more time"),
         ("seed", 0, "key of all randomness"),
+        ("num_threads", int, "CPU threads of a process; all cores, shared by the processes, if not given"),
     ],
     "output": [
         ("output_dir", "runs/vdm", "folder of everything that is written"),
