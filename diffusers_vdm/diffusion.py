@@ -57,17 +57,40 @@ def gamma_from_log_alpha_squared(log_alpha_squared: torch.Tensor) -> torch.Tenso
     return torch.where(y < 30, torch.log(torch.expm1(y.clamp(max=30))), y + torch.log1p(-torch.exp(-y)))
 
 
+def linear_betas(
+    num_train_timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02, rescale: bool = True
+) -> torch.Tensor:
+    """β_i linear from `beta_start` to `beta_end`, times 1000/T if `rescale` [DDPM §4]; float64, shape `(T,)`.
+
+    Raises: `ValueError` unless T ≥ 2, 0 < β_start ≤ β_end, and all β < 1 after rescaling.
+    """
+    if not isinstance(num_train_timesteps, int) or num_train_timesteps < 2:
+        raise ValueError(f"num_train_timesteps must be an integer of at least 2, got {num_train_timesteps!r}.")
+    scale = 1000 / num_train_timesteps if rescale else 1.0
+    if not 0 < beta_start <= beta_end or not beta_end * scale < 1:
+        raise ValueError(
+            f"betas must satisfy 0 < beta_start <= beta_end and beta_end < 1 after rescaling, got "
+            f"beta_start={beta_start}, beta_end={beta_end} times {scale:g} for num_train_timesteps="
+            f"{num_train_timesteps}; use more steps, or rescale_betas=False with betas of your own."
+        )
+    return torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float64) * scale
+
+
+def gammas_from_betas(betas: torch.Tensor) -> torch.Tensor:
+    """γ_i = log((1 − ᾱ_i)/ᾱ_i), ᾱ_i = Π_{j ≤ i} (1 − β_j), by the sum of log(1 − β) in float64. Shape of `betas`."""
+    return gamma_from_log_alpha_squared(torch.log1p(-betas.double()).cumsum(0))
+
+
 def expand_like(coefficient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """A coefficient of shape `()` or `(B,)` in the device, float type and number of dimensions of `x` `(B, ...)`."""
+    """A coefficient of shape `()` or `(B,)` on the device of `x` `(B, ...)`, of as many axes, float32 or better."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     if coefficient.ndim > 1 or (coefficient.ndim == 1 and coefficient.shape[0] not in (1, x.shape[0])):
         raise ValueError(
             f"gamma must have shape () or ({x.shape[0]},) to go with data of shape {tuple(x.shape)}, "
             f"got {tuple(coefficient.shape)}; give one noise level, or one for each sample."
         )
-    if coefficient.ndim == 1:
-        coefficient = coefficient.reshape(-1, *[1] * (x.ndim - 1))
-    return coefficient.to(device=x.device, dtype=dtype)
+    # of as many dimensions as x, because a tensor without any would not promote a half-precision x
+    return coefficient.to(device=x.device, dtype=dtype).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def q_sample(x: torch.Tensor, eps: torch.Tensor, gamma_t: torch.Tensor) -> torch.Tensor:
@@ -193,7 +216,7 @@ def prior_kl_nats(x: torch.Tensor, gamma_1: torch.Tensor) -> torch.Tensor:
     alpha_squared = torch.sigmoid(-gamma_1)
     # σ₁² − 1 − log σ₁² = −α₁² − log(1 − α₁²), of order α₁⁴: as log1p it keeps its digits
     constant = -alpha_squared - torch.log1p(-alpha_squared)
-    return 0.5 * (expand_like(alpha_squared, x) * x.square() + expand_like(constant, x))
+    return 0.5 * (expand_like(alpha_squared, x) * x * x + expand_like(constant, x))
 
 
 # ---- data are integers -------------------------------------------------------------------------------------------
@@ -236,10 +259,14 @@ def decoder_log_prob_nats(
     y = z_0 / expand_like(alpha(gamma_0), z_0)
     precision = expand_like(snr(gamma_0), y)
     radius = _decoder_radius(gamma_0, num_levels, max_gamma_0)
-    log_normaliser = _LogNormaliser.apply(y, precision, num_levels, radius)
-    x = x_from_levels(levels, num_levels, y.dtype)
+    nearest = nearest_levels(y.detach(), num_levels)
+    d = y - x_from_levels(nearest, num_levels, y.dtype)
+    # all relative to the nearest level, as (y − x_k)² − d² = o (o + 2d) with the exact o = x_nearest − x_k: squares of
+    # y itself would lose every digit of their difference where y is far outside of the data
+    offset = (nearest - levels).to(y.dtype) * (2 / num_levels)
+    log_normaliser = _LogNormaliser.apply(d, precision, nearest, num_levels, radius)
     # below 0 in exact arithmetic; rounding must not make a likelihood above 1
-    return (-0.5 * precision * (y - x).square() - log_normaliser).clamp(max=0)
+    return (-0.5 * precision * offset * (offset + 2 * d) - log_normaliser).clamp(max=0)
 
 
 def decode(
@@ -264,14 +291,16 @@ def decode(
     mode = nearest_levels(y, num_levels)
     if not draw or bool((gamma_0 == -math.inf).all()):
         return mode
+    gamma_0 = gamma_0.clamp(min=-40)  # noise-free samples of a batch: so narrow that nothing but the mode is left
     precision = expand_like(snr(gamma_0), y)
     radius = _decoder_radius(gamma_0, num_levels, None)
     # a uniform number through randn_tensor, which knows lists of generators: Φ(n)
     noise = randn_tensor(y.shape, generator=generator, device=y.device, dtype=y.dtype)
-    threshold = 0.5 * torch.erfc(-noise / math.sqrt(2)) * _level_sums(y, precision, num_levels, radius)[0]
+    d = y - x_from_levels(mode, num_levels, y.dtype)
+    threshold = 0.5 * torch.erfc(-noise / math.sqrt(2)) * _level_sums(d, precision, mode, num_levels, radius)[0]
     level, passed = mode.clone(), torch.zeros_like(y)
     found = torch.zeros_like(y, dtype=torch.bool)
-    for k, weight, _ in _visit_levels(y, precision, num_levels, radius):
+    for k, weight, _ in _visit_levels(d, precision, mode, num_levels, radius):
         passed = passed + weight
         hit = ~found & (passed >= threshold) & (weight > 0)
         level = torch.where(hit, torch.as_tensor(k, device=y.device), level)
@@ -281,58 +310,60 @@ def decode(
 
 def _decoder_radius(gamma_0: torch.Tensor, num_levels: int, max_gamma_0: float | None) -> int:
     """How many levels on each side of the nearest one weigh more than e^{−72}: their distance is below 12 σ_0/α_0."""
-    gamma = float(gamma_0.detach().max()) if max_gamma_0 is None else max_gamma_0
-    if not math.isfinite(gamma):
-        raise ValueError(f"gamma_0 must be finite to give p(x | z_0) a width, got {gamma}.")
+    gamma = max_gamma_0
+    if gamma is None:
+        low, gamma = (float(end) for end in gamma_0.detach().aminmax())
+        if not (math.isfinite(low) and math.isfinite(gamma)):
+            raise ValueError(
+                f"gamma_0 must be finite to give p(x | z_0) a width, got {low if low < gamma else gamma}."
+            )
     reach = 12 * math.exp(min(0.5 * gamma, 50.0)) * num_levels / 2
     return min(math.ceil(reach) + 1, num_levels - 1)
 
 
-def _visit_levels(y: torch.Tensor, precision: torch.Tensor, num_levels: int, radius: int):
-    """Yields `(k, weight of level k relative to the nearest, y − x_k)`, in increasing order of k."""
-    nearest = nearest_levels(y, num_levels)
-    d_nearest = y - x_from_levels(nearest, num_levels, y.dtype)
+def _visit_levels(d: torch.Tensor, precision: torch.Tensor, nearest: torch.Tensor, num_levels: int, radius: int):
+    """Yields `(k, weight of level k relative to the nearest, o)` in increasing order of k.
+
+    o = x_nearest − x_k, d = y − x_nearest, and the weight is exp(−½ P ((d + o)² − d²)).
+    """
     whole = 2 * radius + 1 >= num_levels
-    for k in range(num_levels) if whole else (nearest + offset for offset in range(-radius, radius + 1)):
-        steps = k - nearest
-        d = d_nearest - steps.to(y.dtype) * (2 / num_levels)
-        # d² − d_nearest² as a product: the difference of two large squares would lose its digits
-        weight = torch.exp(-0.5 * precision * (d - d_nearest) * (d + d_nearest))
+    for k in range(num_levels) if whole else (nearest + step for step in range(-radius, radius + 1)):
+        offset = (nearest - k).to(d.dtype) * (2 / num_levels)
+        weight = torch.exp(-0.5 * precision * offset * (offset + 2 * d))
         if not whole:
             weight = torch.where((k >= 0) & (k < num_levels), weight, 0)
-        yield k, weight, d
+        yield k, weight, offset
 
 
-def _level_sums(y: torch.Tensor, precision: torch.Tensor, num_levels: int, radius: int) -> tuple[torch.Tensor, ...]:
-    """Σ w, Σ w d and Σ w d² over the levels, with w relative to the nearest level and d = y − x_k."""
-    total, first, second = torch.zeros_like(y), torch.zeros_like(y), torch.zeros_like(y)
-    for _, weight, d in _visit_levels(y, precision, num_levels, radius):
+def _level_sums(d, precision, nearest, num_levels: int, radius: int) -> tuple[torch.Tensor, ...]:
+    """Σ w, Σ w o and Σ w o (o + 2d) over the levels, see [`_visit_levels`]."""
+    total, first, second = torch.zeros_like(d), torch.zeros_like(d), torch.zeros_like(d)
+    for _, weight, offset in _visit_levels(d, precision, nearest, num_levels, radius):
         total += weight
-        first += weight * d
-        second += weight * d.square()
+        first += weight * offset
+        second += weight * offset * (offset + 2 * d)
     return total, first, second
 
 
 class _LogNormaliser(torch.autograd.Function):
-    """log Σ_k exp(−½ P (y − x_k)²) with the moments of y − x_k kept for the backward pass, and nothing else."""
+    """log Σ_k exp(−½ P o_k (o_k + 2d)) with two moments kept for the backward pass, and nothing else."""
 
     @staticmethod
-    def forward(ctx, y, precision, num_levels, radius):
-        total, first, second = _level_sums(y, precision, num_levels, radius)
+    def forward(ctx, d, precision, nearest, num_levels, radius):
+        total, first, second = _level_sums(d, precision, nearest, num_levels, radius)
         ctx.save_for_backward(precision, first / total, second / total)
-        d_nearest = y - x_from_levels(nearest_levels(y, num_levels), num_levels, y.dtype)
-        return torch.log(total) - 0.5 * precision * d_nearest.square()
+        return torch.log(total)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        precision, mean_d, mean_d_squared = ctx.saved_tensors
-        grad_y = grad_precision = None
+        precision, first, second = ctx.saved_tensors
+        grad_d = grad_precision = None
         if ctx.needs_input_grad[0]:
-            grad_y = -grad * precision * mean_d
+            grad_d = -grad * precision * first
         if ctx.needs_input_grad[1]:
-            grad_precision = (-0.5 * grad * mean_d_squared).sum_to_size(precision.shape)
-        return grad_y, grad_precision, None, None
+            grad_precision = (-0.5 * grad * second).sum_to_size(precision.shape)
+        return grad_d, grad_precision, None, None, None
 
 
 # ---- checks ------------------------------------------------------------------------------------------------------

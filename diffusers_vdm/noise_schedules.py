@@ -20,7 +20,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from .diffusion import gamma_from_log_alpha_squared, prior_kl_nats
+from .diffusion import gammas_from_betas, linear_betas, prior_kl_nats
 
 # bits/dim above which sampling starts from noise that training never saw
 PRIOR_KL_WARNING_BPD = 0.01
@@ -64,6 +64,11 @@ class NoiseSchedule(ModelMixin, ConfigMixin):
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         config, _ = cls.load_config(pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs)
         return cls.from_config(config).eval()
+
+    @classmethod
+    def from_config(cls, config=None, return_unused_kwargs: bool = False, **kwargs):
+        """As [`ConfigMixin.from_config`], with every value of the config as it is written."""
+        return super().from_config(as_written(config), return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def ends(self) -> tuple[torch.Tensor, torch.Tensor]:
         """γ(0) and γ(1), float64 tensors of shape `()`, differentiable where they are learned."""
@@ -166,6 +171,11 @@ class NoiseSchedule(ModelMixin, ConfigMixin):
         return super()._apply(keep_digits, recurse)
 
 
+def as_written(config):
+    """A config without diffusers' list of defaults: it holds arguments given by position too, and drops them."""
+    return {k: v for k, v in config.items() if k != "_use_default_values"} if isinstance(config, dict) else config
+
+
 def to_high_precision(tensor: torch.Tensor) -> torch.Tensor:
     """float64 where the device has it, else float32 (Apple's GPUs)."""
     return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
@@ -180,10 +190,10 @@ def check_ends(gamma_min: float, gamma_max: float) -> None:
         )
 
 
-def check_num_train_timesteps(num_train_timesteps: int, least: int = 1) -> None:
-    """Raises `ValueError` unless it is an integer of at least `least`."""
-    if not isinstance(num_train_timesteps, int) or num_train_timesteps < least:
-        raise ValueError(f"num_train_timesteps must be an integer of at least {least}, got {num_train_timesteps!r}.")
+def check_num_train_timesteps(num_train_timesteps: int) -> None:
+    """Raises `ValueError` unless it is a positive integer."""
+    if not isinstance(num_train_timesteps, int) or num_train_timesteps < 1:
+        raise ValueError(f"num_train_timesteps must be an integer of at least 1, got {num_train_timesteps!r}.")
 
 
 class _StraightLine(NoiseSchedule):
@@ -394,29 +404,6 @@ class LinearBetaGamma(TableGamma):
     def table(self, num_knots: int | None = None) -> torch.Tensor:
         """γ_i at DDPM's indices, or at `num_knots` times; see [`NoiseSchedule.table`]."""
         return self._gammas.clone() if num_knots is None else super().table(num_knots)
-
-
-def linear_betas(
-    num_train_timesteps: int, beta_start: float = 1e-4, beta_end: float = 0.02, rescale: bool = True
-) -> torch.Tensor:
-    """β_i linear from `beta_start` to `beta_end`, times 1000/T if `rescale` [DDPM §4]; float64, shape `(T,)`.
-
-    Raises: `ValueError` unless 0 < β_start ≤ β_end, and all β < 1 after rescaling.
-    """
-    check_num_train_timesteps(num_train_timesteps, least=2)
-    scale = 1000 / num_train_timesteps if rescale else 1.0
-    if not 0 < beta_start <= beta_end or not beta_end * scale < 1:
-        raise ValueError(
-            f"betas must satisfy 0 < beta_start <= beta_end and beta_end < 1 after rescaling, got "
-            f"beta_start={beta_start}, beta_end={beta_end} times {scale:g} for num_train_timesteps="
-            f"{num_train_timesteps}; use more steps, or rescale_betas=False with betas of your own."
-        )
-    return torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float64) * scale
-
-
-def gammas_from_betas(betas: torch.Tensor) -> torch.Tensor:
-    """γ_i = log((1 − ᾱ_i)/ᾱ_i), from the sum of log(1 − β) in float64: no 1 − ᾱ is ever taken. Shape of `betas`."""
-    return gamma_from_log_alpha_squared(torch.log1p(-betas.double()).cumsum(0))
 
 
 def check_gamma_table(gammas: torch.Tensor) -> None:

@@ -23,7 +23,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from . import diffusion
 from .diffusion import Generators, PredictionType
-from .noise_schedules import LinearBetaGamma, NoiseSchedule, TableGamma, check_ends, check_gamma_table
+from .noise_schedules import LinearBetaGamma, NoiseSchedule, TableGamma, as_written, check_ends, check_gamma_table
 
 # keys that configs of diffusers carry and that say nothing about γ or the step when they have these values
 _HARMLESS_FOREIGN_KEYS = {
@@ -202,8 +202,7 @@ class GammaScheduler(SchedulerMixin, ConfigMixin):
         Configs of diffusers' own schedulers are taken where they describe the same process; `ValueError` else.
         """
         if isinstance(config, dict):
-            # diffusers drops the values listed there, also where they were changed since: keep what is written
-            config = {key: value for key, value in config.items() if key != "_use_default_values"}
+            config = as_written(config)
             cls._refuse_unknown_keys({**config, **kwargs})
             if "beta_schedule" in config and "rescale_betas" not in kwargs:
                 config.setdefault("rescale_betas", False)  # diffusers never rescales, whatever the number of steps

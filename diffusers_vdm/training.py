@@ -362,7 +362,8 @@ _FREE_OPTIONS = {
     "output_dir", "overwrite_output_dir", "logging_steps", "eval_steps", "eval_batch_size", "eval_samples",
     "max_eval_images", "num_images", "ddpm_num_inference_steps", "checkpointing_steps", "checkpoints_total_limit",
     "resume_from_checkpoint", "logger", "logging_dir", "push_to_hub", "hub_model_id", "hub_token", "hub_private_repo",
-    "cache_dir", "dataloader_num_workers", "num_threads", "gradient_checkpointing", "train_batch_size", "gradient_accumulation_steps",
+    "cache_dir", "dataloader_num_workers", "num_threads", "gradient_checkpointing", "train_batch_size",
+    "gradient_accumulation_steps",
 }  # fmt: skip
 
 
@@ -437,7 +438,6 @@ def evaluation_metrics(result: BoundEvaluation) -> dict[str, Any]:
 
 
 def append_metrics(path: str | os.PathLike, metrics: dict[str, Any]) -> None:
-    """Adds a line of JSON to a file."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(metrics) + "\n")
 

@@ -85,7 +85,7 @@ class VDMUNet2DModel(UNet2DModel, AttentionMixin):
     ):
         _check_arguments(
             sample_size, in_channels, out_channels, block_out_channels, norm_num_groups, time_embedding_type,
-            input_residual, null_class, num_class_embeds,
+            input_residual, null_class, num_class_embeds, class_embed_type,
         )  # fmt: skip
         super().__init__(
             sample_size=sample_size,
@@ -157,12 +157,12 @@ class VDMUNet2DModel(UNet2DModel, AttentionMixin):
         emb = self._embed(timesteps, class_labels, augmentation_flags)
 
         hidden = 2 * sample - 1.0 if self.config.center_input_sample else sample
+        skip_sample = hidden.to(self.dtype)  # only the blocks with `skip_conv` use it
         if self.config.fourier_exponents:
             hidden = torch.cat([hidden, fourier_features(hidden, self.config.fourier_exponents)], dim=1)
         hidden = self.conv_in(hidden.to(self.dtype))
 
         skips: tuple[torch.Tensor, ...] = (hidden,)
-        skip_sample = sample.to(self.dtype)  # only the blocks with `skip_conv` use it
         for block in self.down_blocks:
             if hasattr(block, "skip_conv"):
                 hidden, new_skips, skip_sample = block(hidden_states=hidden, temb=emb, skip_sample=skip_sample)
@@ -190,11 +190,22 @@ class VDMUNet2DModel(UNet2DModel, AttentionMixin):
         return UNet2DOutput(sample=out) if return_dict else (out,)
 
     @classmethod
+    def from_config(cls, config=None, return_unused_kwargs: bool = False, **kwargs):
+        """As `ConfigMixin.from_config`; of a `UNet2DModel`'s config it makes the same network, defaults included."""
+        if isinstance(config, dict):  # what that class left at its defaults would else get ours
+            config = {key: value for key, value in config.items() if key != "_use_default_values"}
+            if "zero_init" not in config:
+                config["zero_init"] = False
+        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    @classmethod
     def from_preset(cls, preset: str, **overrides: Any) -> VDMUNet2DModel:
         """A fresh network of one of `UNET_PRESETS`, with any of its arguments replaced by `overrides`."""
         return cls(**unet_preset(preset, **overrides))
 
     def _embed(self, timesteps, class_labels, augmentation_flags) -> torch.Tensor:
+        if self.config.time_embedding_type == "learned":
+            timesteps = timesteps.long()  # indices of a table
         t_emb = self.time_proj(timesteps).to(self.dtype)
         if self.config.augmentation_flag:
             if augmentation_flags is None:
@@ -324,12 +335,15 @@ def unet_preset(preset: str, **overrides: Any) -> dict[str, Any]:
 
 def _check_arguments(
     sample_size, in_channels, out_channels, block_out_channels, norm_num_groups, time_embedding_type,
-    input_residual, null_class, num_class_embeds,
+    input_residual, null_class, num_class_embeds, class_embed_type,
 ) -> None:  # fmt: skip
     if input_residual and in_channels != out_channels:
         raise ValueError(f"input_residual needs in_channels == out_channels, got {in_channels} and {out_channels}.")
-    if null_class and num_class_embeds is None:
-        raise ValueError("null_class needs num_class_embeds, the number of real classes.")
+    if null_class and (num_class_embeds is None or class_embed_type is not None):
+        raise ValueError(
+            f"null_class needs num_class_embeds, the number of real classes, and no class_embed_type; got "
+            f"num_class_embeds={num_class_embeds}, class_embed_type={class_embed_type!r}."
+        )
     if time_embedding_type not in ("positional", "fourier", "learned"):
         raise ValueError(
             f"time_embedding_type must be 'positional', 'fourier' or 'learned', got {time_embedding_type!r}."

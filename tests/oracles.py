@@ -5,8 +5,8 @@ VDM = Kingma et al. 2021 (arXiv 2107.00630), DDPM = Ho et al. 2020 (arXiv 2006.1
 * `mp_…`: the formulas of the papers in mpmath, in the form in which the papers print them (products and differences of
   α², σ², ᾱ), at 60 digits: no cancellation matters there, so none of the tricks of the package is needed.
 * `GaussianData`: x ~ N(m, s²) has a closed-form denoiser, and a closed form for every term of the bound.
-* `GaussianMixture`: the same in any dimension for a mixture of isotropic Gaussians, with its exact log-density at every
-  noise level.
+* `GaussianMixture`: the same in any dimension for a mixture of isotropic Gaussians, with its exact log-density at
+  every noise level.
 * `GaussianDenoiser`, `MixtureDenoiser`: these as networks, `net(z, timesteps, return_dict=False)[0]`.
 """
 
@@ -20,7 +20,6 @@ import mpmath
 import numpy as np
 import torch
 from torch import nn
-
 
 MP = mpmath.mp.clone()
 MP.dps = 60

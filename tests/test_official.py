@@ -16,7 +16,6 @@ from torch import nn
 from diffusers_vdm import FixedLinearGamma, LearnedLinearGamma, VariationalBound, VDMScheduler, VDMUNet2DModel
 from diffusers_vdm.diffusion import decode, q_sample
 
-
 NAMES = ["tiny_scalar64", "tiny_scalar", "tiny_fixed"]
 NATS_PER_BPD = 3 * 32 * 32 * math.log(2)
 # blocks, number of channels, Fourier features

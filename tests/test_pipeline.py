@@ -1,0 +1,576 @@
+"""`VDMPipeline`: a plug-in that behaves as a pipeline of diffusers does, and what it promises beside."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    UNet2DModel,
+)
+
+from diffusers_vdm import (
+    FixedLinearGamma,
+    LearnedLinearGamma,
+    LinearBetaScheduler,
+    MonotoneGammaNetwork,
+    VDMPipeline,
+    VDMScheduler,
+    VDMUNet2DModel,
+    noise_schedules,
+    schedulers,
+    unet,
+)
+
+SMALL = {
+    "sample_size": 8,
+    "block_out_channels": (16,),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": 16,
+}
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def network(channels: int = 3, cls=VDMUNet2DModel, **arguments):
+    """A network that does something: out of its zero initialisation, and the same in every test."""
+    if cls is VDMUNet2DModel:
+        arguments = {"input_residual": True, **arguments}
+    else:
+        arguments = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), **arguments}
+    net = cls(**{**SMALL, "in_channels": channels, "out_channels": channels, **arguments})
+    source = generator(42)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(0.05 * torch.randn(parameter.shape, generator=source))
+        for module in net.modules():
+            if isinstance(module, torch.nn.GroupNorm):
+                module.weight.add_(1.0)
+    return net.eval()
+
+
+def pipeline(scheduler=None, noise_schedule=None, num_levels: int = 256, **arguments) -> VDMPipeline:
+    pipe = VDMPipeline(network(**arguments), scheduler or VDMScheduler(), noise_schedule, num_levels)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def learned() -> MonotoneGammaNetwork:
+    """A schedule that is not a straight line."""
+    schedule = MonotoneGammaNetwork(-9.0, 4.5, hidden_dim=8)
+    with torch.no_grad():
+        schedule.output_weight.copy_(5 * torch.rand(8, generator=generator(3)))
+    return schedule
+
+
+def sample(pipe, **kwargs):
+    arguments = {"num_inference_steps": 4, "generator": generator(7), "output_type": "latent"}
+    return pipe(**{**arguments, **kwargs}).images
+
+
+# ---- saving and loading ------------------------------------------------------------------------------------------
+
+
+def test_file_format(tmp_path):
+    # module paths stand in saved pipelines: to rename a file is to break them
+    schedule = learned()
+    pipeline(VDMScheduler.from_noise_schedule(schedule), schedule, num_levels=17).save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert {key: value for key, value in index.items() if key != "_diffusers_version"} == {
+        "_class_name": "VDMPipeline",
+        "unet": ["diffusers_vdm.unet", "VDMUNet2DModel"],
+        "scheduler": ["diffusers_vdm.schedulers", "VDMScheduler"],
+        "noise_schedule": ["diffusers_vdm.noise_schedules", "MonotoneGammaNetwork"],
+        "num_levels": 17,
+    }
+    assert VDMPipeline.__module__ == "diffusers_vdm.pipeline"
+    files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {
+        "model_index.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "scheduler/scheduler_config.json",
+        "noise_schedule/config.json",
+        "noise_schedule/diffusion_pytorch_model.safetensors",
+    }
+
+
+def test_modules_hold_the_names_that_diffusers_looks_for():
+    assert unet.ModelMixin and noise_schedules.ModelMixin and schedulers.SchedulerMixin
+
+
+@pytest.mark.parametrize("with_schedule", [False, True])
+@pytest.mark.parametrize("kind", ["learned", "linear beta"])
+def test_saved_pipeline_gives_the_same_samples(with_schedule, kind, tmp_path):
+    schedule = learned()
+    scheduler = LinearBetaScheduler(timestep_spacing="trailing")
+    if kind == "learned":
+        scheduler = VDMScheduler.from_noise_schedule(schedule)
+    pipe = pipeline(scheduler, schedule if with_schedule else None, num_levels=17, channels=1)
+    pipe.save_pretrained(tmp_path)
+    loaded = VDMPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded) is VDMPipeline and type(loaded.scheduler) is type(scheduler)
+    assert loaded.config.num_levels == 17
+    same_samples(loaded, pipe)
+    if with_schedule:
+        assert type(loaded.noise_schedule) is MonotoneGammaNetwork
+        assert torch.equal(loaded.noise_schedule.table(33), schedule.table(33))
+    else:
+        assert loaded.noise_schedule is None
+    # and once more: what was loaded can be saved
+    loaded.save_pretrained(tmp_path / "again")
+    again = VDMPipeline.from_pretrained(tmp_path / "again")
+    again.set_progress_bar_config(disable=True)
+    same_samples(again, pipe)
+
+
+def same_samples(loaded: VDMPipeline, pipe: VDMPipeline) -> None:
+    weights = pipe.unet.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in loaded.unet.state_dict().items())
+    # convolutions sum in another order where the file put the weights at another alignment; float64 does not care
+    for p in (loaded, pipe):
+        p.unet.double()
+    torch.testing.assert_close(sample(loaded), sample(pipe), rtol=1e-10, atol=1e-10)
+    assert torch.equal(sample(loaded, output_type="pt"), sample(pipe, output_type="pt"))
+
+
+def test_every_schedule_is_saved_and_loaded_with_its_pipeline(tmp_path):
+    for i, schedule in enumerate((FixedLinearGamma(-9.0, 4.0), LearnedLinearGamma(-9.0, 4.0), learned())):
+        pipeline(VDMScheduler.from_noise_schedule(schedule), schedule).save_pretrained(tmp_path / str(i))
+        loaded = VDMPipeline.from_pretrained(tmp_path / str(i))
+        assert type(loaded.noise_schedule) is type(schedule)
+        assert torch.equal(loaded.noise_schedule.table(9), schedule.table(9))
+
+
+def test_pipeline_with_a_stock_network_is_saved_and_loaded(tmp_path):
+    pipe = pipeline(LinearBetaScheduler(), cls=UNet2DModel)
+    pipe.save_pretrained(tmp_path)
+    loaded = VDMPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded.unet) is UNet2DModel
+    same_samples(loaded, pipe)
+
+
+def test_loading_needs_our_class(tmp_path):
+    # a fact of diffusers that the README tells: should it change, so should the README
+    pipeline().save_pretrained(tmp_path)
+    with pytest.raises(AttributeError, match="VDMPipeline"):
+        DiffusionPipeline.from_pretrained(tmp_path)
+
+
+def test_loading_needs_one_import_only(tmp_path):
+    schedule = learned()
+    pipe = pipeline(VDMScheduler.from_noise_schedule(schedule), schedule)
+    pipe.save_pretrained(tmp_path)
+    program = f"""
+import torch
+from diffusers_vdm import VDMPipeline
+torch.set_num_threads(1)
+pipe = VDMPipeline.from_pretrained({str(tmp_path)!r})
+pipe.set_progress_bar_config(disable=True)
+images = pipe(num_inference_steps=4, generator=torch.Generator().manual_seed(7), output_type="latent").images
+print(repr(float(images.double().sum())), type(pipe.noise_schedule).__name__)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    total, name = result.stdout.split()
+    assert name == "MonotoneGammaNetwork"
+    assert float(total) == pytest.approx(float(sample(pipe).double().sum()), rel=1e-4, abs=1e-4)
+
+
+def test_components_and_from_pipe():
+    schedule = learned()
+    pipe = pipeline(VDMScheduler.from_noise_schedule(schedule), schedule, num_levels=17)
+    assert set(pipe.components) == {"unet", "scheduler", "noise_schedule"}
+    expected = sample(pipe)
+    for other in (VDMPipeline(**pipe.components, num_levels=17), VDMPipeline.from_pipe(pipe)):
+        other.set_progress_bar_config(disable=True)
+        assert other.unet is pipe.unet and other.noise_schedule is schedule
+        assert other.config.num_levels == 17
+        assert torch.equal(sample(other), expected)
+    # another sampler around the same network
+    other = VDMPipeline.from_pipe(pipe, scheduler=VDMScheduler())
+    assert other.unet is pipe.unet and other.scheduler is not pipe.scheduler
+
+
+def test_scheduler_is_complete_without_the_module():
+    schedule = learned()
+    scheduler = VDMScheduler.from_noise_schedule(schedule)
+    with_it, without = pipeline(scheduler, schedule), pipeline(scheduler)
+    assert torch.equal(sample(with_it), sample(without))
+    with torch.no_grad():  # sampling reads the table only
+        schedule.output_weight.zero_()
+    assert torch.equal(sample(with_it), sample(without))
+
+
+@pytest.mark.parametrize("num_levels", [1, 257, 0])
+def test_wrong_number_of_levels(num_levels):
+    with pytest.raises(ValueError, match=r"num_levels must be within \[2, 256\]"):
+        pipeline(num_levels=num_levels)
+
+
+# ---- what it returns ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("num_levels", [2, 17, 256])
+def test_output_types(channels, num_levels):
+    pipe = pipeline(num_levels=num_levels, channels=channels, sample_size=(8, 6))
+    images = {kind: sample(pipe, batch_size=2, output_type=kind) for kind in ("pil", "np", "pt", "latent")}
+    assert images["latent"].shape == images["pt"].shape == (2, channels, 8, 6)
+    assert images["np"].shape == (2, 8, 6, channels)
+    assert isinstance(images["np"], np.ndarray) and images["np"].dtype == np.float32
+    assert images["pt"].dtype == images["latent"].dtype == torch.float32
+    levels = images["pt"].double() * (num_levels - 1)
+    torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-4)
+    assert images["pt"].min() >= 0 and images["pt"].max() <= 1
+    assert len(levels.round().unique()) > (num_levels > 2)
+    np.testing.assert_array_equal(images["np"], images["pt"].permute(0, 2, 3, 1).numpy())
+    assert [image.size for image in images["pil"]] == [(6, 8)] * 2
+    assert images["pil"][0].mode == {1: "L", 3: "RGB", 4: "RGBA"}[channels]
+    pixels = np.stack([np.asarray(image).reshape(8, 6, channels) for image in images["pil"]])
+    np.testing.assert_array_equal(pixels, np.round(255 * images["np"]))
+    # the mode of p(x | z_0) is the level nearest to z_0/α_0
+    x = images["latent"].double() / torch.sigmoid(torch.tensor(13.3, dtype=torch.float64)).sqrt()
+    nearest = ((x + 1) * num_levels / 2).floor().clamp(0, num_levels - 1)
+    assert torch.equal(nearest, levels.round())
+
+
+def test_return_dict():
+    pipe = pipeline()
+    as_tuple = pipe(num_inference_steps=2, generator=generator(), output_type="pt", return_dict=False)
+    assert isinstance(as_tuple, tuple) and len(as_tuple) == 1
+    assert torch.equal(as_tuple[0], pipe(num_inference_steps=2, generator=generator(), output_type="pt").images)
+    assert pipe(num_inference_steps=1, generator=generator()).images[0].size == (8, 8)  # PIL by default
+
+
+def test_number_of_steps():
+    pipe = pipeline()
+    calls = []
+    pipe.unet.register_forward_pre_hook(lambda module, args: calls.append(float(args[1])))
+    sample(pipe, num_inference_steps=5)
+    assert len(calls) == pipe.num_timesteps == 5
+    np.testing.assert_allclose(calls, [1000, 800, 600, 400, 200], rtol=1e-6)
+    calls.clear()
+    sample(pipe, num_inference_steps=None)
+    assert len(calls) == pipe.num_timesteps == 250
+    calls.clear()
+    sample(pipe, num_inference_steps=None, timesteps=[990.0, 500.5, 3.25])
+    assert calls == [990.0, 500.5, 3.25]
+
+
+def test_sampling_is_that_of_the_scheduler():
+    # the loop written out: nothing is added to it, nothing left out
+    pipe, source = pipeline(VDMScheduler.from_noise_schedule(learned())), generator(7)
+    latents = torch.randn(2, 3, 8, 8, generator=source)
+    scheduler = VDMScheduler.from_noise_schedule(learned())
+    scheduler.set_timesteps(4)
+    for t in scheduler.timesteps:
+        with torch.no_grad():
+            eps_hat = pipe.unet(latents, t).sample
+        latents = scheduler.step(eps_hat, t, latents, generator=source).prev_sample
+    assert torch.equal(sample(pipe, batch_size=2), latents)
+
+
+def test_no_gradients_and_no_change_of_mode():
+    pipe = pipeline()
+    pipe.unet.train()
+    assert not sample(pipe).requires_grad
+    assert pipe.unet.training  # the caller's business
+
+
+# ---- randomness --------------------------------------------------------------------------------------------------
+
+
+def test_generator_decides():
+    pipe = pipeline()
+    assert torch.equal(sample(pipe), sample(pipe))
+    assert not torch.equal(sample(pipe), sample(pipe, generator=generator(8)))
+    state = torch.get_rng_state()
+    sample(pipe, output_type="pt", decode="sample")
+    assert torch.equal(torch.get_rng_state(), state)
+    batch = sample(pipe, batch_size=3)
+    assert not torch.equal(batch[0], batch[1]) and not torch.equal(batch[1], batch[2])
+
+
+@pytest.mark.parametrize("decode", ["mode", "sample"])
+def test_list_of_generators_makes_images_independent_of_their_batch(decode):
+    pipe = pipeline(VDMScheduler(gamma_min=-3.0), num_levels=17)
+    pipe.unet.double()  # so that the batch size changes no digit that matters
+    kwargs = {"decode": decode, "output_type": "pt"}
+    batch = sample(pipe, batch_size=3, generator=[generator(s) for s in (5, 6, 7)], **kwargs)
+    for i, seed in enumerate((5, 6, 7)):
+        assert torch.equal(batch[i], sample(pipe, generator=[generator(seed)], **kwargs)[0])
+        assert torch.equal(batch[i], sample(pipe, generator=generator(seed), **kwargs)[0])
+    swapped = sample(pipe, batch_size=3, generator=[generator(s) for s in (7, 6, 5)], **kwargs)
+    assert torch.equal(swapped.flip(0), batch)
+
+
+def test_decode_by_sampling():
+    # a high γ_0 leaves p(x | z_0) wide: draws then differ from its mode, and from each other
+    pipe = pipeline(VDMScheduler(gamma_min=-2.0), num_levels=17)
+    source = generator(7)
+    latents = sample(pipe, generator=source)
+    mode = sample(pipe, output_type="pt")
+    drawn = sample(pipe, output_type="pt", decode="sample")
+    assert not torch.equal(mode, drawn)
+    assert torch.equal(drawn, sample(pipe, output_type="pt", decode="sample"))
+    assert torch.equal(latents, sample(pipe, decode="sample"))  # the chain itself is the same
+    # at the γ_0 of the paper there is next to nothing to draw
+    narrow = pipeline(VDMScheduler(), num_levels=17)
+    assert torch.equal(sample(narrow, output_type="pt"), sample(narrow, output_type="pt", decode="sample"))
+
+
+def test_latents_argument():
+    pipe = pipeline()
+    z_1 = torch.randn(2, 3, 8, 8, generator=generator(1))
+    before = z_1.clone()
+    first = sample(pipe, batch_size=2, latents=z_1)
+    assert torch.equal(first, sample(pipe, batch_size=2, latents=z_1))
+    assert torch.equal(z_1, before)
+    assert not torch.equal(first, sample(pipe, batch_size=2, latents=-z_1))
+    # the same as drawing them, as long as the noise that follows is the same
+    source = generator(7)
+    drawn = torch.randn(2, 3, 8, 8, generator=source)
+    assert torch.equal(sample(pipe, batch_size=2, latents=drawn, generator=source), sample(pipe, batch_size=2))
+
+
+# ---- callbacks and the bar ---------------------------------------------------------------------------------------
+
+
+def test_callback_sees_every_step():
+    pipe, seen = pipeline(), []
+
+    def callback(this, step, timestep, tensors):
+        assert this is pipe and pipe.num_timesteps == 4
+        seen.append((step, float(timestep), {name: tensor.clone() for name, tensor in tensors.items()}))
+        return {}
+
+    final = sample(pipe, callback_on_step_end=callback)
+    assert [step for step, _, _ in seen] == [0, 1, 2, 3]
+    assert [t for _, t, _ in seen] == pipe.scheduler.timesteps.tolist()
+    assert all(set(tensors) == {"latents"} for _, _, tensors in seen)
+    assert torch.equal(seen[-1][2]["latents"], final)
+    assert torch.equal(sample(pipe), final)  # to look changes nothing
+    # nothing asked for, nothing given; and nothing need be returned
+    seen.clear()
+    sample(pipe, callback_on_step_end=lambda p, i, t, given: seen.append(given), callback_on_step_end_tensor_inputs=[])
+    assert seen == [{}] * 4
+    assert VDMPipeline._callback_tensor_inputs == ["latents"]
+
+
+def test_callback_can_replace_the_latents():
+    pipe = pipeline()
+    replaced = torch.full((1, 3, 8, 8), 0.25)
+    final = sample(pipe, callback_on_step_end=lambda p, i, t, given: {"latents": replaced} if i == 3 else {})
+    assert torch.equal(final, replaced)
+    # earlier, the chain goes on from there
+    early = sample(pipe, callback_on_step_end=lambda p, i, t, given: {"latents": replaced} if i == 1 else {})
+    assert not torch.equal(early, sample(pipe)) and not torch.equal(early, replaced)
+
+
+def test_progress_bar(capsys):
+    pipe = pipeline()
+    sample(pipe)
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+    pipe.set_progress_bar_config(disable=False, desc="drawing", leave=True)
+    sample(pipe)
+    assert "drawing" in capsys.readouterr().err
+
+
+# ---- classes -----------------------------------------------------------------------------------------------------
+
+
+def test_class_labels():
+    pipe = pipeline(num_class_embeds=4)
+    first = sample(pipe, batch_size=2, class_labels=1)
+    assert torch.equal(first, sample(pipe, batch_size=2, class_labels=[1, 1]))
+    assert torch.equal(first, sample(pipe, batch_size=2, class_labels=torch.tensor([1, 1])))
+    other = sample(pipe, batch_size=2, class_labels=[1, 3])
+    torch.testing.assert_close(other[0], first[0])
+    assert (other[1] - first[1]).abs().max() > 1e-3
+
+
+def test_null_class():
+    pipe = pipeline(num_class_embeds=4, null_class=True)
+    without = sample(pipe)
+    assert torch.equal(without, sample(pipe, class_labels=4))
+    assert not torch.equal(without, sample(pipe, class_labels=0))
+
+
+# ---- precision ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_network_keeps_float32_latents(dtype):
+    pipe = pipeline(fourier_exponents=(6, 7))
+    pipe.unet.to(dtype)
+    dtypes, inputs = [], []
+    pipe.unet.register_forward_pre_hook(lambda module, args: inputs.append(args[0].dtype))
+    final = sample(pipe, callback_on_step_end=lambda p, i, t, given: dtypes.append(given["latents"].dtype))
+    assert {*dtypes, *inputs, final.dtype} == {torch.float32}
+    assert final.isfinite().all()
+    assert isinstance(sample(pipe, output_type="np"), np.ndarray)
+
+
+def test_half_precision_stock_network_gets_what_it_can_take():
+    pipe = pipeline(cls=UNet2DModel)
+    pipe.unet.to(torch.bfloat16)
+    inputs = []
+    pipe.unet.register_forward_pre_hook(lambda module, args: inputs.append(args[0].dtype))
+    assert sample(pipe).dtype == torch.float32
+    assert set(inputs) == {torch.bfloat16}
+
+
+# its new name, `dtype`, is not known to the oldest diffusers that is supported
+@pytest.mark.filterwarnings("ignore:`torch_dtype` is deprecated:FutureWarning")
+def test_casting_the_pipeline_leaves_the_noise_levels_alone(tmp_path):
+    schedule = LearnedLinearGamma()
+    with torch.no_grad():
+        schedule.bias.fill_(-13.3717)
+        schedule.weight.fill_(24.6731)  # γ(1) = 11.3014, which bfloat16 would make 11.3125
+    table = schedule.table(65)
+    pipe = pipeline(VDMScheduler.from_noise_schedule(schedule), schedule)
+    x, noise = torch.ones(1, 3, 8, 8), torch.zeros(1, 3, 8, 8)
+
+    def levels(p):
+        p.scheduler.set_timesteps(7)
+        alphas = [p.scheduler.add_noise(x, noise, t[None]).flatten()[0] for t in p.scheduler.timesteps]
+        return p.scheduler.timesteps.clone(), torch.stack(alphas), p.scheduler.final_gamma
+
+    expected = levels(pipe)
+    pipe.save_pretrained(tmp_path)
+    for other in (pipe.to(torch.bfloat16), VDMPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)):
+        assert other.unet.dtype == torch.bfloat16
+        assert all(p.dtype == torch.float32 for p in other.noise_schedule.parameters())
+        assert torch.equal(other.noise_schedule.table(65), table)
+        for actual, value in zip(levels(other), expected, strict=True):
+            assert torch.equal(actual, value)
+
+
+# ---- with the schedulers and networks of diffusers ---------------------------------------------------------------
+
+
+# some schedulers of diffusers hand tensors to numpy.array, which NumPy 2.4 deprecates
+DIFFUSERS_AND_NUMPY = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+@pytest.mark.parametrize("scheduler", [VDMScheduler, LinearBetaScheduler])
+def test_stock_network_with_our_schedulers(scheduler):
+    images = sample(pipeline(scheduler(), cls=UNet2DModel), output_type="pt")
+    assert images.isfinite().all() and 0 <= images.min() < images.max() <= 1
+
+
+@DIFFUSERS_AND_NUMPY
+@pytest.mark.parametrize(
+    "scheduler", [DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler]
+)
+@pytest.mark.parametrize("cls", [VDMUNet2DModel, UNet2DModel])
+def test_schedulers_of_diffusers(scheduler, cls):
+    pipe = pipeline(scheduler(), cls=cls)
+    latents = sample(pipe, batch_size=2, generator=[generator(1), generator(2)])
+    assert latents.isfinite().all()
+    images = sample(pipe, output_type="pt")
+    assert 0 <= images.min() <= images.max() <= 1
+
+
+@pytest.mark.parametrize("cls", [VDMUNet2DModel, UNet2DModel])
+def test_equal_to_the_ddpm_pipeline_of_diffusers(cls):
+    net = network(cls=cls)
+    scheduler = DDPMScheduler(clip_sample=False)
+    theirs = DDPMPipeline(net, scheduler)
+    theirs.set_progress_bar_config(disable=True)
+    expected = theirs(batch_size=2, num_inference_steps=5, generator=generator(7), output_type="np").images
+    latents = sample(pipeline_of(net, scheduler), batch_size=2, num_inference_steps=5)
+    actual = (latents / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6)
+
+
+def pipeline_of(net, scheduler) -> VDMPipeline:
+    pipe = VDMPipeline(net, scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("scheduler", [VDMScheduler, LinearBetaScheduler])
+def test_our_schedulers_in_the_ddpm_pipeline_of_diffusers(scheduler):
+    net = network()
+    theirs = DDPMPipeline(net, scheduler())
+    theirs.set_progress_bar_config(disable=True)
+    expected = theirs(batch_size=2, num_inference_steps=5, generator=generator(7), output_type="np").images
+    latents = sample(pipeline_of(net, scheduler()), batch_size=2, num_inference_steps=5)
+    actual = (latents / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6)
+
+
+@DIFFUSERS_AND_NUMPY
+def test_scaled_noise_and_inputs_are_honoured():
+    # Euler starts from σ_max and divides its input by √(1 + σ²): without either, the network sees other noise
+    pipe, seen = pipeline(EulerDiscreteScheduler()), []
+    pipe.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0].std()))
+    sample(pipe, num_inference_steps=20)
+    assert 0.8 < seen[0] < 1.2
+
+
+# ---- errors ------------------------------------------------------------------------------------------------------
+
+
+ERRORS = {
+    "batch size 0": ({}, {"batch_size": 0}, "batch_size must be a positive integer"),
+    "batch size text": ({}, {"batch_size": "2"}, "batch_size must be a positive integer"),
+    "steps 0": ({}, {"num_inference_steps": 0}, "num_inference_steps must be a positive integer"),
+    "steps 2.5": ({}, {"num_inference_steps": 2.5}, "num_inference_steps must be a positive integer"),
+    "steps and timesteps": ({}, {"timesteps": [3.0]}, "either num_inference_steps or timesteps"),
+    "increasing timesteps": ({}, {"num_inference_steps": None, "timesteps": [1.0, 2.0]}, "decreasing"),
+    "timesteps out of range": ({}, {"num_inference_steps": None, "timesteps": [1200.0, 2.0]}, "must be within"),
+    "more steps than T": ({"scheduler": LinearBetaScheduler}, {"num_inference_steps": 1001}, "at most"),
+    "list of generators": ({}, {"generator": "one of two"}, "list of batch_size=2, got 1"),
+    "decode": ({}, {"decode": "draw"}, "decode must be 'mode' or 'sample'"),
+    "output type": ({}, {"output_type": "numpy"}, "output_type must be"),
+    "tensor names": ({}, {"callback_on_step_end_tensor_inputs": ["latents", "eps_hat"]}, r"got \['eps_hat'\]"),
+    "shape of latents": ({}, {"latents": torch.zeros(1, 3, 8, 8)}, r"latents must have shape \(2, 3, 8, 8\)"),
+    "labels without classes": ({}, {"class_labels": 1}, "without classes"),
+    "number of labels": ({"num_class_embeds": 4}, {"class_labels": [1, 2, 3]}, "one class or 2 of them"),
+    "label too high": ({"num_class_embeds": 4}, {"class_labels": [1, 4]}, r"class_labels must be within \[0, 4\)"),
+    "label too low": ({"num_class_embeds": 4}, {"class_labels": -1}, r"class_labels must be within \[0, 4\)"),
+    "no labels": ({"num_class_embeds": 4}, {}, "class_labels must be given"),
+    "no size": ({"sample_size": None}, {}, "sample_size is not set"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_come_before_any_work(case):
+    arguments, kwargs, message = ERRORS[case]
+    scheduler = arguments.get("scheduler", VDMScheduler)()
+    pipe = pipeline(scheduler, **{key: value for key, value in arguments.items() if key != "scheduler"})
+    calls, source = [], generator(7)
+    pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    state = source.get_state()
+    given = {"batch_size": 2, "generator": source, **kwargs}
+    if given["generator"] == "one of two":
+        given["generator"] = [source]
+    with pytest.raises(ValueError, match=message):
+        sample(pipe, **given)
+    assert not calls
+    # a caller who mends the call and goes on gets the images that the generator's seed promises
+    assert torch.equal(source.get_state(), state)
+
+
+def test_every_argument_is_typed():
+    # `from_pipe` drops components whose annotation it cannot read
+    for name in ("unet", "scheduler", "noise_schedule"):
+        assert name in VDMPipeline._get_signature_types()
+    assert VDMPipeline._optional_components == ["noise_schedule"]
