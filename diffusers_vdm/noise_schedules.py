@@ -92,7 +92,7 @@ class NoiseSchedule(ModelMixin, ConfigMixin):
         return self.gamma_and_slope(self._times(t))[0]
 
     def slope(self, t: torch.Tensor) -> torch.Tensor:
-        """dγ/dt > 0, float64, of the shape of `t` ∈ [0, 1]."""
+        """dγ/dt ≥ 0, float64, of the shape of `t` ∈ [0, 1]."""
         return self.gamma_and_slope(self._times(t))[1]
 
     @torch.no_grad()
@@ -357,6 +357,10 @@ class TableGamma(NoiseSchedule):
     def ends(self):
         return self._gammas[0], self._gammas[-1]
 
+    def table(self, num_knots: int | None = None) -> torch.Tensor:
+        """Its own knots, or γ at `num_knots` times; see [`NoiseSchedule.table`]."""
+        return self._gammas.clone() if num_knots is None else super().table(num_knots)
+
     def gamma_and_slope(self, t, scale_shape_grad=None):
         gammas, slopes = self._gammas.to(t), self._knot_slopes.to(t)
         n = len(gammas) - 1
@@ -400,10 +404,6 @@ class LinearBetaGamma(TableGamma):
     def timestep(self, t: torch.Tensor, gamma_t: torch.Tensor) -> torch.Tensor:
         """DDPM's own index i = t (T − 1). Shape of `t`."""
         return t * (self.config.num_train_timesteps - 1)
-
-    def table(self, num_knots: int | None = None) -> torch.Tensor:
-        """γ_i at DDPM's indices, or at `num_knots` times; see [`NoiseSchedule.table`]."""
-        return self._gammas.clone() if num_knots is None else super().table(num_knots)
 
 
 def check_gamma_table(gammas: torch.Tensor) -> None:

@@ -8,14 +8,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers import UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
-# diffusers finds the classes of a saved pipeline only in modules that are loaded by then
-from . import diffusion, noise_schedules, schedulers, unet  # noqa: F401
+# diffusers finds the classes of a saved pipeline only in modules that are loaded by then: schedulers, too
+from . import diffusion, schedulers  # noqa: F401
 from .diffusion import Generators
+from .noise_schedules import FixedLinearGamma, LearnedLinearGamma, LinearBetaGamma, MonotoneGammaNetwork, TableGamma
+from .unet import VDMUNet2DModel
+
+_Schedules = FixedLinearGamma | LearnedLinearGamma | MonotoneGammaNetwork | LinearBetaGamma | TableGamma
 
 
 class VDMPipeline(DiffusionPipeline):
@@ -35,9 +39,9 @@ class VDMPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        unet: ModelMixin,
+        unet: VDMUNet2DModel | UNet2DModel,  # by their exact classes: `from_pipe` compares them
         scheduler: SchedulerMixin,
-        noise_schedule: ModelMixin | None = None,
+        noise_schedule: _Schedules | None = None,
         num_levels: int = 256,
     ):
         super().__init__()
@@ -96,6 +100,10 @@ class VDMPipeline(DiffusionPipeline):
         device = self._execution_device
         labels = self._labels(class_labels, batch_size, device)
         shape = (batch_size, self.unet.config.in_channels, *self._image_size())
+        if timesteps is not None:
+            self.scheduler.set_timesteps(timesteps=timesteps, device=device)
+        else:
+            self.scheduler.set_timesteps(250 if num_inference_steps is None else num_inference_steps, device=device)
         if latents is None:
             # float32 whatever the network's type: a half-precision latent has no room for the last steps
             dtype = torch.promote_types(self.unet.dtype, torch.float32)
@@ -103,17 +111,12 @@ class VDMPipeline(DiffusionPipeline):
         elif tuple(latents.shape) != shape:
             raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}.")
         latents = latents.to(device) * self.scheduler.init_noise_sigma
-
-        if timesteps is not None:
-            self.scheduler.set_timesteps(timesteps=timesteps, device=device)
-        else:
-            self.scheduler.set_timesteps(num_inference_steps or 250, device=device)
         step_kwargs = {}
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             step_kwargs["generator"] = generator
         unet_kwargs = {} if labels is None else {"class_labels": labels}
         # diffusers' own networks do not cast their input
-        unet_dtype = None if isinstance(self.unet, unet.VDMUNet2DModel) else self.unet.dtype
+        unet_dtype = None if isinstance(self.unet, VDMUNet2DModel) else self.unet.dtype
 
         self._num_timesteps = len(self.scheduler.timesteps)
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
@@ -149,19 +152,24 @@ class VDMPipeline(DiffusionPipeline):
         return (size, size) if isinstance(size, int) else tuple(size)
 
     def _labels(self, class_labels, batch_size: int, device) -> torch.Tensor | None:
+        num_classes = self.unet.config.num_class_embeds
+        null_class = getattr(self.unet.config, "null_class", False)
         if class_labels is None:
+            if num_classes is not None and not null_class:
+                raise ValueError(
+                    f"class_labels must be given, within [0, {num_classes}): this network has no null class."
+                )
             return None
         if isinstance(class_labels, int):
             class_labels = [class_labels] * batch_size
         labels = torch.as_tensor(class_labels, dtype=torch.long, device=device)
-        num_classes = self.unet.config.num_class_embeds
         if labels.shape != (batch_size,):
             raise ValueError(
                 f"class_labels must be one class or {batch_size} of them, got shape {tuple(labels.shape)}."
             )
         if num_classes is None:
             raise ValueError("class_labels were given, but this network was trained without classes.")
-        highest = num_classes + (1 if getattr(self.unet.config, "null_class", False) else 0)
+        highest = num_classes + bool(null_class)
         if int(labels.min()) < 0 or int(labels.max()) >= highest:
             raise ValueError(f"class_labels must be within [0, {highest}), got {labels.tolist()}.")
         return labels
@@ -173,10 +181,6 @@ class VDMPipeline(DiffusionPipeline):
             raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}.")
         if num_inference_steps is not None and timesteps is not None:
             raise ValueError("give either num_inference_steps or timesteps, not both.")
-        if num_inference_steps is not None and (
-            int(num_inference_steps) != num_inference_steps or num_inference_steps < 1
-        ):
-            raise ValueError(f"num_inference_steps must be a positive integer, got {num_inference_steps!r}.")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"generator must be one, or a list of batch_size={batch_size}, got {len(generator)}.")
         if decode not in ("mode", "sample"):

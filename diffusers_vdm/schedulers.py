@@ -188,7 +188,8 @@ class GammaScheduler(SchedulerMixin, ConfigMixin):
                 f"timesteps={'None' if timesteps is None else 'a list'}."
             )
         if timesteps is None:
-            if int(num_inference_steps) != num_inference_steps or num_inference_steps < 1:
+            number = isinstance(num_inference_steps, int | float) and math.isfinite(num_inference_steps)
+            if not number or num_inference_steps < 1 or num_inference_steps % 1:
                 raise ValueError(f"num_inference_steps must be a positive integer, got {num_inference_steps!r}.")
         else:
             values = [float(t) for t in timesteps]
@@ -224,7 +225,8 @@ class GammaScheduler(SchedulerMixin, ConfigMixin):
                 )
             if key in _HARMLESS_FOREIGN_KEYS:
                 allowed = _HARMLESS_FOREIGN_KEYS[key]
-                if allowed is ... or value == allowed or (isinstance(allowed, tuple) and value in allowed):
+                scalar = value is None or isinstance(value, str | int | float)  # betas may be an array
+                if allowed is ... or (scalar and value in (allowed if isinstance(allowed, tuple) else (allowed,))):
                     continue
                 raise ValueError(
                     f"{cls.__name__} cannot honour {key}={value!r} of a {source} config; it knows only {allowed!r}."
@@ -282,8 +284,8 @@ class VDMScheduler(GammaScheduler):
     ) -> VDMScheduler:
         """A scheduler with γ(t) of `noise_schedule` baked into its config.
 
-        The table is exact at its knots; between them the error of 1,025 knots is about 2e-8 in γ for a smooth learned
-        schedule, and zero for the linear ones, which need two. `kwargs` are further arguments, `prediction_type` say.
+        The table is exact at its knots; between them the error of 1,025 knots is 1e-9 to 1e-7 in γ for learned
+        schedules, and zero for the linear ones, which need two. `kwargs` are further arguments.
         """
         if isinstance(noise_schedule, LinearBetaGamma):
             raise ValueError(
@@ -425,12 +427,12 @@ class LinearBetaScheduler(GammaScheduler):
                 values = torch.linspace(last, 0, n, dtype=torch.float64) if n > 1 else torch.tensor([float(last)])
             elif self.config.timestep_spacing == "leading":
                 values = torch.arange(n - 1, -1, -1, dtype=torch.float64) * (total // n)
-            else:
-                values = torch.arange(n, 0, -1, dtype=torch.float64) * (total / n) - 1
+            else:  # rounded before the subtraction, as diffusers does: halves go to the even number
+                values = (torch.arange(n, 0, -1, dtype=torch.float64) * (total / n)).round() - 1
             values = values.round().long()
         else:
-            values = torch.as_tensor([int(t) for t in timesteps])
-        self._set_chain(self._gammas_at(values), values, device)
+            values = torch.as_tensor(timesteps)
+        self._set_chain(self._gammas_at(values), values.long(), device)
 
     def _gammas_at(self, timesteps: torch.Tensor) -> torch.Tensor:
         indices = timesteps.detach().cpu()

@@ -16,6 +16,8 @@ import torch
 from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention import AttentionMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  diffusers looks for this name in the module
 from diffusers.models.unets.unet_2d import UNet2DOutput
@@ -127,6 +129,7 @@ class VDMUNet2DModel(UNet2DModel, AttentionMixin):
             self.class_embedding = nn.Embedding(num_class_embeds + 1, time_embed_dim)
         if zero_init:
             self._init_as_official()
+        self.set_attn_processor(ImageAttnProcessor())
 
     def forward(
         self,
@@ -256,6 +259,31 @@ class VDMUNet2DModel(UNet2DModel, AttentionMixin):
                 ends.append(module)
         for module in ends:
             nn.init.zeros_(module.weight)
+
+
+class ImageAttnProcessor:
+    """Self-attention over the pixels of an image, through diffusers' dispatcher of attention back-ends.
+
+    The processor that diffusers gives this kind of block calls PyTorch directly, so that `set_attention_backend` would
+    be accepted and do nothing.
+    """
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self, attn: Attention, hidden_states: torch.Tensor, encoder_hidden_states=None, attention_mask=None, temb=None
+    ) -> torch.Tensor:
+        residual = hidden_states
+        tokens = hidden_states.flatten(2)
+        tokens = (tokens if attn.group_norm is None else attn.group_norm(tokens)).transpose(1, 2)
+        query, key, value = (to(tokens).unflatten(2, (attn.heads, -1)) for to in (attn.to_q, attn.to_k, attn.to_v))
+        out = dispatch_attention_fn(query, key, value, backend=self._attention_backend)
+        out = attn.to_out[1](attn.to_out[0](out.flatten(2).to(query.dtype)))
+        out = out.transpose(1, 2).reshape(residual.shape)
+        if attn.residual_connection:
+            out = out + residual
+        return out / attn.rescale_output_factor
 
 
 def fourier_features(z: torch.Tensor, exponents: tuple[int, ...]) -> torch.Tensor:

@@ -84,6 +84,13 @@ def stratified_times(
     return to_high_precision((u + lattice) % 1.0).to(device or u.device)
 
 
+def _check_times(t: torch.Tensor, batch_size: int) -> None:
+    if t.shape != (batch_size,):
+        raise ValueError(f"t must have shape ({batch_size},), a time for each image, got {tuple(t.shape)}.")
+    if t.device.type == "cpu" and not bool(((t >= 0) & (t <= 1)).all()):
+        raise ValueError(f"t must be within [0, 1], got values from {float(t.min()):.6g} to {float(t.max()):.6g}.")
+
+
 class _Objective(nn.Module):
     """What both objectives share: the network, the schedule, and images that are integers."""
 
@@ -202,8 +209,7 @@ class VariationalBound(_Objective):
         x = self._data(images)
         if t is None:
             t = stratified_times(len(x), generator, x.device)
-        elif t.shape != (len(x),):
-            raise ValueError(f"t must have shape ({len(x)},), a time for each image, got {tuple(t.shape)}.")
+        _check_times(t, len(x))
         t = to_high_precision(t.to(x.device))
         eps, eps_0 = self._noise(x, eps, generator), self._noise(x, eps_0, generator)
 
@@ -274,7 +280,6 @@ class SimpleObjective(_Objective):
         prediction_type: PredictionType = "epsilon",
     ):
         super().__init__(unet, noise_schedule, num_levels, prediction_type)
-        noise_schedule.requires_grad_(False)
 
     def forward(
         self,
@@ -291,6 +296,7 @@ class SimpleObjective(_Objective):
         if t is None:
             source = generator.device if generator is not None else x.device
             t = torch.rand(len(x), generator=generator, device=source)
+        _check_times(t, len(x))
         t = to_high_precision(t.to(x.device))
         if isinstance(self.noise_schedule, LinearBetaGamma):
             last = self.noise_schedule.config.num_train_timesteps - 1
@@ -380,7 +386,7 @@ def evaluate_bound(
     draws = {name: torch.zeros(num_samples, n, dtype=torch.float64) for name in names}
     bar_class = progress_bar if callable(progress_bar) else tqdm
     hidden = progress_bar is False or rank > 0
-    was_training = bound.training
+    modes = {module: module.training for module in bound.modules()}
     bound.eval()
     try:
         with bar_class(total=num_samples * len(mine), desc="bits/dim", unit="img", disable=hidden, leave=False) as bar:
@@ -392,7 +398,8 @@ def evaluate_bound(
                         draws[name][repeat, index] = out[name].double().cpu()
                     bar.update(len(index))
     finally:
-        bound.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode
     if world > 1:
         shares = to_high_precision(torch.stack(list(draws.values())).to(device))
         draws = dict(zip(names, accelerator.reduce(shares, "sum").double().cpu(), strict=True))
