@@ -8,8 +8,8 @@ THREADS ?= $(or $(OMP_NUM_THREADS),$(shell getconf _NPROCESSORS_ONLN))
 
 # The demo. No `--cpu`: with these flags Accelerate takes the GPU where there is one and asks for no configuration file.
 DEMO_DIR     ?= runs/digits
-TRAIN_FLAGS  ?= --output_dir $(DEMO_DIR)
-SAMPLE_FLAGS ?= --model $(DEMO_DIR) --output $(DEMO_DIR)/samples.png
+TRAIN_FLAGS  ?= --output_dir $(DEMO_DIR) --overwrite_output_dir
+SAMPLE_FLAGS ?= --model $(DEMO_DIR) --num_images 100 --seed 1 --output $(DEMO_DIR)/more_samples.png
 LAUNCH_FLAGS ?= --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
                 --num_cpu_threads_per_process $(THREADS)
 

@@ -37,11 +37,8 @@ from .vlb import BoundEvaluation, key_to_seed, keyed_generator  # noqa: F401
 class ImageSet:
     """Images as integers, decoded once and kept in memory.
 
-    Attributes:
-        images (`torch.Tensor` of shape `(N, C, H, W)`): uint8 levels in [0, num_levels).
-        labels (`torch.Tensor` of shape `(N,)` or `None`): int64 classes.
-        num_levels (`int`): 256 for ordinary images.
-        name (`str`): where they come from, to be recorded with every number.
+    `images` are uint8 levels in [0, num_levels) of shape `(N, C, H, W)`, `labels` are int64 classes of shape `(N,)` or
+    `None`, `name` tells where they come from, to be recorded with every number.
     """
 
     images: torch.Tensor
@@ -94,8 +91,7 @@ def load_images(
 
     Args:
         path (`str`): name on the Hub, or folder.
-        split (`str`): split, with datasets' slicing (`"train[:2000]"`).
-        config_name (`str`, *optional*): configuration of the data set.
+        split, config_name (`str`): split, slices allowed (`"train[:2000]"`), and configuration of the data set.
         is_folder (`bool`, defaults to `False`): read `path` with the `imagefolder` builder.
         resolution (`int`, *optional*): side of the square images; smaller sides are resized to it and the rest is
             cropped. Without it images stay as they are and must all have one size.
@@ -184,10 +180,7 @@ def _pixels(
 
 
 def histogram_bpd(train: ImageSet, test: ImageSet) -> float:
-    """Bits/dim of `test` under the histogram of each pixel of `train`, with a tenth of a count added to each level.
-
-    The simplest model that knows where the pixels are; anything learned must beat it.
-    """
+    """Bits/dim of `test` under the histogram of each pixel of `train`, with a tenth of a count added to each level."""
     counts = torch.full((train.images[0].numel(), train.num_levels), 0.1, dtype=torch.float64)
     flat = train.images.flatten(1).long().T
     counts.scatter_add_(1, flat, torch.ones_like(flat, dtype=torch.float64))
@@ -292,9 +285,15 @@ def save_checkpoint(
     shutil.rmtree(final, ignore_errors=True)
     os.rename(temporary, final)
     if total_limit is not None:
-        for old in list_checkpoints(output_dir)[: -max(1, total_limit)]:
-            shutil.rmtree(old)
+        remove_checkpoints(output_dir, keep=max(1, total_limit))
     return final
+
+
+def remove_checkpoints(output_dir: str | os.PathLike, keep: int = 0) -> None:
+    """Removes the complete checkpoints of a run but for the `keep` newest."""
+    complete = list_checkpoints(output_dir)
+    for folder in complete[: len(complete) - keep]:
+        shutil.rmtree(folder)
 
 
 def list_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
@@ -304,7 +303,7 @@ def list_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
 
 
 def load_checkpoint(folder: str | os.PathLike) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
-    """What [`save_checkpoint`] wrote: `(tensors, state)`. Raises `ValueError` for a folder that is not one."""
+    """What [`save_checkpoint`] wrote: `(tensors, state)`; `ValueError` for a folder that is not one."""
     folder = Path(folder)
     if not (folder / "state.json").is_file():
         raise ValueError(f"{folder} is not a complete checkpoint: it has no state.json.")
@@ -319,7 +318,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Puts back what [`optimizer_tensors`] took; the options of the groups stay those of `optimizer`."""
+    """Puts back what [`optimizer_tensors`] took; the options of its groups stay."""
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         i, name = key.split(".", 1)

@@ -31,9 +31,9 @@ class VDMUNet2DModel(UNet2DModel, AttentionMixin):
     the same. Timesteps may be fractional.
 
     Args (additions):
-        fourier_exponents (`tuple[int, ...]`, defaults to `()`):
+        fourier_exponents (`tuple[float, ...]`, defaults to `()`):
             exponents f of sin and cos(2^f · 2π · z) of every channel, fed beside z. The paper's n = 7, 8 in its
-            2^n π z are f = 6, 7. Always worked out in float32.
+            2^n π z are f = 6, 7: periods of one and two levels of 256. Always worked out in float32.
         input_residual (`bool`, defaults to `False`): add the input to the output [the official network].
         zero_init (`bool`, defaults to `True`):
             start as the official network does: LeCun-normal kernels, zero biases, and zero kernels where a block or
@@ -79,7 +79,7 @@ class VDMUNet2DModel(UNet2DModel, AttentionMixin):
         class_embed_type: str | None = None,
         num_class_embeds: int | None = None,
         num_train_timesteps: int | None = None,
-        fourier_exponents: tuple[int, ...] = (),
+        fourier_exponents: tuple[float, ...] = (),
         input_residual: bool = False,
         zero_init: bool = True,
         augmentation_flag: bool = False,
@@ -286,7 +286,7 @@ class ImageAttnProcessor:
         return out / attn.rescale_output_factor
 
 
-def fourier_features(z: torch.Tensor, exponents: tuple[int, ...]) -> torch.Tensor:
+def fourier_features(z: torch.Tensor, exponents: tuple[float, ...]) -> torch.Tensor:
     """sin and cos(2^f · 2π · z) of every channel and exponent f [VDM §3.4, app. C].
 
     Channels are ordered as in the official network: all sines, then all cosines, each by channel and then exponent.
@@ -294,7 +294,7 @@ def fourier_features(z: torch.Tensor, exponents: tuple[int, ...]) -> torch.Tenso
 
     Args:
         z (`torch.Tensor` of shape `(B, C, H, W)`): latents.
-        exponents (`tuple[int, ...]`): f, n of them.
+        exponents (`tuple[float, ...]`): f, n of them.
 
     Returns: `torch.Tensor` of shape `(B, 2 n C, H, W)`.
     """

@@ -48,6 +48,8 @@ def build(o: argparse.Namespace, data):
     config = unet_preset(o.preset) if o.preset else dict(VDMUNet2DModel.load_config(o.model_config_name_or_path))
     config |= {"in_channels": channels, "out_channels": channels}
     config["sample_size"] = size[0] if size[0] == size[1] else size
+    if o.preset and config.get("fourier_exponents"):  # the paper's 6 and 7, where there are 256 levels
+        config["fourier_exponents"] = [math.log2(data.num_levels) - 2, math.log2(data.num_levels) - 1]
     if o.dropout is not None:
         config["dropout"] = o.dropout
     if o.class_conditional:
@@ -147,6 +149,8 @@ def main(o: argparse.Namespace) -> None:
         raise SystemExit(f"nothing to do: {folder} is at step {start} of {total}; raise --max_train_steps")
     if is_main:
         out.mkdir(parents=True, exist_ok=True)
+        if start == 0:  # --overwrite_output_dir: nothing of the other run may be taken for this one's
+            training.remove_checkpoints(out)
         training.write_atomically(out / "options.json", json.dumps(describe(o, train, global_rows), indent=2))
         training.truncate_metrics(out / "metrics.jsonl", start)
     accelerator.init_trackers("train", {k: v for k, v in vars(o).items() if isinstance(v, int | float | str)})

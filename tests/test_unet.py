@@ -596,3 +596,30 @@ def test_wrong_inputs(arguments, shape, kwargs, message):
     net = VDMUNet2DModel(**SMALL, **arguments)
     with pytest.raises(ValueError, match=message):
         net(latents(*shape), 3.0, **kwargs)
+
+
+def test_the_attention_backend_is_the_one_that_runs():
+    """diffusers' own processor for these blocks accepts `set_attention_backend` and ignores it."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    net = VDMUNet2DModel.from_preset("digits").eval()
+    z = latents(2, 1, 8, 8)
+    called = []
+    original = _AttentionBackendRegistry._backends
+    before = net(z, 500.0).sample
+    active = _AttentionBackendRegistry.get_active_backend()[0]
+    try:
+        net.set_attention_backend("_native_math")
+        spied = {
+            name: lambda *args, _name=name, _function=function, **kwargs: (
+                called.append(_name) or _function(*args, **kwargs)
+            )
+            for name, function in original.items()
+        }
+        _AttentionBackendRegistry._backends = spied
+        after = net(z, 500.0).sample
+    finally:
+        _AttentionBackendRegistry._backends = original
+        _AttentionBackendRegistry.set_active_backend(active)
+    assert {name.value for name in called} == {"_native_math"}
+    torch.testing.assert_close(before, after)
