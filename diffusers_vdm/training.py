@@ -362,7 +362,7 @@ _FREE_OPTIONS = {
     "max_eval_images", "num_images", "ddpm_num_inference_steps", "checkpointing_steps", "checkpoints_total_limit",
     "resume_from_checkpoint", "logger", "logging_dir", "push_to_hub", "hub_model_id", "hub_token", "hub_private_repo",
     "cache_dir", "dataloader_num_workers", "num_threads", "gradient_checkpointing", "train_batch_size",
-    "gradient_accumulation_steps",
+    "gradient_accumulation_steps", "save_images_epochs", "save_model_epochs",
 }  # fmt: skip
 
 

@@ -19,54 +19,7 @@ import time
 from pathlib import Path
 
 import torch
-from train_options import parse_options
-
-
-def load_data(o: argparse.Namespace, progress_bar: bool):
-    from diffusers_vdm import training
-
-    if o.digits:
-        return training.load_digits_split()
-    shared = {
-        name: getattr(o, name)
-        for name in ("resolution", "center_crop", "image_mode", "image_column", "label_column", "cache_dir", "seed")
-    }
-    shared |= {"config_name": o.dataset_config_name, "num_workers": o.dataloader_num_workers}
-    path = o.dataset_name or o.train_data_dir
-    return tuple(
-        training.load_images(path, s, is_folder=bool(o.train_data_dir), progress_bar=progress_bar, **shared)
-        for s in (o.train_split, o.eval_split)
-    )
-
-
-def build(o: argparse.Namespace, data):
-    """The network and γ(t)."""
-    from diffusers_vdm import noise_schedules as S
-    from diffusers_vdm.unet import VDMUNet2DModel, unet_preset
-
-    size, channels = tuple(data.images.shape[2:]), data.images.shape[1]
-    config = unet_preset(o.preset) if o.preset else dict(VDMUNet2DModel.load_config(o.model_config_name_or_path))
-    config |= {"in_channels": channels, "out_channels": channels}
-    config["sample_size"] = size[0] if size[0] == size[1] else size
-    if o.preset and config.get("fourier_exponents"):  # the paper's 6 and 7, where there are 256 levels
-        config["fourier_exponents"] = [math.log2(data.num_levels) - 2, math.log2(data.num_levels) - 1]
-    if o.dropout is not None:
-        config["dropout"] = o.dropout
-    if o.class_conditional:
-        if data.labels is None:
-            raise SystemExit("--class_conditional: this data set has no classes; name them by --label_column")
-        config |= {"num_class_embeds": int(data.labels.max()) + 1, "null_class": True}
-    unet = VDMUNet2DModel.from_config(config)
-    if o.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    ends = {"gamma_min": o.gamma_min, "gamma_max": o.gamma_max}
-    noise_schedule = {
-        "learned": lambda: S.MonotoneGammaNetwork(**ends, learn_ends=o.learn_ends),
-        "learned_linear": lambda: S.LearnedLinearGamma(**ends),
-        "fixed_linear": lambda: S.FixedLinearGamma(**ends),
-        "linear_beta": lambda: S.LinearBetaGamma(o.ddpm_num_steps),
-    }[o.schedule]()
-    return unet, noise_schedule
+from train_options import build, load_data, parse_options
 
 
 def training_loss(objective, data, o: argparse.Namespace, step: int, rows: range, global_rows: int, device):
@@ -153,7 +106,8 @@ def main(o: argparse.Namespace) -> None:
             training.remove_checkpoints(out)
         training.write_atomically(out / "options.json", json.dumps(describe(o, train, global_rows), indent=2))
         training.truncate_metrics(out / "metrics.jsonl", start)
-    accelerator.init_trackers("train", {k: v for k, v in vars(o).items() if isinstance(v, int | float | str)})
+    logged_options = {k: v for k, v in vars(o).items() if isinstance(v, int | float | str) and k != "hub_token"}
+    accelerator.init_trackers("train", logged_options)
     histogram_bpd = training.histogram_bpd(train, test)
     accelerator.print(
         f"{train.name} / {test.name}: {len(train)} / {len(test)} images of {tuple(train.images.shape[1:])}\n"
@@ -175,6 +129,7 @@ def main(o: argparse.Namespace) -> None:
 
     name = "train_bpd" if o.objective == "vdm" else "train_mse"
     shown, loss_sum, logged, clock = {}, torch.zeros((), device=accelerator.device), start, time.perf_counter()
+    epoch = math.ceil(len(train) / global_rows)
     objective.train()
     bar = tqdm(range(start, total), initial=start, total=total, desc="training", disable=not is_main)
     for step in bar:
@@ -219,9 +174,19 @@ def main(o: argparse.Namespace) -> None:
         if is_main and o.checkpointing_steps and done % o.checkpointing_steps == 0:
             run = describe(o, train, global_rows)
             training.save(out, done, objective, optimizer, lr_scheduler, ema, run, o.checkpoints_total_limit)
+        due = [epochs and done % (epochs * epoch) == 0 for epochs in (o.save_images_epochs, o.save_model_epochs)]
+        if is_main and any(due) and done < total:
+            with training.ema_weights(ema, parameters):
+                pipeline = make_pipeline(o, unet, noise_schedule, train.num_levels)
+                if due[0]:
+                    draw(o, pipeline, out, f"samples-{done}.png")
+                if due[1]:
+                    pipeline.save_pretrained(out)
+            objective.train()
+            clock = time.perf_counter()
     if is_main:
         with training.ema_weights(ema, parameters):
-            finish(o, unet, noise_schedule, result, histogram_bpd, train, out)
+            finish(o, make_pipeline(o, unet, noise_schedule, train.num_levels), noise_schedule, result, histogram_bpd)
     accelerator.end_training()
 
 
@@ -241,35 +206,47 @@ def describe(o: argparse.Namespace, data, global_rows: int) -> dict:
     }
 
 
-def finish(o: argparse.Namespace, unet, noise_schedule, result, histogram_bpd: float, data, out: Path) -> None:
-    """Saves the pipeline, draws the pictures, prints the table."""
-    from diffusers_vdm import LinearBetaScheduler, VDMPipeline, VDMScheduler, plots, training
+def make_pipeline(o: argparse.Namespace, unet, noise_schedule, num_levels: int):
+    from diffusers_vdm import LinearBetaScheduler, VDMPipeline, VDMScheduler
 
     cls = LinearBetaScheduler if o.schedule == "linear_beta" else VDMScheduler
     scheduler = cls.from_noise_schedule(noise_schedule, prediction_type=o.prediction_type)
     learned = noise_schedule if o.schedule.startswith("learned") else None
-    pipeline = VDMPipeline(unet.eval(), scheduler, learned, num_levels=data.num_levels)
-    pipeline.save_pretrained(out)
+    return VDMPipeline(unet.eval(), scheduler, learned, num_levels=num_levels)
 
-    frames, every = [], max(1, o.ddpm_num_inference_steps // 40)
+
+def draw(o: argparse.Namespace, pipeline, out: Path, name: str, animation: str | None = None) -> None:
+    """Samples as a grid, and the way there as a GIF of about 40 frames."""
+    from diffusers_vdm import plots
+    from diffusers_vdm.vlb import keyed_generator
+
+    frames, steps = [], min(o.ddpm_num_inference_steps, o.ddpm_num_steps)
 
     def keep_frame(pipe, i, t, tensors):
-        if i % every == 0 or i == pipe.num_timesteps - 1:
+        if i % max(1, steps // 40) == 0 or i == steps - 1:
             frames.append(plots.image_grid(tensors["latents"] / 2 + 0.5))
         return {}
 
-    generators = [training.keyed_generator(o.seed, "sample", i) for i in range(o.num_images)]
-    samples = pipeline(
-        o.num_images, min(o.ddpm_num_inference_steps, o.ddpm_num_steps), generators, output_type="pt",
-        callback_on_step_end=keep_frame,
-    ).images  # fmt: skip
-    plots.image_grid(samples).save(out / "samples.png")
-    plots.save_animation(frames, out / "denoising.gif")
+    generators = [keyed_generator(o.seed, "sample", i) for i in range(o.num_images)]
+    on_step = keep_frame if animation else None
+    samples = pipeline(o.num_images, steps, generators, output_type="pt", callback_on_step_end=on_step).images
+    plots.image_grid(samples).save(out / name)
+    if animation:
+        plots.save_animation([*frames, plots.image_grid(samples)], out / animation)
+
+
+def finish(o: argparse.Namespace, pipeline, noise_schedule, result, histogram_bpd: float) -> None:
+    """Saves the pipeline, draws the pictures, prints the table."""
+    from diffusers_vdm import plots
+
+    out = Path(o.output_dir)
+    pipeline.save_pretrained(out)
+    draw(o, pipeline, out, "samples.png", "denoising.gif")
     plots.plot_schedule(noise_schedule, out / "schedule.png")
     terms = {n: getattr(result, f"{n}_bpd") for n in ("diffusion", "reconstruction", "prior")}
     plots.plot_loss_by_gamma(result.gamma_t, result.mse, out / "loss_by_gamma.png", terms_bpd=terms)
 
-    uniform = math.log2(data.num_levels)
+    uniform = math.log2(pipeline.config.num_levels)
     table = [("every level alike", f"{uniform:.4f}"), ("histogram of each training pixel", f"{histogram_bpd:.4f}")]
     steps = "continuous time" if result.num_timesteps is None else f"T = {result.num_timesteps}"
     table += [(f"this model, {steps}", f"{result.bpd:.4f} ± {result.stderr_bpd:.4f}")]

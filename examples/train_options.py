@@ -1,4 +1,4 @@
-"""The options of train.py: what they mean, what they default to, and which do not go together."""
+"""The options of train.py: what they mean, which do not go together, and the data and the network that they name."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ OPTIONS: dict[str, list[tuple]] = {
         ("learn_ends", True, "train the ends of --schedule learned, too"),
         ("num_timesteps", int, "T of a discrete-time bound; continuous time if not given"),
         ("ddpm_num_steps", 1000, "T of --schedule linear_beta; its betas are rescaled by 1000/T"),
+        ("ddpm_beta_schedule", ("linear",), "betas of --schedule linear_beta"),
         ("prediction_type", ("epsilon", "sample", "v_prediction"), "what the network predicts"),
     ],
     "optimisation": [
@@ -73,6 +74,8 @@ OPTIONS: dict[str, list[tuple]] = {
         ("max_eval_images", int, "use only so many held-out images, for every look but the last"),
         ("num_images", 64, "samples in samples.png"),
         ("ddpm_num_inference_steps", 250, "steps that draw them"),
+        ("save_images_epochs", int, "also draw samples every so many epochs, as samples-STEP.png"),
+        ("save_model_epochs", int, "also save the pipeline every so many epochs"),
         ("checkpointing_steps", 1000, "steps between checkpoints, 0 for none"),
         ("checkpoints_total_limit", 2, "keep the newest"),
         ("resume_from_checkpoint", str, "'latest' in output_dir, or a folder"),
@@ -140,7 +143,6 @@ def check_options(o: argparse.Namespace) -> None:
          "is one γ for all t; use --schedule linear_beta or fixed_linear"),
         (o.objective == "ddpm" and o.num_timesteps, "--num_timesteps is of the bound; --objective ddpm has none"),
         (not o.gamma_min < o.gamma_max, f"--gamma_min {o.gamma_min} must be below --gamma_max {o.gamma_max}"),
-        (o.push_to_hub and o.logger == "wandb" and o.hub_token, "--hub_token would be logged; log in instead"),
     ):  # fmt: skip
         if bad:
             raise ValueError(message)
@@ -148,7 +150,8 @@ def check_options(o: argparse.Namespace) -> None:
     check_choice("lr_scheduler", o.lr_scheduler, [member.value for member in SchedulerType])
     positive = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_epochs", "learning_rate",
                 "max_grad_norm", "logging_steps", "eval_batch_size", "eval_samples", "num_images", "num_timesteps",
-                "ddpm_num_inference_steps", "checkpoints_total_limit", "resolution", "max_eval_images")  # fmt: skip
+                "ddpm_num_inference_steps", "save_images_epochs", "save_model_epochs", "checkpoints_total_limit",
+                 "resolution", "max_eval_images")  # fmt: skip
     for name in positive:
         value = getattr(o, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
@@ -163,3 +166,50 @@ def check_options(o: argparse.Namespace) -> None:
             f"--output_dir {folder} holds another run; go on by --resume_from_checkpoint latest, replace it by "
             "--overwrite_output_dir, or name another folder"
         )
+
+
+def load_data(o: argparse.Namespace, progress_bar: bool):
+    from diffusers_vdm import training
+
+    if o.digits:
+        return training.load_digits_split()
+    shared = {
+        name: getattr(o, name)
+        for name in ("resolution", "center_crop", "image_mode", "image_column", "label_column", "cache_dir", "seed")
+    }
+    shared |= {"config_name": o.dataset_config_name, "num_workers": o.dataloader_num_workers}
+    path = o.dataset_name or o.train_data_dir
+    return tuple(
+        training.load_images(path, s, is_folder=bool(o.train_data_dir), progress_bar=progress_bar, **shared)
+        for s in (o.train_split, o.eval_split)
+    )
+
+
+def build(o: argparse.Namespace, data):
+    """The network and γ(t)."""
+    from diffusers_vdm import noise_schedules as S
+    from diffusers_vdm.unet import VDMUNet2DModel, unet_preset
+
+    size, channels = tuple(data.images.shape[2:]), data.images.shape[1]
+    config = unet_preset(o.preset) if o.preset else dict(VDMUNet2DModel.load_config(o.model_config_name_or_path))
+    config |= {"in_channels": channels, "out_channels": channels}
+    config["sample_size"] = size[0] if size[0] == size[1] else size
+    if o.preset and config.get("fourier_exponents"):  # the paper's 6 and 7, where there are 256 levels
+        config["fourier_exponents"] = [math.log2(data.num_levels) - 2, math.log2(data.num_levels) - 1]
+    if o.dropout is not None:
+        config["dropout"] = o.dropout
+    if o.class_conditional:
+        if data.labels is None:
+            raise SystemExit("--class_conditional: this data set has no classes; name them by --label_column")
+        config |= {"num_class_embeds": int(data.labels.max()) + 1, "null_class": True}
+    unet = VDMUNet2DModel.from_config(config)
+    if o.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    ends = {"gamma_min": o.gamma_min, "gamma_max": o.gamma_max}
+    noise_schedule = {
+        "learned": lambda: S.MonotoneGammaNetwork(**ends, learn_ends=o.learn_ends),
+        "learned_linear": lambda: S.LearnedLinearGamma(**ends),
+        "fixed_linear": lambda: S.FixedLinearGamma(**ends),
+        "linear_beta": lambda: S.LinearBetaGamma(o.ddpm_num_steps),
+    }[o.schedule]()
+    return unet, noise_schedule
