@@ -333,17 +333,25 @@ def _ddpm(sample_size: int, channels: tuple[int, ...], **more: Any) -> dict[str,
 
 
 UNET_PRESETS: dict[str, dict[str, Any]] = {
-    # 8×8 digits with 17 levels. Of γ_min = −7.5, sin and cos of 2π·4z resolve the spacing of the levels
-    "digits": {
-        **_vdm(64, 2, in_channels=1, out_channels=1, sample_size=8, norm_num_groups=8),
-        "fourier_exponents": (),
-        "augmentation_flag": False,
-    },
-    "cifar10": _vdm(128, 32),
-    "cifar10-aug": _vdm(256, 32),
+    # 8×8 digits with 17 levels: the periods of the Fourier features are two levels and one
+    "digits": _vdm(
+        48,
+        2,
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        norm_num_groups=8,
+        down_block_types=("AttnDownBlock2D",),
+        up_block_types=("AttnUpBlock2D",),
+        fourier_exponents=(math.log2(17 / 4), math.log2(17 / 2)),
+        augmentation_flag=False,
+        dropout=0.05,
+    ),
+    "cifar10": _vdm(128, 32, dropout=0.1),
+    "cifar10-aug": _vdm(256, 32, dropout=0.05),
     "imagenet32": _vdm(256, 32),
     "imagenet64": _vdm(256, 64, sample_size=64),
-    "ddpm-cifar10": _ddpm(32, (128, 256, 256, 256)),
+    "ddpm-cifar10": _ddpm(32, (128, 256, 256, 256), dropout=0.1),
     # five levels, 128 → 8
     "ddpm-ffhq128": _ddpm(128, (128, 256, 256, 512, 1024)),
 }

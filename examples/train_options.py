@@ -44,9 +44,9 @@ OPTIONS: dict[str, list[tuple]] = {
     "optimisation": [
         ("train_batch_size", 64, "images of a batch, for each process"),
         ("gradient_accumulation_steps", 1, "batches of an optimiser step"),
-        ("max_train_steps", int, "optimiser steps; 4000 if --num_epochs is not given either"),
-        ("num_epochs", int, "passes over the data, instead of --max_train_steps"),
-        ("learning_rate", 2e-3, "peak learning rate; the paper's networks want 2e-4"),
+        ("max_train_steps", int, "optimiser steps; 2500 for the digits"),
+        ("num_epochs", int, "passes over the data, instead of --max_train_steps; 100, but for the digits"),
+        ("learning_rate", float, "peak learning rate; the paper's 2e-4, for the digits 4e-3"),
         ("lr_scheduler", "cosine", "one of diffusers' schedules, counted in optimiser steps"),
         ("lr_warmup_steps", 100, "steps of linear warm-up"),
         ("adam_beta1", 0.9, "of AdamW"),
@@ -131,8 +131,9 @@ def check_options(o: argparse.Namespace) -> None:
     o.digits = o.dataset_name is None and o.train_data_dir is None
     o.schedule = o.schedule or ("learned" if o.objective == "vdm" else "linear_beta")
     o.gamma_min = (-7.5 if o.digits else -13.3) if o.gamma_min is None else o.gamma_min
+    o.learning_rate = (4e-3 if o.digits else 2e-4) if o.learning_rate is None else o.learning_rate
     if o.max_train_steps is None and o.num_epochs is None:
-        o.max_train_steps = 4000
+        o.max_train_steps, o.num_epochs = (2500, None) if o.digits else (None, 100)
     if o.preset is None and o.model_config_name_or_path is None:
         o.preset = "digits"
     for bad, message in (

@@ -80,6 +80,7 @@ def test_flips_are_what_the_flag_says(generator):
 def run_steps(objective, optimizer, ema, scheduler, data, steps):
     for step in steps:
         batch = training.keyed_batch(data, step, range(4), 4, seed=0)
+        torch.manual_seed(training.key_to_seed(0, "dropout", step))
         objective(batch.images, t=batch.t, eps=batch.eps, eps_0=batch.eps_0).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
