@@ -93,7 +93,7 @@ def plot_loss_by_gamma(
     centre = torch.stack([g.mean() for g, _ in groups])
     mean = torch.stack([d.mean() for _, d in groups])
     error = torch.stack([d.std(unbiased=False) / math.sqrt(max(1, len(d) - 1)) for _, d in groups])
-    figure, axes = _figure(2 if terms_bpd else 1, ratios=(3, 1) if terms_bpd else None)
+    figure, axes = _figure(2 if terms_bpd else 1, ratios=(5, 2) if terms_bpd else None)
     left = axes[0]
     left.plot(centre, mean, marker=".")
     left.fill_between(centre, mean - 2 * error, mean + 2 * error, alpha=0.3, linewidth=0)
@@ -104,7 +104,7 @@ def plot_loss_by_gamma(
             axes[1].bar(0, value, bottom=bottom, label=f"{name} {value:.4f}", width=0.5)
             bottom += value
         axes[1].set(xticks=[], ylabel="bits/dim", xlim=(-0.5, 0.5), ylim=(0, 1.35 * bottom))
-        axes[1].legend(frameon=False, loc="upper center", reverse=True)
+        axes[1].legend(frameon=False, loc="upper center", reverse=True, fontsize="small", handlelength=1)
     _save(figure, path, title)
 
 

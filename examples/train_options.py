@@ -70,7 +70,7 @@ OPTIONS: dict[str, list[tuple]] = {
         ("logging_steps", 50, "steps between lines of metrics.jsonl"),
         ("eval_steps", 1000, "steps between looks at the held-out bits/dim, 0 for the end only"),
         ("eval_batch_size", 128, "images of a batch in evaluation"),
-        ("eval_samples", 16, "draws of (t, ε) for each held-out image in the end"),
+        ("eval_samples", 32, "draws of (t, ε) for each held-out image in the end"),
         ("max_eval_images", int, "use only so many held-out images, for every look but the last"),
         ("num_images", 64, "samples in samples.png"),
         ("ddpm_num_inference_steps", 250, "steps that draw them"),
