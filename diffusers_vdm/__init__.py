@@ -21,6 +21,7 @@ _MODULE_OF = {
     "VariationalBound": "vlb",
     "SimpleObjective": "vlb",
     "evaluate_bound": "vlb",
+    "evaluate_bpd": "evaluation",
     "VDMPipeline": "pipeline",
 }
 

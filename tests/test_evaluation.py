@@ -1,0 +1,253 @@
+"""evaluation.py: the T-step bound in full, against formulas written down apart from ours."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, UNet2DModel
+from torch import nn
+
+from diffusers_vdm import (
+    LinearBetaScheduler,
+    MonotoneGammaNetwork,
+    VariationalBound,
+    VDMScheduler,
+    VDMUNet2DModel,
+    evaluate_bpd,
+)
+from diffusers_vdm.vlb import keyed_generator
+
+SEED, T = 3, 12
+
+
+class Network(nn.Module):
+    """A cheap smooth function of (z, t); float64, so that formulas can be compared to the last digits."""
+
+    dtype = torch.float64
+
+    def __init__(self, outputs: int = 1):
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, z, timestep, return_dict=False):
+        out = torch.tanh(0.7 * z + 0.01 * timestep) + 0.1 * z.flip(-1)
+        extra = 0.5 * torch.sin(3 * z)  # in [−1, 1]: the share of learned_range
+        return (torch.cat([out, extra], 1) if self.outputs == 2 else out,)
+
+
+def images(n=3, levels=256):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, levels, (n, 2, 4, 4), generator=generator, dtype=torch.uint8)
+    x[0, 0, 0, :2] = torch.tensor([0, levels - 1])  # both outer bins
+    return x
+
+
+def noise(k, i):
+    return torch.randn(2, 4, 4, generator=keyed_generator(SEED, k, i)).double().numpy()
+
+
+def numpy_betas(kind):
+    if kind == "linear":
+        return np.linspace(1e-4, 0.3, T)
+    if kind == "scaled_linear":
+        return np.linspace(1e-2, 0.3**0.5, T) ** 2
+    if kind == "squaredcos_cap_v2":
+        bar = [math.cos((i / T + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(T + 1)]
+        return np.array([min(1 - bar[i + 1] / bar[i], 0.999) for i in range(T)])
+    return np.linspace(0.02, 0.4, T) ** 1.5
+
+
+def ddpm_bpd(x_int, i, betas, prediction, variance, clip, network):
+    """Ho et al. 2020 and improved-diffusion's calc_bpd_loop, transcribed with its own quantities; one image."""
+    alphas_bar = np.cumprod(1 - betas)
+    previous = np.append(1.0, alphas_bar[:-1])
+    posterior_variance = betas * (1 - previous) / (1 - alphas_bar)
+    log_clipped = np.log(np.append(posterior_variance[1], posterior_variance[1:]))
+    coefficient_x = betas * np.sqrt(previous) / (1 - alphas_bar)
+    coefficient_z = (1 - previous) * np.sqrt(1 - betas) / (1 - alphas_bar)
+    x = x_int.double().numpy() / 127.5 - 1
+    terms = np.zeros(len(betas))
+    for t in reversed(range(len(betas))):
+        eps = noise(t, i)
+        z = np.sqrt(alphas_bar[t]) * x + np.sqrt(1 - alphas_bar[t]) * eps
+        out = network(torch.from_numpy(z)[None], torch.tensor(t))[0][0].numpy()
+        out, value = (out[:2], out[2:]) if len(out) == 4 else (out, None)
+        if prediction == "epsilon":
+            x_hat = z / np.sqrt(alphas_bar[t]) - np.sqrt(1 / alphas_bar[t] - 1) * out
+        elif prediction == "v_prediction":
+            x_hat = np.sqrt(alphas_bar[t]) * z - np.sqrt(1 - alphas_bar[t]) * out
+        else:
+            x_hat = out
+        if clip:
+            x_hat = np.clip(x_hat, -1, 1)
+        log_variance = {
+            "fixed_small": lambda t=t: log_clipped[t],
+            "fixed_large": lambda t=t: np.log(np.append(posterior_variance[1], betas[1:]))[t],
+            "learned_range": lambda t=t, v=value: (v + 1) / 2 * np.log(betas[t]) + (1 - v) / 2 * log_clipped[t],
+        }[variance]() + np.zeros_like(x)
+        model_mean = coefficient_x[t] * x_hat + coefficient_z[t] * z
+        if t > 0:
+            true_mean = coefficient_x[t] * x + coefficient_z[t] * z
+            true_log = log_clipped[t]
+            nats = 0.5 * (
+                -1 + log_variance - true_log + np.exp(true_log - log_variance)
+                + (true_mean - model_mean) ** 2 * np.exp(-log_variance)
+            )  # fmt: skip
+        else:
+            cdf = lambda y: 0.5 * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))  # noqa: E731
+            scale = np.exp(-0.5 * log_variance)
+            above, below = cdf(scale * (x - model_mean + 1 / 255)), cdf(scale * (x - model_mean - 1 / 255))
+            mass = np.where(x < -0.999, above, np.where(x > 0.999, 1 - below, above - below))
+            nats = -np.log(np.maximum(mass, 1e-12))
+        terms[t] = nats.mean() / np.log(2)
+    last = alphas_bar[-1]
+    prior = 0.5 * (-1 - np.log(1 - last) + (1 - last) + last * x**2)
+    return terms, prior.mean() / np.log(2)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
+@pytest.mark.parametrize(
+    ("kind", "prediction"),
+    [
+        ("linear", "epsilon"),
+        ("scaled_linear", "v_prediction"),
+        ("squaredcos_cap_v2", "sample"),
+        ("trained", "epsilon"),
+    ],
+)
+def test_ddpm_convention_is_that_of_the_public_code(kind, prediction, variance, clip):
+    arguments = {"trained_betas": numpy_betas(kind)} if kind == "trained" else {"beta_schedule": kind}
+    scheduler = DDPMScheduler(
+        T, 1e-4, 0.3, prediction_type=prediction, variance_type=variance, clip_sample=clip, **arguments
+    )
+    network = Network(2 if variance == "learned_range" else 1)
+    data = images()
+    result = evaluate_bpd(network, scheduler, data, seed=SEED, progress_bar=False)
+    assert (result.convention, result.num_steps, result.clip_sample) == ("ddpm", T, clip)
+    for i in range(len(data)):
+        terms, prior = ddpm_bpd(data[i], i, numpy_betas(kind), prediction, variance, clip, network)
+        np.testing.assert_allclose(result.terms_bpd[i, 1:], terms[1:], rtol=1e-7, atol=1e-10)
+        assert float(result.per_image_bpd[i]) == pytest.approx(terms.sum() + prior, rel=1e-8)
+    assert result.bpd == pytest.approx(result.prior_bpd + result.reconstruction_bpd + result.diffusion_bpd)
+    assert result.stderr_bpd == pytest.approx(float(result.per_image_bpd.std()) / math.sqrt(3))
+
+
+def tiny(cls=VDMUNet2DModel, **more):
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return cls(
+            sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,), layers_per_block=1,
+            norm_num_groups=2, attention_head_dim=8, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+            **more,
+        )  # fmt: skip
+
+
+def digits(n=5):
+    return torch.randint(0, 17, (n, 1, 8, 8), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_terms_are_those_of_the_training_objective(prediction):
+    """Each term is the T-step objective at its own t, with the same noise."""
+    unet, schedule = tiny(zero_init=False), MonotoneGammaNetwork(-6.0, 4.0, hidden_dim=8)
+    with torch.no_grad():
+        schedule.output_weight.mul_(torch.linspace(0, 30, 8))
+    scheduler = VDMScheduler.from_noise_schedule(schedule, prediction_type=prediction)
+    data, steps = digits(), 6
+    result = evaluate_bpd(unet, scheduler, data, num_steps=steps, num_levels=17, seed=SEED, progress_bar=False)
+    bound = VariationalBound(
+        unet, scheduler.noise_schedule(), num_levels=17, num_timesteps=steps, prediction_type=prediction
+    ).eval()
+
+    def draws(name):
+        return torch.stack([torch.randn(1, 8, 8, generator=keyed_generator(SEED, name, i)) for i in range(len(data))])
+
+    for k in range(steps):
+        t = torch.full((len(data),), (k + 1) / steps, dtype=torch.float64)
+        with torch.no_grad():
+            out = bound(data, t=t, eps=draws(k), eps_0=draws("z_0"))
+        # x-prediction goes through the difference of near-equal numbers where there is little noise
+        torch.testing.assert_close(result.terms_bpd[:, k].float() * steps, out.diffusion, rtol=2e-4, atol=1e-6)
+        torch.testing.assert_close(result.gammas[k].expand(len(data)), out.gamma_t)
+    assert result.prior_bpd == pytest.approx(float(out.prior.mean()), rel=1e-5)
+    assert result.reconstruction_bpd == pytest.approx(float(out.reconstruction.mean()), rel=1e-5)
+
+
+def test_no_image_depends_on_its_batch_and_none_is_dropped():
+    unet, scheduler, data = tiny(zero_init=False), LinearBetaScheduler(50), digits(7)
+    results = [
+        evaluate_bpd(unet, scheduler, data, num_levels=17, batch_size=b, num_steps=9, progress_bar=False)
+        for b in (1, 3, 7, 100)
+    ]
+    for result in results:
+        assert result.terms_bpd.shape == (7, 8) and bool((result.terms_bpd > 0).all())
+        torch.testing.assert_close(result.terms_bpd, results[0].terms_bpd, rtol=1e-5, atol=1e-7)
+    alone = evaluate_bpd(unet, scheduler, data[:1], num_levels=17, num_steps=9, progress_bar=False)
+    torch.testing.assert_close(alone.per_image_bpd[0], results[0].per_image_bpd[0])
+    assert math.isnan(alone.stderr_bpd)
+
+
+def test_modes_are_left_as_they_are():
+    unet = tiny(dropout=0.5)
+    unet.train()
+    unet.mid_block.eval()
+    first, second = (
+        evaluate_bpd(unet, LinearBetaScheduler(50), digits(2), num_levels=17, progress_bar=False) for _ in range(2)
+    )
+    assert first.bpd == second.bpd  # no dropout
+    assert unet.training and not unet.mid_block.training
+
+
+def test_our_convention_for_a_checkpoint_of_diffusers():
+    """With our data and decoder, a DDPM checkpoint is what LinearBetaScheduler says of the same betas."""
+    unet, data = tiny(UNet2DModel), digits(2)
+    theirs = DDPMScheduler(1000, clip_sample=False)
+    arguments = {"num_levels": 17, "num_steps": 10, "progress_bar": False}
+    a = evaluate_bpd(unet, theirs, data, convention="vdm", **arguments)
+    b = evaluate_bpd(unet, LinearBetaScheduler(1000), data, **arguments)
+    torch.testing.assert_close(a.terms_bpd, b.terms_bpd, rtol=1e-9, atol=1e-12)
+    assert a.num_steps == 9
+    c = evaluate_bpd(unet, DDIMScheduler(1000, clip_sample=False), data, convention="vdm", **arguments)
+    assert c.bpd == a.bpd
+
+
+class NaN(Network):
+    def forward(self, z, timestep, return_dict=False):
+        out = z.clone()
+        out[1:2] = math.nan
+        return (out,)
+
+
+def test_bad_input_is_told():
+    network, scheduler, data = Network(), DDPMScheduler(20), images()
+
+    def evaluate(*args, **kwargs):
+        return evaluate_bpd(*args, progress_bar=False, **kwargs)
+
+    with pytest.raises(TypeError, match="integers"):
+        evaluate(network, scheduler, data.float())
+    with pytest.raises(ValueError, match="got values from 0 to 255"):
+        evaluate(network, scheduler, data, num_levels=17)
+    with pytest.raises(ValueError, match="must not be empty"):
+        evaluate(network, scheduler, data[:0])
+    with pytest.raises(ValueError, match="image 1 is not finite"):
+        evaluate(NaN(), scheduler, data)
+    with pytest.raises(ValueError, match="of the network's size"):
+        evaluate(tiny(UNet2DModel), scheduler, data)
+    with pytest.raises(ValueError, match="no signal at the last step"):
+        evaluate(network, DDPMScheduler(20, rescale_betas_zero_snr=True), data)
+    with pytest.raises(ValueError, match="no table of betas"):
+        evaluate(network, object(), data)
+    with pytest.raises(ValueError, match="at most 20"):
+        evaluate(network, scheduler, data, num_steps=21)
+    with pytest.raises(ValueError, match="positive integer"):
+        evaluate(network, scheduler, data, num_steps=0)
+    with pytest.raises(ValueError, match="convention must be"):
+        evaluate(network, scheduler, data, convention="DDPM")
+    with pytest.raises(ValueError, match="no DDPM decoder"):
+        evaluate(network, VDMScheduler(), data, convention="ddpm")
+    with pytest.raises(ValueError, match="variance_type"):
+        evaluate(Network(2), scheduler, data)
+    assert evaluate(network, EulerDiscreteScheduler(20), data).convention == "ddpm"
