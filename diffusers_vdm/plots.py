@@ -108,6 +108,17 @@ def plot_loss_by_gamma(
     _save(figure, path, title)
 
 
+def plot_bits_histogram(per_image_bpd: torch.Tensor, path: str | os.PathLike, title: str = "") -> None:
+    """How the bits/dim of single images are spread, with their mean."""
+    figure, (axes,) = _figure(1)
+    axes.hist(per_image_bpd.numpy(), bins=min(60, max(5, len(per_image_bpd) // 8)))
+    mean = float(per_image_bpd.mean())
+    axes.axvline(mean, color="black", linewidth=1, label=f"mean {mean:.4f}")
+    axes.set(xlabel="bits/dim of an image", ylabel="images")
+    axes.legend(frameon=False)
+    _save(figure, path, title)
+
+
 def _figure(columns: int, ratios: tuple[int, ...] | None = None):
     # figures without pyplot: no global state, no window system
     from matplotlib.figure import Figure

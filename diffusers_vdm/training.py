@@ -373,8 +373,8 @@ def restore(
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
     ema: EMAModel | None,
     run: dict[str, Any],
-) -> int:
-    """Puts a checkpoint of [`save`] back and returns its step.
+) -> dict[str, Any]:
+    """Puts a checkpoint of [`save`] back and returns its state, with `step` and the saved `run`.
 
     Raises: `ValueError` if the run is another one: other data, another global batch, other options that matter.
     """
@@ -402,7 +402,7 @@ def restore(
         for i, shadow in enumerate(ema.shadow_params):
             shadow.copy_(tensors["ema"][str(i)])
         ema.optimization_step = state["ema_step"]
-    return state["step"]
+    return state
 
 
 @contextmanager

@@ -93,10 +93,11 @@ def main(o: argparse.Namespace) -> None:
     if o.use_ema:
         ema = EMAModel(parameters, o.ema_max_decay, use_ema_warmup=True, inv_gamma=o.ema_inv_gamma, power=o.ema_power)
 
-    start = 0
+    start, logged, loss_sum = 0, 0, 0.0
     if o.resume_from_checkpoint:
         folder = training.find_checkpoint(out, o.resume_from_checkpoint)
-        start = training.restore(folder, objective, optimizer, lr_scheduler, ema, describe(o, train, global_rows))
+        state = training.restore(folder, objective, optimizer, lr_scheduler, ema, describe(o, train, global_rows))
+        start, logged, loss_sum = state["step"], *(state["run"][name] for name in ("logged", "loss_sum"))
         accelerator.print(f"going on from {folder}")
     if start >= total:
         raise SystemExit(f"nothing to do: {folder} is at step {start} of {total}; raise --max_train_steps")
@@ -128,7 +129,8 @@ def main(o: argparse.Namespace) -> None:
             )
 
     name = "train_bpd" if o.objective == "vdm" else "train_mse"
-    shown, loss_sum, logged, clock = {}, torch.zeros((), device=accelerator.device), start, time.perf_counter()
+    shown, clock, timed = {}, time.perf_counter(), start
+    loss_sum = torch.tensor(loss_sum, device=accelerator.device)
     epoch = math.ceil(len(train) / global_rows)
     objective.train()
     bar = tqdm(range(start, total), initial=start, total=total, desc="training", disable=not is_main)
@@ -156,11 +158,11 @@ def main(o: argparse.Namespace) -> None:
                     f"{name} is {value} between the steps {logged} and {done}, and nothing of that was saved; lower "
                     "--learning_rate, or go on from before by --resume_from_checkpoint latest"
                 )
-            speed = (done - logged) * global_rows / (time.perf_counter() - clock)
+            speed = (done - timed) * global_rows / (time.perf_counter() - clock)
             metrics = {name: value, "learning_rate": lr_scheduler.get_last_lr()[0], "images_per_second": speed}
             shown |= {name: f"{value:.3f}"}
             loss_sum.zero_()
-            logged, clock = done, time.perf_counter()
+            logged, timed, clock = done, done, time.perf_counter()
         if done == total or (o.eval_steps and done % o.eval_steps == 0):
             result = evaluate(o.eval_samples, None) if done == total else evaluate(1, o.max_eval_images)
             metrics |= training.evaluation_metrics(result) | {"eval_weights": "ema" if ema else "raw"}
@@ -171,9 +173,11 @@ def main(o: argparse.Namespace) -> None:
             accelerator.log(metrics, step=done)
             if is_main:
                 training.append_metrics(out / "metrics.jsonl", {"step": done} | metrics)
-        if is_main and o.checkpointing_steps and done % o.checkpointing_steps == 0:
-            run = describe(o, train, global_rows)
-            training.save(out, done, objective, optimizer, lr_scheduler, ema, run, o.checkpoints_total_limit)
+        if o.checkpointing_steps and done % o.checkpointing_steps == 0:
+            loss_sum = accelerator.reduce(loss_sum, "mean")
+            if is_main:
+                run = describe(o, train, global_rows) | {"logged": logged, "loss_sum": float(loss_sum)}
+                training.save(out, done, objective, optimizer, lr_scheduler, ema, run, o.checkpoints_total_limit)
         due = [epochs and done % (epochs * epoch) == 0 for epochs in (o.save_images_epochs, o.save_model_epochs)]
         if is_main and any(due) and done < total:
             with training.ema_weights(ema, parameters):

@@ -64,6 +64,15 @@ def test_training_leaves_all_that_the_readme_promises_and_sampling_reads_it(tmp_
     assert grid.exists() and len(list((tmp_path / "each").iterdir())) == 3
     assert f"{last['eval_bpd']:.4f}" in done.stdout
 
+    report = tmp_path / "reports" / "r.json"
+    done = run("evaluate.py", "--model", out, "--num_samples", 2, "--table", 3, "--output", report)
+    told = json.loads(report.read_text())
+    assert told["num_images"] == 297 == len(told["per_image_bpd"]) and told["num_steps"] is None
+    assert [row["num_steps"] for row in told["table"]] == [3, None] and "T = ∞" in done.stdout
+    assert told["bpd"] == pytest.approx(sum(told["per_image_bpd"]) / 297)
+    for name in ("by_gamma", "histogram", "most_likely", "most_unlikely"):
+        assert (report.parent / f"r_{name}.png").exists()
+
     # the same folder is not overwritten by mistake
     done = run("train.py", "--output_dir", out, *SMALL.split(), check=False)
     assert done.returncode == 2 and "holds another run" in done.stderr
@@ -102,8 +111,9 @@ def test_a_resumed_run_is_bit_for_bit_the_whole_run(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_compute_what_one_does(tmp_path):
-    run("train.py", "--output_dir", tmp_path / "one", *SMALL.split())
-    two = SMALL.replace("--train_batch_size 8", "--train_batch_size 4")
+    one = SMALL + " --dropout 0"  # whose masks are drawn for each process
+    run("train.py", "--output_dir", tmp_path / "one", *one.split())
+    two = one.replace("--train_batch_size 8", "--train_batch_size 4")
     run("train.py", "--output_dir", tmp_path / "two", *two.split(), processes=2)
     recorded = [json.loads((tmp_path / n / "options.json").read_text())["global_batch_size"] for n in ("one", "two")]
     assert recorded == [8, 8]
@@ -161,3 +171,36 @@ def test_wrong_arguments_are_told_before_any_work(arguments, message, tmp_path, 
         parse_options("", ["--output_dir", str(tmp_path / "out"), *arguments])
     assert stop.value.code == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_diffusers_has_the_same_likelihood_on_two_processes(tmp_path):
+    import torch
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+    from test_training import picture, write_folder
+
+    rng = np.random.default_rng(0)
+    data = write_folder(tmp_path / "data", [picture(rng) for _ in range(8)])
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=2,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+    )  # fmt: skip
+    DDPMPipeline(unet, DDPMScheduler(20)).save_pretrained(tmp_path / "ddpm")
+    reports = []
+    for processes in (None, 2):
+        output = tmp_path / f"{processes}.json"
+        run("evaluate.py", "--model", tmp_path / "ddpm", "--method", "vlb", "--data_dir", data, "--split", "train",
+            "--batch_size", 4, "--cache_dir", tmp_path / "cache", "--output", output, processes=processes)  # fmt: skip
+        reports.append(json.loads(output.read_text()))
+    assert [r["num_processes"] for r in reports] == [1, 2]
+    assert reports[0]["convention"] == "ddpm" and reports[0]["num_steps"] == 20 and reports[0]["clip_sample"]
+    assert len(reports[0]["per_image_bpd"]) == 7
+    np.testing.assert_allclose(reports[0]["per_image_bpd"], reports[1]["per_image_bpd"], rtol=1e-6)
+
+
+def test_latents_have_no_likelihood(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline", "vae": ["a", "b"]}')
+    done = run("evaluate.py", "--model", tmp_path, "--output", tmp_path / "r.json", check=False)
+    assert done.returncode != 0 and "latents" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "r.json").exists()

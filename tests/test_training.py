@@ -112,7 +112,7 @@ def test_a_restored_run_is_the_run_that_was_never_stopped(tmp_path, generator):
     with torch.no_grad():  # whatever stands there is replaced
         for p in objective.parameters():
             p.add_(1.0)
-    assert training.restore(folder, objective, optimizer, scheduler, ema, RUN) == 3
+    assert training.restore(folder, objective, optimizer, scheduler, ema, RUN)["step"] == 3
     run_steps(*second, data, range(3, 7))
     for a, b in zip(whole[0].state_dict().values(), objective.state_dict().values(), strict=True):
         assert torch.equal(a, b)
@@ -129,7 +129,7 @@ def test_another_run_is_refused_and_free_options_are_not(tmp_path, generator):
     folder = training.save(tmp_path, 1, objective, optimizer, scheduler, ema, RUN)
     fresh = setup_run()
     args = (folder, fresh[0], fresh[1], fresh[3], fresh[2])
-    assert training.restore(*args, RUN | {"options": {"learning_rate": 1e-3, "output_dir": "b"}}) == 1
+    assert training.restore(*args, RUN | {"options": {"learning_rate": 1e-3, "output_dir": "b"}})["step"] == 1
     for changed, name in (
         ({"options": {"learning_rate": 2e-3, "output_dir": "a"}}, "learning_rate: 0.001 → 0.002"),
         ({"data": {"fingerprint": "y"}}, "data"),
