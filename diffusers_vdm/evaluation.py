@@ -253,16 +253,9 @@ def _diffusers_betas(scheduler) -> torch.Tensor:
 
 
 def _check_images(images: torch.Tensor, unet: nn.Module, num_levels: int) -> None:
-    if images.ndim != 4 or images.is_floating_point() or images.dtype == torch.bool:
-        raise TypeError(
-            f"images must be integers of shape (N, C, H, W) in [0, {num_levels}), got {images.dtype} of shape "
-            f"{tuple(images.shape)}; a likelihood is of integer data, so pass uint8 pixels as they are."
-        )
-    if len(images) == 0:
-        raise ValueError("images must not be empty: there is no likelihood of nothing.")
-    low, high = int(images.min()), int(images.max())
-    if low < 0 or high >= num_levels:
-        raise ValueError(f"images must be within [0, {num_levels}), got values from {low} to {high}; set num_levels.")
+    diffusion.check_levels(images, num_levels)
+    if images.ndim != 4 or len(images) == 0:
+        raise ValueError(f"images must have shape (N, C, H, W) and must not be empty, got {tuple(images.shape)}.")
     config = getattr(unet, "config", {})
     size = config.get("sample_size")
     size = (size, size) if isinstance(size, int) else size

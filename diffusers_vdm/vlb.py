@@ -110,17 +110,7 @@ class _Objective(nn.Module):
         self.prediction_type = prediction_type
 
     def _data(self, images: torch.Tensor) -> torch.Tensor:
-        if images.ndim < 2 or images.is_floating_point() or images.is_complex() or images.dtype == torch.bool:
-            raise TypeError(
-                f"images must be integers of shape (B, ...) in [0, {self.num_levels}), got {images.dtype} of shape "
-                f"{tuple(images.shape)}; a likelihood is of integer data, so pass uint8 pixels as they are."
-            )
-        if images.device.type == "cpu" and images.numel():  # on an accelerator this would wait for the device
-            low, high = int(images.min()), int(images.max())
-            if low < 0 or high >= self.num_levels:
-                raise ValueError(
-                    f"images must be within [0, {self.num_levels}), got values from {low} to {high}; set num_levels."
-                )
+        diffusion.check_levels(images, self.num_levels)
         # float32 whatever the network's type: x in bfloat16 would be other data
         dtype = torch.promote_types(getattr(self.unet, "dtype", torch.float32), torch.float32)
         return diffusion.x_from_levels(images, self.num_levels, dtype)
