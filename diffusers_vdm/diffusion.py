@@ -384,12 +384,16 @@ def check_order(gamma_s: torch.Tensor, gamma_t: torch.Tensor) -> None:
 
 def check_levels(images: torch.Tensor, num_levels: int) -> None:
     """Raises `TypeError` unless `images` are integers of shape `(B, ...)`, `ValueError` unless in [0, num_levels)."""
+    if not torch.is_tensor(images):
+        raise TypeError(f"images must be a torch.Tensor of integers, got {type(images).__name__}.")
     if images.ndim < 2 or images.is_floating_point() or images.is_complex() or images.dtype == torch.bool:
         raise TypeError(
             f"images must be integers of shape (B, ...) in [0, {num_levels}), got {images.dtype} of shape "
             f"{tuple(images.shape)}; a likelihood is of integer data, so pass uint8 pixels as they are."
         )
-    if images.device.type == "cpu" and images.numel():  # on an accelerator this would wait for the device
+    if images.numel() == 0:
+        raise ValueError(f"images must not be empty: there is no likelihood of nothing; got {tuple(images.shape)}.")
+    if images.device.type == "cpu":  # on an accelerator this would wait for the device
         low, high = int(images.min()), int(images.max())
         if low < 0 or high >= num_levels:
             raise ValueError(

@@ -254,8 +254,8 @@ def _diffusers_betas(scheduler) -> torch.Tensor:
 
 def _check_images(images: torch.Tensor, unet: nn.Module, num_levels: int) -> None:
     diffusion.check_levels(images, num_levels)
-    if images.ndim != 4 or len(images) == 0:
-        raise ValueError(f"images must have shape (N, C, H, W) and must not be empty, got {tuple(images.shape)}.")
+    if images.ndim != 4:
+        raise ValueError(f"images must have shape (N, C, H, W), got {tuple(images.shape)}.")
     config = getattr(unet, "config", {})
     size = config.get("sample_size")
     size = (size, size) if isinstance(size, int) else size

@@ -67,7 +67,10 @@ class NoiseSchedule(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config=None, return_unused_kwargs: bool = False, **kwargs):
-        """As [`ConfigMixin.from_config`], with every value of the config as it is written."""
+        """As [`ConfigMixin.from_config`], every value as it is written; `ValueError` for another class's config."""
+        name = config.get("_class_name", cls.__name__) if isinstance(config, dict) else cls.__name__
+        if name != cls.__name__:
+            raise ValueError(f"this is the config of a {name}; load it by {name}, not by {cls.__name__}.")
         return super().from_config(as_written(config), return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def ends(self) -> tuple[torch.Tensor, torch.Tensor]:

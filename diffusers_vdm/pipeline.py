@@ -127,7 +127,7 @@ class VDMPipeline(DiffusionPipeline):
                 if callback_on_step_end is not None:
                     available = {"latents": latents}
                     given = {name: available[name] for name in tensor_names}
-                    latents = (callback_on_step_end(self, i, t, given) or {}).pop("latents", latents)
+                    latents = self._taken_back(callback_on_step_end(self, i, t, given), latents)
                 progress_bar.update()
 
         images = latents if output_type == "latent" else self._images(latents, decode, output_type, generator)
@@ -144,6 +144,20 @@ class VDMPipeline(DiffusionPipeline):
             return pixels
         array = pixels.cpu().permute(0, 2, 3, 1).numpy()
         return self.numpy_to_pil(array) if output_type == "pil" else array
+
+    def _taken_back(self, returned: dict[str, Any] | None, latents: torch.Tensor) -> torch.Tensor:
+        """The latents that a callback wants to go on from."""
+        if returned is None:
+            return latents
+        if not isinstance(returned, dict) or not set(returned) <= set(self._callback_tensor_inputs):
+            raise ValueError(
+                f"callback_on_step_end must return None or a dict with keys among {self._callback_tensor_inputs}, "
+                f"got {sorted(returned) if isinstance(returned, dict) else type(returned).__name__}."
+            )
+        new = returned.get("latents", latents)
+        if not torch.is_tensor(new) or new.shape != latents.shape:
+            raise ValueError(f"callback_on_step_end must return latents of shape {tuple(latents.shape)}.")
+        return new
 
     def _image_size(self) -> tuple[int, int]:
         size = self.unet.config.sample_size
@@ -171,7 +185,8 @@ class VDMPipeline(DiffusionPipeline):
             raise ValueError("class_labels were given, but this network was trained without classes.")
         highest = num_classes + bool(null_class)
         if int(labels.min()) < 0 or int(labels.max()) >= highest:
-            raise ValueError(f"class_labels must be within [0, {highest}), got {labels.tolist()}.")
+            null = f", where {num_classes} stands for no label" if null_class else ""
+            raise ValueError(f"class_labels must be within [0, {highest}){null}, got {labels.tolist()}.")
         return labels
 
     def _check_inputs(

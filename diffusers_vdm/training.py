@@ -1,15 +1,14 @@
 """What a training loop needs and a test must hold: images as integers, keyed randomness, checkpoints that are whole.
 
 Every random draw of training is a function of (seed, step, position in the global batch), never of what was drawn
-before. So the run does not depend on how the batch is split over processes and accumulation steps, and a resumed run
-is the run that was never stopped.
+before. So a resumed run is the run that was never stopped, and how the batch is split over processes and accumulation
+steps matters for nothing but the masks of dropout, which are drawn for each batch of each process.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -24,11 +23,12 @@ import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from .vlb import BoundEvaluation, key_to_seed, keyed_generator  # noqa: F401
+from .vlb import key_to_seed, keyed_generator  # noqa: F401
 
 # ---- images ------------------------------------------------------------------------------------------------------
 
@@ -307,8 +307,14 @@ def load_checkpoint(folder: str | os.PathLike) -> tuple[dict[str, dict[str, torc
     folder = Path(folder)
     if not (folder / "state.json").is_file():
         raise ValueError(f"{folder} is not a complete checkpoint: it has no state.json.")
-    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    return {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}, state
+    tensors, path = {}, folder / "state.json"
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(folder.glob("*.safetensors")):
+            tensors[path.stem] = load_file(path)
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"{path} is damaged ({error}); go on from an older checkpoint, by its folder.") from error
+    return tensors, state
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -381,7 +387,11 @@ def restore(
     tensors, state = load_checkpoint(folder)
     before, now = state["run"], run
     fixed = set(now["options"]) - _FREE_OPTIONS
-    differences = {name for name in fixed if now["options"][name] != before["options"].get(name)}
+    if now["options"].get("dropout"):  # its masks are drawn for each batch of each process
+        fixed |= {"train_batch_size", "gradient_accumulation_steps"}
+    if str(now["options"].get("lr_scheduler")).startswith("constant"):  # else the rates depend on where they end
+        fixed -= {"max_train_steps", "num_epochs"}
+    differences = {name for name in fixed if now["options"].get(name) != before["options"].get(name)}
     for name in ("data", "global_batch_size"):
         if before[name] != now[name]:
             differences.add(name)
@@ -420,20 +430,6 @@ def ema_weights(ema: EMAModel | None, parameters: Sequence[nn.Parameter]):
 
 
 # ---- metrics -----------------------------------------------------------------------------------------------------
-
-
-def evaluation_metrics(result: BoundEvaluation) -> dict[str, Any]:
-    """The numbers of an evaluation under the names of metrics.jsonl, with all that a bits/dim must be quoted with."""
-    return {
-        "eval_bpd": result.bpd,
-        "eval_bpd_stderr": None if math.isnan(result.stderr_bpd) else result.stderr_bpd,
-        "eval_prior_bpd": result.prior_bpd,
-        "eval_reconstruction_bpd": result.reconstruction_bpd,
-        "eval_diffusion_bpd": result.diffusion_bpd,
-        "eval_num_images": result.num_images,
-        "eval_num_samples": result.num_samples,
-        "eval_num_timesteps": result.num_timesteps,
-    }
 
 
 def append_metrics(path: str | os.PathLike, metrics: dict[str, Any]) -> None:

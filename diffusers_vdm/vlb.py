@@ -36,13 +36,14 @@ class VariationalBoundOutput(BaseOutput):
         mse (`torch.Tensor` of shape `(B,)`): mean of (ε − ε̂)² over the dimensions, there.
     """
 
+    # BaseOutput can be rebuilt from a dict, as accelerate does under mixed precision, only if the rest has defaults
     loss: torch.Tensor
-    total: torch.Tensor
-    prior: torch.Tensor
-    reconstruction: torch.Tensor
-    diffusion: torch.Tensor
-    gamma_t: torch.Tensor
-    mse: torch.Tensor
+    total: torch.Tensor = None
+    prior: torch.Tensor = None
+    reconstruction: torch.Tensor = None
+    diffusion: torch.Tensor = None
+    gamma_t: torch.Tensor = None
+    mse: torch.Tensor = None
 
 
 @dataclass
@@ -56,8 +57,8 @@ class SimpleObjectiveOutput(BaseOutput):
     """
 
     loss: torch.Tensor
-    mse: torch.Tensor
-    gamma_t: torch.Tensor
+    mse: torch.Tensor = None
+    gamma_t: torch.Tensor = None
 
 
 def key_to_seed(*key: int | str) -> int:
@@ -85,8 +86,9 @@ def stratified_times(
 
 
 def _check_times(t: torch.Tensor, batch_size: int) -> None:
-    if t.shape != (batch_size,):
-        raise ValueError(f"t must have shape ({batch_size},), a time for each image, got {tuple(t.shape)}.")
+    if not torch.is_tensor(t) or t.shape != (batch_size,):
+        got = tuple(t.shape) if torch.is_tensor(t) else t
+        raise ValueError(f"t must have shape ({batch_size},), a tensor with a time for each image, got {got}.")
     if t.device.type == "cpu" and not bool(((t >= 0) & (t <= 1)).all()):
         raise ValueError(f"t must be within [0, 1], got values from {float(t.min()):.6g} to {float(t.max()):.6g}.")
 
@@ -102,8 +104,8 @@ class _Objective(nn.Module):
                 f"noise_schedule must be a NoiseSchedule, got {type(noise_schedule).__name__}; of a scheduler take "
                 "scheduler.noise_schedule()."
             )
-        if not 2 <= num_levels <= 65536:
-            raise ValueError(f"num_levels must be within [2, 65536], got {num_levels}.")
+        if not isinstance(num_levels, int) or not 2 <= num_levels <= 65536:
+            raise ValueError(f"num_levels must be within [2, 65536], an integer, got {num_levels}.")
         self.unet = unet
         self.noise_schedule = noise_schedule
         self.num_levels = num_levels

@@ -14,6 +14,8 @@ import json
 import time
 from pathlib import Path
 
+from PIL import Image
+
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -32,7 +34,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     for name in ("num_images", "batch_size", "num_inference_steps"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be positive, got {getattr(options, name)}")
-    if not Path(options.output).suffix:
+    if Path(options.output).suffix.lower() not in Image.registered_extensions():
         parser.error(f"--output must name an image file, as samples.png, got {options.output}")
     return options
 
@@ -97,4 +99,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_options())
+    try:
+        main(parse_options())
+    except (ValueError, OSError, RuntimeError) as error:
+        raise SystemExit(f"sample.py: {error}") from error

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -39,6 +40,15 @@ def training_loss(objective, data, o: argparse.Namespace, step: int, rows: range
         inputs["class_labels"] = torch.where(batch.withheld, null, batch.labels)
     torch.manual_seed(training.key_to_seed(o.seed, "dropout", step, rows.start))
     return objective(batch.images.to(device), **{k: v.to(device, non_blocking=True) for k, v in inputs.items()}).loss
+
+
+@contextmanager
+def told_to_the_user():
+    """What is wrong with files and arguments is said in one line, without a traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"train.py: {error}") from error
 
 
 def main(o: argparse.Namespace) -> None:
@@ -67,9 +77,10 @@ def main(o: argparse.Namespace) -> None:
     if accelerator.device.type == "cpu":  # `accelerate launch` leaves one thread, unless told otherwise
         torch.set_num_threads(o.num_threads or max(1, os.cpu_count() // world))
 
-    train, test = load_data(o, progress_bar=is_main)
-    torch.manual_seed(training.key_to_seed(o.seed, "weights"))
-    unet, noise_schedule = build(o, train)
+    with told_to_the_user():
+        train, test = load_data(o, progress_bar=is_main)
+        torch.manual_seed(training.key_to_seed(o.seed, "weights"))
+        unet, noise_schedule = build(o, train)
     shared = {"num_levels": train.num_levels, "prediction_type": o.prediction_type}
     # a DDPM knows the T levels of its betas, so that its bound has the T − 1 steps between them
     bound_steps = o.num_timesteps if o.schedule != "linear_beta" or o.objective == "vdm" else o.ddpm_num_steps - 1
@@ -95,12 +106,13 @@ def main(o: argparse.Namespace) -> None:
 
     start, logged, loss_sum = 0, 0, 0.0
     if o.resume_from_checkpoint:
-        folder = training.find_checkpoint(out, o.resume_from_checkpoint)
-        state = training.restore(folder, objective, optimizer, lr_scheduler, ema, describe(o, train, global_rows))
+        with told_to_the_user():
+            folder = training.find_checkpoint(out, o.resume_from_checkpoint)
+            state = training.restore(folder, objective, optimizer, lr_scheduler, ema, describe(o, train, global_rows))
         start, logged, loss_sum = state["step"], *(state["run"][name] for name in ("logged", "loss_sum"))
         accelerator.print(f"going on from {folder}")
     if start >= total:
-        raise SystemExit(f"nothing to do: {folder} is at step {start} of {total}; raise --max_train_steps")
+        raise SystemExit(f"nothing to do: this run is finished, {folder} is at step {start} of {total}")
     if is_main:
         out.mkdir(parents=True, exist_ok=True)
         if start == 0:  # --overwrite_output_dir: nothing of the other run may be taken for this one's
@@ -165,7 +177,7 @@ def main(o: argparse.Namespace) -> None:
             logged, timed, clock = done, done, time.perf_counter()
         if done == total or (o.eval_steps and done % o.eval_steps == 0):
             result = evaluate(o.eval_samples, None) if done == total else evaluate(1, o.max_eval_images)
-            metrics |= training.evaluation_metrics(result) | {"eval_weights": "ema" if ema else "raw"}
+            metrics |= evaluation_metrics(result) | {"eval_weights": "ema" if ema else "raw"}
             shown |= {"eval_bpd": f"{result.bpd:.4f}"}
             clock = time.perf_counter()
         if metrics:
@@ -192,6 +204,16 @@ def main(o: argparse.Namespace) -> None:
         with training.ema_weights(ema, parameters):
             finish(o, make_pipeline(o, unet, noise_schedule, train.num_levels), noise_schedule, result, histogram_bpd)
     accelerator.end_training()
+
+
+def evaluation_metrics(result) -> dict:
+    """The numbers of an evaluation, with all that a bits/dim must be quoted with."""
+    return {
+        "eval_bpd": result.bpd,
+        "eval_bpd_stderr": None if math.isnan(result.stderr_bpd) else result.stderr_bpd,
+        **{f"eval_{term}_bpd": getattr(result, f"{term}_bpd") for term in ("prior", "reconstruction", "diffusion")},
+        **{f"eval_{name}": getattr(result, name) for name in ("num_images", "num_samples", "num_timesteps")},
+    }
 
 
 def describe(o: argparse.Namespace, data, global_rows: int) -> dict:
@@ -224,7 +246,9 @@ def draw(o: argparse.Namespace, pipeline, out: Path, name: str, animation: str |
     from diffusers_vdm import plots
     from diffusers_vdm.vlb import keyed_generator
 
-    frames, steps = [], min(o.ddpm_num_inference_steps, o.ddpm_num_steps)
+    frames, steps = [], o.ddpm_num_inference_steps
+    if o.schedule == "linear_beta":
+        steps = min(steps, o.ddpm_num_steps)  # the levels that the network knows
 
     def keep_frame(pipe, i, t, tensors):
         if i % max(1, steps // 40) == 0 or i == steps - 1:
@@ -252,8 +276,9 @@ def finish(o: argparse.Namespace, pipeline, noise_schedule, result, histogram_bp
 
     uniform = math.log2(pipeline.config.num_levels)
     table = [("every level alike", f"{uniform:.4f}"), ("histogram of each training pixel", f"{histogram_bpd:.4f}")]
+    error = "" if math.isnan(result.stderr_bpd) else f" ± {result.stderr_bpd:.4f}"
     steps = "continuous time" if result.num_timesteps is None else f"T = {result.num_timesteps}"
-    table += [(f"this model, {steps}", f"{result.bpd:.4f} ± {result.stderr_bpd:.4f}")]
+    table += [(f"this model, {steps}", f"{result.bpd:.4f}" + error)]
     table += [(f"  {term}", f"{value:.4f}") for term, value in terms.items()]
     print(f"\nbits/dim on {result.num_images} held-out images, {result.num_samples} draws each")
     for row in table:
@@ -266,4 +291,7 @@ def finish(o: argparse.Namespace, pipeline, noise_schedule, result, histogram_bp
 
 
 if __name__ == "__main__":
-    main(parse_options(__doc__))
+    try:
+        main(parse_options(__doc__))
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; --resume_from_checkpoint latest goes on from the newest checkpoint") from None

@@ -91,7 +91,11 @@ OPTIONS: dict[str, list[tuple]] = {
 
 def parse_options(description: str, arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked; wrong arguments end the program before any work starts."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage="train.py [options], see --help",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     for group, rows in OPTIONS.items():
         section = parser.add_argument_group(group)
         for name, default, text in rows:
@@ -129,6 +133,11 @@ def check_options(o: argparse.Namespace) -> None:
     from diffusers_vdm import UNET_PRESETS
 
     o.digits = o.dataset_name is None and o.train_data_dir is None
+    ignored = [n for n in ("resolution", "image_mode", "image_column", "label_column") if o.digits and getattr(o, n)]
+    if ignored:
+        raise ValueError(f"--{ignored[0]} is of a data set; name one by --dataset_name or --train_data_dir")
+    if o.schedule == "linear_beta" and o.gamma_min is not None:
+        raise ValueError("--gamma_min is not of --schedule linear_beta, whose ends come from its betas")
     o.schedule = o.schedule or ("learned" if o.objective == "vdm" else "linear_beta")
     o.gamma_min = (-7.5 if o.digits else -13.3) if o.gamma_min is None else o.gamma_min
     o.learning_rate = (4e-3 if o.digits else 2e-4) if o.learning_rate is None else o.learning_rate
@@ -152,17 +161,27 @@ def check_options(o: argparse.Namespace) -> None:
     positive = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_epochs", "learning_rate",
                 "max_grad_norm", "logging_steps", "eval_batch_size", "eval_samples", "num_images", "num_timesteps",
                 "ddpm_num_inference_steps", "save_images_epochs", "save_model_epochs", "checkpoints_total_limit",
-                 "resolution", "max_eval_images")  # fmt: skip
-    for name in positive:
+                "resolution", "max_eval_images", "num_threads", "adam_epsilon", "ema_inv_gamma", "ema_power",
+                "dataloader_num_workers")  # fmt: skip
+    ranges = dict.fromkeys(positive, (1e-30, math.inf)) | {
+        "lr_warmup_steps": (0, math.inf), "eval_steps": (0, math.inf), "checkpointing_steps": (0, math.inf),
+        "adam_weight_decay": (0, math.inf), "adam_beta1": (0, 1 - 1e-9), "adam_beta2": (0, 1 - 1e-9),
+        "dropout": (0, 1 - 1e-9), "ema_max_decay": (0, 1), "ddpm_num_steps": (21, math.inf),
+    }  # fmt: skip
+    for name, (low, high) in ranges.items():
         value = getattr(o, name)
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"--{name} must be positive, got {value}")
+        if value is not None and not (low <= value <= high and math.isfinite(value)):
+            rule = "positive" if name in positive else f"within [{low}, {high:.4g}]"
+            raise ValueError(f"--{name} must be {rule}, got {value}")
     if o.train_data_dir and not Path(o.train_data_dir).is_dir():
         raise ValueError(f"--train_data_dir {o.train_data_dir} is not a folder")
     folder = Path(o.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder} is a file")
-    if (folder / "metrics.jsonl").exists() and not (o.overwrite_output_dir or o.resume_from_checkpoint):
+    own = o.resume_from_checkpoint and (
+        o.resume_from_checkpoint == "latest" or Path(o.resume_from_checkpoint).resolve().parent == folder.resolve()
+    )
+    if (folder / "metrics.jsonl").exists() and not (o.overwrite_output_dir or own):
         raise ValueError(
             f"--output_dir {folder} holds another run; go on by --resume_from_checkpoint latest, replace it by "
             "--overwrite_output_dir, or name another folder"
@@ -180,10 +199,16 @@ def load_data(o: argparse.Namespace, progress_bar: bool):
     }
     shared |= {"config_name": o.dataset_config_name, "num_workers": o.dataloader_num_workers}
     path = o.dataset_name or o.train_data_dir
-    return tuple(
-        training.load_images(path, s, is_folder=bool(o.train_data_dir), progress_bar=progress_bar, **shared)
-        for s in (o.train_split, o.eval_split)
-    )
+    try:
+        return tuple(
+            training.load_images(path, s, is_folder=bool(o.train_data_dir), progress_bar=progress_bar, **shared)
+            for s in (o.train_split, o.eval_split)
+        )
+    except ValueError as error:
+        if "nknown split" not in str(error):
+            raise
+        advice = "set --train_split and --eval_split, slices allowed: 'train[1000:]' and 'train[:1000]'"
+        raise ValueError(f"{error} {advice}") from error
 
 
 def build(o: argparse.Namespace, data):
@@ -197,8 +222,7 @@ def build(o: argparse.Namespace, data):
     config["sample_size"] = size[0] if size[0] == size[1] else size
     if o.preset and config.get("fourier_exponents"):  # the paper's 6 and 7, where there are 256 levels
         config["fourier_exponents"] = [math.log2(data.num_levels) - 2, math.log2(data.num_levels) - 1]
-    if o.dropout is not None:
-        config["dropout"] = o.dropout
+    o.dropout = config["dropout"] = config.get("dropout", 0.0) if o.dropout is None else o.dropout
     if o.class_conditional:
         if data.labels is None:
             raise SystemExit("--class_conditional: this data set has no classes; name them by --label_column")

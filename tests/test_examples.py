@@ -73,7 +73,10 @@ def test_training_leaves_all_that_the_readme_promises_and_sampling_reads_it(tmp_
     for name in ("by_gamma", "histogram", "most_likely", "most_unlikely"):
         assert (report.parent / f"r_{name}.png").exists()
 
-    # the same folder is not overwritten by mistake
+    # the same folder is not overwritten by mistake, neither anew nor from a checkpoint of another run
+    elsewhere = ["--resume_from_checkpoint", tmp_path / "other" / "checkpoint-3"]
+    done = run("train.py", "--output_dir", out, *SMALL.split(), *elsewhere, check=False)
+    assert done.returncode == 2 and "holds another run" in done.stderr
     done = run("train.py", "--output_dir", out, *SMALL.split(), check=False)
     assert done.returncode == 2 and "holds another run" in done.stderr
 
@@ -162,6 +165,12 @@ def test_a_folder_of_colour_images(tmp_path):
         (["--lr_scheduler", "cosin"], "did you mean 'cosine'"),
         (["--use_emma"], "unrecognized arguments"),
         (["--use_ema", "False"], "unrecognized arguments"),
+        (["--lr_warmup_steps", "-5"], "--lr_warmup_steps must be within"),
+        (["--ema_max_decay", "2"], "--ema_max_decay must be within"),
+        (["--dropout", "1"], "--dropout must be within"),
+        (["--ddpm_num_steps", "5"], "--ddpm_num_steps must be within"),
+        (["--resolution", "16"], "--resolution is of a data set"),
+        (["--schedule", "linear_beta", "--gamma_min", "-3"], "come from its betas"),
     ],
 )
 def test_wrong_arguments_are_told_before_any_work(arguments, message, tmp_path, capsys):
@@ -204,3 +213,11 @@ def test_latents_have_no_likelihood(tmp_path):
     done = run("evaluate.py", "--model", tmp_path, "--output", tmp_path / "r.json", check=False)
     assert done.returncode != 0 and "latents" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "r.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["vdm", "ddpm"])
+def test_mixed_precision(tmp_path, objective):
+    out = tmp_path / "run"
+    run("train.py", "--mixed_precision", "bf16", "--objective", objective, "--output_dir", out, *SMALL.split())
+    assert 2 < metrics(out)[-1]["eval_bpd"] < 20

@@ -137,6 +137,9 @@ def test_another_run_is_refused_and_free_options_are_not(tmp_path, generator):
     ):
         with pytest.raises(ValueError, match=name):
             training.restore(*args, RUN | changed)
+    split = {"options": RUN["options"] | {"dropout": 0.1, "train_batch_size": 2}}
+    with pytest.raises(ValueError, match="train_batch_size"):  # the masks of dropout would be others
+        training.restore(*args, RUN | split)
     with pytest.raises(ValueError, match="averaged weights"):
         training.restore(folder, fresh[0], fresh[1], fresh[3], None, RUN)
 
@@ -151,6 +154,11 @@ def test_checkpoints_are_whole_or_absent(tmp_path):
     assert training.find_checkpoint(tmp_path, "latest").name == "checkpoint-100"
     with pytest.raises(ValueError, match="not a complete checkpoint"):
         training.load_checkpoint(tmp_path / "checkpoint-150")
+    damaged = tmp_path / "damaged" / "checkpoint-1"
+    training.save_checkpoint(tmp_path / "damaged", 1, {"model": {"w": torch.ones(2)}}, {})
+    (damaged / "model.safetensors").write_bytes(b"\0" * 20)
+    with pytest.raises(ValueError, match=r"model.safetensors is damaged"):
+        training.load_checkpoint(damaged)
     tensors, state = training.load_checkpoint(tmp_path / "checkpoint-100")
     assert torch.equal(tensors["model"]["w"], torch.ones(2)) and state["step"] == 100
     with pytest.raises(ValueError, match="no complete checkpoint"):

@@ -1,5 +1,6 @@
 """The variational bound: against closed forms, quadrature, and gradients taken another way."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -22,7 +23,7 @@ from diffusers_vdm import (
     evaluate_bound,
 )
 from diffusers_vdm.diffusion import prior_kl_nats
-from diffusers_vdm.vlb import stratified_times
+from diffusers_vdm.vlb import SimpleObjectiveOutput, VariationalBoundOutput, stratified_times
 
 LN2 = math.log(2)
 F64 = torch.float64
@@ -945,3 +946,13 @@ def test_evaluation_of_nothing():
             evaluate_bound(bound, levels(3, 2, num_levels=9), **kwargs)
     with pytest.raises(TypeError, match="integers"):
         evaluate_bound(bound, torch.rand(3, 2), progress_bar=False)
+
+
+@pytest.mark.parametrize("output", [VariationalBoundOutput, SimpleObjectiveOutput])
+def test_outputs_survive_what_accelerate_does_under_mixed_precision(output):
+    """It rebuilds what the forward returns from a dict, which a BaseOutput allows only with defaults."""
+    from accelerate.utils import convert_to_fp32
+
+    names = [field.name for field in dataclasses.fields(output)]
+    out = output(**{name: torch.ones(2, dtype=torch.bfloat16) for name in names})
+    assert all(convert_to_fp32(out)[name].dtype == torch.float32 for name in names)
