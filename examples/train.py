@@ -84,8 +84,12 @@ def main(o: argparse.Namespace) -> None:
     shared = {"num_levels": train.num_levels, "prediction_type": o.prediction_type}
     # a DDPM knows the T levels of its betas, so that its bound has the T − 1 steps between them
     bound_steps = o.num_timesteps if o.schedule != "linear_beta" or o.objective == "vdm" else o.ddpm_num_steps - 1
+    # apart from the objective, which accelerate puts under autocast: bits/dim are measured in float32
     bound = VariationalBound(unet, noise_schedule, num_timesteps=bound_steps, **shared)
-    objective = bound if o.objective == "vdm" else SimpleObjective(unet, noise_schedule, **shared)
+    if o.objective == "vdm":
+        objective = VariationalBound(unet, noise_schedule, num_timesteps=o.num_timesteps, **shared)
+    else:
+        objective = SimpleObjective(unet, noise_schedule, **shared)
 
     global_rows = o.train_batch_size * o.gradient_accumulation_steps * world
     total = o.max_train_steps or math.ceil(o.num_epochs * len(train) / global_rows)
@@ -96,9 +100,8 @@ def main(o: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(
         groups, o.learning_rate, (o.adam_beta1, o.adam_beta2), o.adam_epsilon, o.adam_weight_decay, fused=True
     )
-    lr_scheduler = get_scheduler(
-        o.lr_scheduler, optimizer, num_warmup_steps=o.lr_warmup_steps, num_training_steps=total
-    )
+    steps = {"num_warmup_steps": o.lr_warmup_steps, "num_training_steps": total}
+    lr_scheduler = get_scheduler(o.lr_scheduler, optimizer, **steps)
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
     ema = None
     if o.use_ema:
@@ -119,8 +122,8 @@ def main(o: argparse.Namespace) -> None:
             training.remove_checkpoints(out)
         training.write_atomically(out / "options.json", json.dumps(describe(o, train, global_rows), indent=2))
         training.truncate_metrics(out / "metrics.jsonl", start)
-    logged_options = {k: v for k, v in vars(o).items() if isinstance(v, int | float | str) and k != "hub_token"}
-    accelerator.init_trackers("train", logged_options)
+    plain = {k: v for k, v in vars(o).items() if isinstance(v, int | float | str) and k != "hub_token"}
+    accelerator.init_trackers("train", plain)
     histogram_bpd = training.histogram_bpd(train, test)
     accelerator.print(
         f"{train.name} / {test.name}: {len(train)} / {len(test)} images of {tuple(train.images.shape[1:])}\n"
