@@ -19,7 +19,7 @@ _MODULE_OF = {
     "VDMUNet2DModel": "unet",
     "UNET_PRESETS": "unet",
     "VariationalBound": "vlb",
-    "SimpleObjective": "vlb",
+    "SimpleObjective": "objective",
     "evaluate_bound": "vlb",
     "evaluate_bpd": "evaluation",
     "VDMPipeline": "pipeline",

@@ -30,6 +30,11 @@ PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
 Generators = torch.Generator | list[torch.Generator] | None
 
 
+def to_high_precision(tensor: torch.Tensor) -> torch.Tensor:
+    """float64 where the device has it, else float32 (Apple's GPUs)."""
+    return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
+
+
 def alpha(gamma: torch.Tensor) -> torch.Tensor:
     """Scale of the data in z_t: α = √sigmoid(−γ) [VDM §3.2]. Shape of `gamma`."""
     return torch.sigmoid(-gamma).sqrt()

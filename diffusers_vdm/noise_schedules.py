@@ -20,7 +20,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from .diffusion import gammas_from_betas, linear_betas, prior_kl_nats
+from .diffusion import gammas_from_betas, linear_betas, prior_kl_nats, to_high_precision
 
 # bits/dim above which sampling starts from noise that training never saw
 PRIOR_KL_WARNING_BPD = 0.01
@@ -177,11 +177,6 @@ class NoiseSchedule(ModelMixin, ConfigMixin):
 def as_written(config):
     """A config without diffusers' list of defaults: it holds arguments given by position too, and drops them."""
     return {k: v for k, v in config.items() if k != "_use_default_values"} if isinstance(config, dict) else config
-
-
-def to_high_precision(tensor: torch.Tensor) -> torch.Tensor:
-    """float64 where the device has it, else float32 (Apple's GPUs)."""
-    return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
 
 
 def check_ends(gamma_min: float, gamma_max: float) -> None:

@@ -28,7 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from .vlb import key_to_seed, keyed_generator  # noqa: F401
+from .files import write_atomically
+from .randomness import key_to_seed, keyed_generator  # noqa: F401
 
 # ---- images ------------------------------------------------------------------------------------------------------
 
@@ -247,17 +248,6 @@ def keyed_batch(
 # ---- checkpoints -------------------------------------------------------------------------------------------------
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-
-
-def write_atomically(path: str | os.PathLike, text: str) -> None:
-    """Writes `text` beside `path` and renames it, so that no half file ever stands in the place of a good one."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def save_checkpoint(

@@ -8,8 +8,8 @@ Diffusion loss, T steps: ½ T E[expm1(γ_t − γ_s) ‖ε − ε̂‖²]; conti
 
 from __future__ import annotations
 
-import hashlib
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,8 +20,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from . import diffusion
-from .diffusion import PredictionType
-from .noise_schedules import LinearBetaGamma, NoiseSchedule, to_high_precision
+from .diffusion import PredictionType, to_high_precision
+from .noise_schedules import NoiseSchedule
+from .objective import Objective, SimpleObjective, SimpleObjectiveOutput, check_times  # noqa: F401
+from .randomness import keyed_generator, keyed_noise, lattice_times, stratified_times
+from .rows import Rows, fingerprint
 
 
 @dataclass
@@ -46,100 +49,7 @@ class VariationalBoundOutput(BaseOutput):
     mse: torch.Tensor = None
 
 
-@dataclass
-class SimpleObjectiveOutput(BaseOutput):
-    """DDPM's unweighted objective; not a likelihood.
-
-    Attributes:
-        loss (`torch.Tensor` of shape `()`): mean of `mse`.
-        mse (`torch.Tensor` of shape `(B,)`): mean squared error of the network's output over the dimensions.
-        gamma_t (`torch.Tensor` of shape `(B,)`): the noise levels that were drawn.
-    """
-
-    loss: torch.Tensor
-    mse: torch.Tensor = None
-    gamma_t: torch.Tensor = None
-
-
-def key_to_seed(*key: int | str) -> int:
-    """A 63-bit seed that is a function of `key` alone."""
-    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def keyed_generator(*key: int | str, device: str | torch.device = "cpu") -> torch.Generator:
-    """A generator whose stream is a function of `key` alone, for randomness that does not depend on order or batch."""
-    return torch.Generator(device).manual_seed(key_to_seed(*key))
-
-
-def stratified_times(
-    batch_size: int, generator: torch.Generator | None = None, device: str | torch.device | None = None
-) -> torch.Tensor:
-    """t_i = (u + i/B) mod 1 with one uniform u: each is uniform, together they cover [0, 1] evenly [VDM app. I.1].
-
-    Returns: float64 `torch.Tensor` of shape `(batch_size,)`.
-    """
-    source = generator.device if generator is not None else device
-    u = torch.rand((), generator=generator, device=source, dtype=torch.float32)
-    lattice = torch.arange(batch_size, device=source) / batch_size
-    return to_high_precision((u + lattice) % 1.0).to(device or u.device)
-
-
-def _check_times(t: torch.Tensor, batch_size: int) -> None:
-    if not torch.is_tensor(t) or t.shape != (batch_size,):
-        got = tuple(t.shape) if torch.is_tensor(t) else t
-        raise ValueError(f"t must have shape ({batch_size},), a tensor with a time for each image, got {got}.")
-    if t.device.type == "cpu" and not bool(((t >= 0) & (t <= 1)).all()):
-        raise ValueError(f"t must be within [0, 1], got values from {float(t.min()):.6g} to {float(t.max()):.6g}.")
-
-
-class _Objective(nn.Module):
-    """What both objectives share: the network, the schedule, and images that are integers."""
-
-    def __init__(self, unet: nn.Module, noise_schedule: NoiseSchedule, num_levels: int, prediction_type: str):
-        super().__init__()
-        diffusion.check_prediction_type(prediction_type)
-        if not isinstance(noise_schedule, NoiseSchedule):
-            raise TypeError(
-                f"noise_schedule must be a NoiseSchedule, got {type(noise_schedule).__name__}; of a scheduler take "
-                "scheduler.noise_schedule()."
-            )
-        if not isinstance(num_levels, int) or not 2 <= num_levels <= 65536:
-            raise ValueError(f"num_levels must be within [2, 65536], an integer, got {num_levels}.")
-        self.unet = unet
-        self.noise_schedule = noise_schedule
-        self.num_levels = num_levels
-        self.prediction_type = prediction_type
-
-    def _data(self, images: torch.Tensor) -> torch.Tensor:
-        diffusion.check_levels(images, self.num_levels)
-        # float32 whatever the network's type: x in bfloat16 would be other data
-        dtype = torch.promote_types(getattr(self.unet, "dtype", torch.float32), torch.float32)
-        return diffusion.x_from_levels(images, self.num_levels, dtype)
-
-    def _noise(self, x: torch.Tensor, eps: torch.Tensor | None, generator: torch.Generator | None) -> torch.Tensor:
-        if eps is None:
-            return diffusion.randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        if eps.shape != x.shape:
-            raise ValueError(f"eps and eps_0 must have the shape of images {tuple(x.shape)}, got {tuple(eps.shape)}.")
-        return eps.to(x)
-
-    def _squared_error(self, x, eps, t, gamma_t, **conditions) -> torch.Tensor:
-        """Σ (target − output)² over the dimensions, at z_t = α_t x + σ_t ε; shape `(B,)`."""
-        z_t = diffusion.q_sample(x, eps, gamma_t)
-        timesteps = self.noise_schedule.timestep(t, gamma_t).to(x.dtype)
-        conditions = {name: value for name, value in conditions.items() if value is not None}
-        output = self.unet(z_t, timesteps, return_dict=False, **conditions)[0]
-        if self.prediction_type == "epsilon":
-            target = eps
-        elif self.prediction_type == "sample":
-            target = x
-        else:
-            target = diffusion.velocity(x, eps, gamma_t)
-        return (target - output.to(x.dtype)).square().flatten(1).sum(1)
-
-
-class VariationalBound(_Objective):
+class VariationalBound(Objective):
     """The variational bound as one module: what DDP, FSDP, `torch.compile` and Accelerate should wrap.
 
     In continuous time the bound does not depend on γ between its ends [VDM §5.1]: its gradient there is pure noise.
@@ -201,7 +111,7 @@ class VariationalBound(_Objective):
         x = self._data(images)
         if t is None:
             t = stratified_times(len(x), generator, x.device)
-        _check_times(t, len(x))
+        check_times(t, len(x))
         t = to_high_precision(t.to(x.device))
         eps, eps_0 = self._noise(x, eps, generator), self._noise(x, eps_0, generator)
 
@@ -253,56 +163,6 @@ class VariationalBound(_Objective):
         return float(gamma_0)
 
 
-class SimpleObjective(_Objective):
-    """DDPM's objective: the unweighted mean squared error, t uniform for each sample [DDPM eq. 14].
-
-    γ is never trained by it: the minimiser would be one γ for all t > 0. With [`LinearBetaGamma`] t is one of DDPM's
-    indices, else it is uniform in [0, 1].
-
-    Args:
-        unet, noise_schedule, num_levels, prediction_type: as in [`VariationalBound`].
-    """
-
-    def __init__(
-        self,
-        unet: nn.Module,
-        noise_schedule: NoiseSchedule,
-        *,
-        num_levels: int = 256,
-        prediction_type: PredictionType = "epsilon",
-    ):
-        super().__init__(unet, noise_schedule, num_levels, prediction_type)
-
-    def forward(
-        self,
-        images: torch.Tensor,
-        *,
-        class_labels: torch.Tensor | None = None,
-        augmentation_flags: torch.Tensor | None = None,
-        t: torch.Tensor | None = None,
-        eps: torch.Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> SimpleObjectiveOutput:
-        """The loss of each image at one t and one ε each; arguments as in [`VariationalBound.forward`]."""
-        x = self._data(images)
-        if t is None:
-            source = generator.device if generator is not None else x.device
-            t = torch.rand(len(x), generator=generator, device=source)
-        _check_times(t, len(x))
-        t = to_high_precision(t.to(x.device))
-        if isinstance(self.noise_schedule, LinearBetaGamma):
-            last = self.noise_schedule.config.num_train_timesteps - 1
-            t = (t * (last + 1)).floor().clamp(max=last) / last
-        eps = self._noise(x, eps, generator)
-        with torch.no_grad():
-            gamma_t = self.noise_schedule(t)
-        mse = (
-            self._squared_error(x, eps, t, gamma_t, class_labels=class_labels, augmentation_flags=augmentation_flags)
-            / x[0].numel()
-        )
-        return SimpleObjectiveOutput(loss=mse.mean(), mse=mse, gamma_t=gamma_t)
-
-
 @dataclass
 class BoundEvaluation:
     """The bound of a data set, every image once per repeat.
@@ -314,8 +174,11 @@ class BoundEvaluation:
         prior_bpd, reconstruction_bpd, diffusion_bpd (`float`): its terms.
         num_images, num_samples (`int`): N, and how many draws of (t, ε, ε_0) each image got.
         num_timesteps (`int` or `None`): T, or `None` for continuous time. No bits/dim without its T.
+        variance_per_call (`float`): stderr² times the number of network calls, bits²/dim²; NaN for a single repeat.
+        plain_variance_per_call (`float`): the same had each t been drawn by itself, uniform in [0, 1].
         per_image_bpd (`torch.Tensor` of shape `(N,)`): mean over the draws of each image.
-        gamma_t, mse, diffusion_terms_bpd (`torch.Tensor` of shape `(num_samples, N)`): draws of the diffusion term.
+        gamma_t, mse, diffusion_terms_bpd (`torch.Tensor` of shape `(num_samples, N)`): draws of the diffusion term,
+            with importance sampling divided by the density of t.
     """
 
     bpd: float
@@ -326,10 +189,17 @@ class BoundEvaluation:
     num_images: int
     num_samples: int
     num_timesteps: int | None
+    variance_per_call: float
+    plain_variance_per_call: float
     per_image_bpd: torch.Tensor = field(repr=False)
     gamma_t: torch.Tensor = field(repr=False)
     mse: torch.Tensor = field(repr=False)
     diffusion_terms_bpd: torch.Tensor = field(repr=False)
+
+
+_COLUMNS = ("prior", "reconstruction", "diffusion", "gamma_t", "mse", "t", "density")
+# repeats before a standard error of them is believed enough to stop by it
+_MIN_SAMPLES_TO_STOP = 10
 
 
 @torch.no_grad()
@@ -339,10 +209,14 @@ def evaluate_bound(
     *,
     class_labels: torch.Tensor | None = None,
     num_samples: int = 4,
+    target_stderr_bpd: float | None = None,
+    max_samples: int = 1000,
+    importance_sampling: bool = False,
     batch_size: int = 64,
     seed: int = 0,
     device: str | torch.device | None = None,
     accelerator: Any = None,
+    resume_dir: str | os.PathLike | None = None,
     progress_bar: bool | Callable = True,
 ) -> BoundEvaluation:
     """Monte-Carlo estimate of the bound over a data set: each image once per repeat, none dropped.
@@ -355,74 +229,170 @@ def evaluate_bound(
         images (integer `torch.Tensor` of shape `(N, ...)`): the data set.
         class_labels (`torch.Tensor` of shape `(N,)`, *optional*): handed to the network.
         num_samples (`int`, defaults to 4): repeats K; the error falls as 1/√K.
+        target_stderr_bpd (`float`, *optional*): go on with repeats until the standard error is at most this. There
+            are at least 10 then, since an error that stops its own measurement must be a good one.
+        max_samples (`int`, defaults to 1000): most repeats of `target_stderr_bpd`.
+        importance_sampling (`bool`, defaults to `False`): draw t in proportion to √E[loss²] at t, as measured in the
+            first quarter of the repeats (2 at least). Unbiased, and better where γ(t) is far from the best one.
         batch_size (`int`, defaults to 64): how many images go through the network at once.
         seed (`int`, defaults to 0): key of all randomness.
         device (`str` or `torch.device`, *optional*): where to work, defaults to that of the network.
         accelerator (`accelerate.Accelerator`, *optional*): share the images among its processes, which all must call
             this and all get the whole answer, the same as from one process. `bound` must not be wrapped (DDP).
+        resume_dir (`str` or `os.PathLike`, *optional*): folder that keeps what is done (a file for each process, once
+            a minute and where the work is interrupted). The same call goes on from it; it is left there in the end.
         progress_bar (`bool` or `Callable`, defaults to `True`): show a tqdm bar, or the tqdm-like class to use.
 
     Returns: [`BoundEvaluation`].
-    Raises: `ValueError` for an empty set, and where the network returns NaN, with the index of the image.
+    Raises: `ValueError` for an empty set, a `resume_dir` of another evaluation, and where the network returns NaN,
+        with the index of the image.
     """
     if len(images) == 0:
         raise ValueError("images must not be empty: there is no likelihood of nothing.")
-    if num_samples < 1 or batch_size < 1:
-        raise ValueError(f"num_samples and batch_size must be at least 1, got {num_samples} and {batch_size}.")
-    rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    if num_samples < 1 or batch_size < 1 or max_samples < 1:
+        raise ValueError(
+            f"num_samples, max_samples and batch_size must be at least 1, got {num_samples}, {max_samples} and "
+            f"{batch_size}."
+        )
+    if target_stderr_bpd is not None and not target_stderr_bpd > 0:
+        raise ValueError(f"target_stderr_bpd must be positive, got {target_stderr_bpd}.")
+    diffusion.check_levels(images, bound.num_levels)
     if device is None:
         device = next((p.device for p in bound.parameters()), torch.device("cpu"))
-    n = len(images)
-    mine = torch.arange(rank, n, world)
-    names = ("prior", "reconstruction", "diffusion", "gamma_t", "mse")
-    draws = {name: torch.zeros(num_samples, n, dtype=torch.float64) for name in names}
+    n, pilot = len(images), max(2, num_samples // 4) if importance_sampling else 0
+    if target_stderr_bpd is not None:
+        num_samples = max(num_samples, min(_MIN_SAMPLES_TO_STOP, max_samples))
+    identity = None
+    if resume_dir is not None:
+        identity = {
+            "method": "Monte Carlo",
+            "seed": seed,
+            "pilot_samples": pilot,
+            "num_timesteps": bound.num_timesteps,
+            "prediction_type": bound.prediction_type,
+            "num_levels": bound.num_levels,
+            "weights": fingerprint(bound.state_dict().values()),
+            "gammas": fingerprint([bound.noise_schedule.table(257)]),
+            "images": fingerprint([images]),
+            "class_labels": None if class_labels is None else fingerprint([class_labels]),
+        }
+    rows = Rows(len(_COLUMNS), accelerator=accelerator, resume_dir=resume_dir, identity=identity)
     bar_class = progress_bar if callable(progress_bar) else tqdm
-    hidden = progress_bar is False or rank > 0
+    hidden = progress_bar is False or rows.rank > 0
     modes = {module: module.training for module in bound.modules()}
     bound.eval()
+    warp, done = None, 0
+    rows.grow(num_samples * n)
+    total = len(rows.mine(0, num_samples * n))
     try:
-        with bar_class(total=num_samples * len(mine), desc="bits/dim", unit="img", disable=hidden, leave=False) as bar:
-            for repeat in range(num_samples):
-                shift = torch.rand((), generator=keyed_generator(seed, repeat), dtype=torch.float64)
-                for index in mine.split(batch_size):
-                    out = _evaluate_batch(bound, images, class_labels, index, seed, repeat, shift, device)
-                    for name in names:
-                        draws[name][repeat, index] = out[name].double().cpu()
-                    bar.update(len(index))
+        with bar_class(total=total, desc="bits/dim", unit="img", disable=hidden, leave=False) as bar:
+            while done < num_samples:
+                stop = pilot if done < pilot < num_samples else num_samples
+                for row in _batches(rows.mine(done * n, stop * n), n, batch_size):
+                    rows.values[row] = _evaluate_rows(bound, images, class_labels, row, seed, warp, device)
+                    _check_finite(rows.values[row], row % n)
+                    rows.keep()
+                    bar.update(len(row))
+                    bar.set_description(_running(rows.values, n))
+                values = rows.share(done * n, stop * n)
+                done = stop
+                if done == pilot:
+                    warp = _importance_warp(values[:, _COLUMNS.index("t")], values[:, _COLUMNS.index("diffusion")])
+                result = _summarise(rows.values[: done * n].view(done, n, -1), bound.num_timesteps)
+                if done == num_samples and target_stderr_bpd is not None and done < max_samples:
+                    # as many as the error asks for, in at most doublings: the first error is a rough one
+                    wanted = math.ceil(done * (result.stderr_bpd / target_stderr_bpd) ** 2)
+                    if result.stderr_bpd > target_stderr_bpd:
+                        num_samples = min(max(wanted, done + 1), 2 * done, max_samples)
+                        rows.grow(num_samples * n)
+                        bar.total += len(rows.mine(done * n, num_samples * n))
     finally:
+        rows.keep(now=True)
         for module, mode in modes.items():
             module.training = mode
-    if world > 1:
-        shares = to_high_precision(torch.stack(list(draws.values())).to(device))
-        draws = dict(zip(names, accelerator.reduce(shares, "sum").double().cpu(), strict=True))
-    total = draws["prior"] + draws["reconstruction"] + draws["diffusion"]
-    bad = (~total.isfinite()).nonzero()
+    return result
+
+
+def _running(values: torch.Tensor, n: int) -> str:
+    """The value so far and its error, of the rows that this process has."""
+    repeats = values[:, :3].sum(1).view(-1, n).nanmean(1)
+    repeats = repeats[~repeats.isnan()]
+    error = f" ± {float(repeats.std()) / math.sqrt(len(repeats)):.4f}" if len(repeats) > 1 else ""
+    return f"{float(repeats.mean()):.4f}{error} bits/dim"
+
+
+def _batches(rows: torch.Tensor, n: int, batch_size: int):
+    """Pieces of at most `batch_size` rows, each of one repeat."""
+    for repeat in (rows // n).unique():
+        yield from rows[rows // n == repeat].split(batch_size)
+
+
+def _evaluate_rows(bound, images, class_labels, row, seed, warp, device) -> torch.Tensor:
+    """`_COLUMNS` of some rows of one repeat, float64 on the CPU."""
+    repeat, index = int(row[0]) // len(images), row % len(images)
+    shift = torch.rand((), generator=keyed_generator(seed, repeat), dtype=torch.float64)
+    u = lattice_times(index, shift)
+    t, density = (u, torch.ones_like(u)) if warp is None else warp(u)
+    x = torch.empty(0, device=device)
+    noise = keyed_noise([(seed, repeat, i) for i in index.tolist()], (2, *images.shape[1:]), x)
+    labels = None if class_labels is None else class_labels[index].to(device)
+    t_device = to_high_precision(t if x.device.type != "mps" else t.float()).to(device)
+    out = bound(images[index].to(device), class_labels=labels, t=t_device, eps=noise[:, 0], eps_0=noise[:, 1])
+    columns = [out[name].double().cpu() for name in _COLUMNS[:5]]
+    columns[2] = columns[2] / density
+    return torch.stack([*columns, t, density], 1)
+
+
+def _check_finite(values: torch.Tensor, index: torch.Tensor) -> None:
+    bad = (~values.isfinite()).any(1).nonzero()
     if len(bad):
-        raise ValueError(f"the bound of image {int(bad[0, 1])} is not finite: the network returned NaN or infinity.")
-    repeats = total.mean(1)
+        i = int(index[bad[0, 0]])
+        values[:] = torch.nan
+        raise ValueError(f"the bound of image {i} is not finite: the network returned NaN or infinity.")
+
+
+def _importance_warp(t: torch.Tensor, loss: torch.Tensor) -> Callable:
+    """u → (t, density of t) with a density in proportion to √E[loss²], piecewise constant, a tenth of it uniform."""
+    bins = max(1, min(64, len(t) // 32))
+    which = (t * bins).long().clamp(max=bins - 1)
+    second = torch.zeros(bins, dtype=t.dtype).index_add_(0, which, loss.square())
+    count = torch.zeros(bins, dtype=t.dtype).index_add_(0, which, torch.ones_like(loss))
+    level = (second / count.clamp(min=1)).sqrt()
+    density = 0.9 * level / level.mean() + 0.1 if float(level.mean()) > 0 else torch.ones_like(level)
+    edges = torch.cat([torch.zeros(1, dtype=t.dtype), (density / bins).cumsum(0)])
+
+    def warp(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        k = (torch.searchsorted(edges, u, right=True) - 1).clamp(0, bins - 1)
+        return ((k + (u - edges[k]) / (edges[k + 1] - edges[k])) / bins).clamp(0, 1), density[k]
+
+    return warp
+
+
+def _summarise(values: torch.Tensor, num_timesteps: int | None) -> BoundEvaluation:
+    """Of the table of shape `(num_samples, N, columns)`."""
+    columns = dict(zip(_COLUMNS, values.unbind(-1), strict=True))
+    total = columns["prior"] + columns["reconstruction"] + columns["diffusion"]
+    samples, n = total.shape
+    stderr = float(total.mean(1).std() / math.sqrt(samples)) if samples > 1 else math.nan
+    # plain t: E[loss²] is the mean of density · (loss/density)² over t as drawn; (E loss)² without the bias of a mean²
+    loss = columns["diffusion"]
+    variance = torch.full((n,), torch.nan)
+    if samples > 1:
+        variance = (columns["density"] * loss.square()).mean(0) - loss.mean(0).square() + loss.var(0) / samples
+        variance = variance + columns["reconstruction"].var(0)
     return BoundEvaluation(
         bpd=float(total.mean()),
-        stderr_bpd=float(repeats.std() / math.sqrt(num_samples)) if num_samples > 1 else math.nan,
-        prior_bpd=float(draws["prior"].mean()),
-        reconstruction_bpd=float(draws["reconstruction"].mean()),
-        diffusion_bpd=float(draws["diffusion"].mean()),
+        stderr_bpd=stderr,
+        prior_bpd=float(columns["prior"].mean()),
+        reconstruction_bpd=float(columns["reconstruction"].mean()),
+        diffusion_bpd=float(columns["diffusion"].mean()),
         num_images=n,
-        num_samples=num_samples,
-        num_timesteps=bound.num_timesteps,
+        num_samples=samples,
+        num_timesteps=num_timesteps,
+        variance_per_call=stderr**2 * samples * n,
+        plain_variance_per_call=float(variance.mean()),
         per_image_bpd=total.mean(0),
-        gamma_t=draws["gamma_t"],
-        mse=draws["mse"],
-        diffusion_terms_bpd=draws["diffusion"],
+        gamma_t=columns["gamma_t"],
+        mse=columns["mse"],
+        diffusion_terms_bpd=columns["diffusion"],
     )
-
-
-_GOLDEN = (math.sqrt(5) - 1) / 2
-
-
-def _evaluate_batch(bound, images, class_labels, index, seed, repeat, shift, device) -> VariationalBoundOutput:
-    shape = images.shape[1:]
-    noise = [torch.randn((2, *shape), generator=keyed_generator(seed, repeat, i)) for i in index.tolist()]
-    eps, eps_0 = torch.stack(noise, 1).to(device)
-    t = to_high_precision(((index.double() * _GOLDEN + shift) % 1.0).to(device))
-    labels = None if class_labels is None else class_labels[index].to(device)
-    return bound(images[index].to(device), class_labels=labels, t=t, eps=eps, eps_0=eps_0)

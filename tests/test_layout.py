@@ -15,10 +15,11 @@ PACKAGE = Path(diffusers_vdm.__file__).parent
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 MAX_LINES = 450
 
-# diffusion → noise_schedules → {schedulers, vlb, ode, codec} → {pipeline, evaluation} → {training, hub}; a module may
-# import what is before it, but nothing beside it
-CORE = {"schedulers", "vlb", "ode", "codec"}
-LAYERS = [{"diffusion"}, {"noise_schedules"}, CORE, {"pipeline", "evaluation"}, {"training", "hub"}]
+# {diffusion, files} → {noise_schedules, randomness, rows} → objective → {schedulers, vlb, ode, codec, step_selection}
+# → {pipeline, evaluation} → {training, hub}; a module may import what is before it, but nothing beside it
+CORE = {"schedulers", "vlb", "ode", "codec", "step_selection"}
+BASE = [{"diffusion", "files"}, {"noise_schedules", "randomness", "rows"}, {"objective"}]
+LAYERS = [*BASE, CORE, {"pipeline", "evaluation"}, {"training", "hub"}]
 # unet stands alone: it imports nothing of ours, and only these import it. conversion and plots are leaves: they may
 # import anything, and nothing imports them.
 IMPORTS_UNET = {"pipeline", "training", "hub", "conversion"}

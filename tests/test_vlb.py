@@ -918,7 +918,7 @@ def test_progress_bar(capsys):
     evaluate_bound(bound, images, progress_bar=False)
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
-    counts = []
+    counts, texts = [], []
 
     class Bar:
         def __init__(self, total, **kwargs):
@@ -933,8 +933,12 @@ def test_progress_bar(capsys):
         def update(self, n):
             counts.append(-n)
 
+        def set_description(self, text):
+            texts.append(text)
+
     evaluate_bound(bound, images, num_samples=2, batch_size=3, progress_bar=Bar)
     assert counts[0] == 10 and sum(counts) == 0
+    assert texts[-1].endswith(" bits/dim") and " ± " in texts[-1] and " ± " not in texts[0]
 
 
 def test_evaluation_of_nothing():

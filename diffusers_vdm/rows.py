@@ -1,0 +1,123 @@
+"""The numbers of an evaluation, a row for each piece of work: shared among processes, kept on disk as they come in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from .diffusion import to_high_precision
+from .files import write_atomically
+
+SECONDS_BETWEEN_SAVES = 60.0
+
+
+def fingerprint(tensors: Iterable[torch.Tensor]) -> str:
+    """Hash of the shapes, types and values of some tensors."""
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class Rows:
+    """A table whose rows are worked out by several processes, in any order, once each; NaN is what is not there yet.
+
+    Every process calls the same methods in the same order, but for `keep`.
+
+    Args:
+        num_columns (`int`): numbers of a row.
+        accelerator (`accelerate.Accelerator`, *optional*): share the rows among its processes.
+        resume_dir (`str` or `os.PathLike`, *optional*): folder that keeps what is done, a file for each process.
+            What it already holds is taken over, by whatever number of processes it was written.
+        identity (`dict`, *optional*): what the numbers depend on, values that JSON holds.
+
+    Raises: `ValueError` where `resume_dir` holds the numbers of another evaluation, with what differs.
+    """
+
+    def __init__(
+        self,
+        num_columns: int,
+        *,
+        accelerator: Any = None,
+        resume_dir: str | os.PathLike | None = None,
+        identity: dict[str, Any] | None = None,
+    ):
+        self.values = torch.full((0, num_columns), torch.nan, dtype=torch.float64)
+        self.rank, self.world = 0, 1
+        self._accelerator = accelerator
+        if accelerator is not None:
+            self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self._identity = {name: json.loads(json.dumps(value)) for name, value in (identity or {}).items()}
+        self._folder = None if resume_dir is None else Path(resume_dir)
+        self._saved_at = time.monotonic()
+        self._resumed = torch.zeros(0, dtype=torch.bool)  # rows that were complete on disk, known to every process
+        if self._folder is not None:
+            for path in sorted(self._folder.glob("rows-*.safetensors")):
+                self._take_over(path)
+            self._resumed = ~self.values.isnan().any(1)
+            if self.world > 1:
+                accelerator.wait_for_everyone()  # none may write before all have read
+            self._folder.mkdir(parents=True, exist_ok=True)
+
+    def grow(self, num_rows: int) -> None:
+        """Makes the table `num_rows` long, if it is shorter."""
+        missing = num_rows - len(self.values)
+        if missing > 0:
+            self.values = torch.cat([self.values, self.values.new_full((missing, self.values.shape[1]), torch.nan)])
+            self._resumed = torch.cat([self._resumed, torch.zeros(missing, dtype=torch.bool)])
+
+    def mine(self, start: int, stop: int) -> torch.Tensor:
+        """The rows in [start, stop) that this process has to work out."""
+        left = (~self._resumed[start:stop]).nonzero().flatten() + start
+        return left[self.rank :: self.world]
+
+    def keep(self, now: bool = False) -> None:
+        """Saves what is there, at most once a minute unless it must be `now`."""
+        if self._folder is None or not (now or time.monotonic() - self._saved_at > SECONDS_BETWEEN_SAVES):
+            return
+        self._saved_at = time.monotonic()
+        metadata = {"identity": json.dumps(self._identity)}
+        path = self._folder / f"rows-{self.rank}.safetensors"
+        write_atomically(path, save({"values": self.values.contiguous()}, metadata))
+
+    def share(self, start: int, stop: int) -> torch.Tensor:
+        """Waits for all processes, and returns the rows [start, stop): the same on each."""
+        self.keep(now=True)
+        if self.world > 1:
+            mine, share = self.mine(start, stop) - start, torch.zeros_like(self.values[start:stop])
+            share[mine] = self.values[start:stop][mine]
+            share = to_high_precision(share.to(self._accelerator.device))
+            share = self._accelerator.reduce(share, "sum").double().cpu()
+            new = ~self._resumed[start:stop]
+            self.values[start:stop][new] = share[new]
+        return self.values[start:stop]
+
+    def _take_over(self, path: Path) -> None:
+        try:
+            with safe_open(path, "pt") as file:
+                identity = json.loads(file.metadata()["identity"])
+                values = file.get_tensor("values")
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error}); remove it, and what it held is worked out again."
+            ) from error
+        names = sorted({n for n in identity.keys() | self._identity if identity.get(n) != self._identity.get(n)})
+        if names or values.ndim != 2 or values.shape[1] != self.values.shape[1]:
+            differ = ", ".join(f"{n} was {identity.get(n)!r} and is {self._identity.get(n)!r}" for n in names)
+            raise ValueError(
+                f"{path.parent} holds the numbers of another evaluation ({differ or 'other columns'}); name another "
+                "resume_dir, or remove it."
+            )
+        self.grow(len(values))
+        here = self.values[: len(values)]
+        here.copy_(torch.where(here.isnan(), values, here))
