@@ -12,6 +12,7 @@ _MODULE_OF = {
     "LearnedLinearGamma": "noise_schedules",
     "MonotoneGammaNetwork": "noise_schedules",
     "LinearBetaGamma": "noise_schedules",
+    "BetaGamma": "noise_schedules",
     "TableGamma": "noise_schedules",
     "NoiseSchedule": "noise_schedules",
     "VDMScheduler": "schedulers",

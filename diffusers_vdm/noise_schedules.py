@@ -118,10 +118,11 @@ class NoiseSchedule(ModelMixin, ConfigMixin):
             low, high = torch.where(above, low, middle), torch.where(above, middle, high)
         return torch.where(gamma == gamma_1, 1.0, torch.where(gamma == gamma_0, 0.0, 0.5 * (low + high)))
 
-    def timestep(self, t: torch.Tensor, gamma_t: torch.Tensor) -> torch.Tensor:
+    def timestep(self, t: torch.Tensor | None, gamma_t: torch.Tensor) -> torch.Tensor:
         """What the network is conditioned on: `num_train_timesteps` · (γ − γ_min)/(γ_max − γ_min).
 
-        γ_min and γ_max are the *configured* ends, as in the official network, also while ends are learned.
+        γ_min and γ_max are the *configured* ends, as in the official network, also while ends are learned. `t` may be
+        `None` where only γ is known.
         """
         low, high = self.config.gamma_min, self.config.gamma_max
         return self.config.num_train_timesteps * (gamma_t - low) / (high - low)
@@ -372,7 +373,25 @@ class TableGamma(NoiseSchedule):
         return gamma, n * (d_left + r * (2 * c2 + 3 * r * c3))
 
 
-class LinearBetaGamma(TableGamma):
+class BetaGamma(TableGamma):
+    """γ_i = log((1 − ᾱ_i)/ᾱ_i), ᾱ_i = Π_{j ≤ i} (1 − β_j), of any betas, at t = i/(T − 1); the timestep is i itself.
+
+    Args:
+        betas (`Sequence[float]`): T numbers in (0, 1), at least two.
+    """
+
+    @register_to_config
+    def __init__(self, betas: Sequence[float]):
+        NoiseSchedule.__init__(self)
+        self._set_table(gammas_from_betas(torch.as_tensor(betas, dtype=torch.float64)))
+
+    def timestep(self, t: torch.Tensor | None, gamma_t: torch.Tensor) -> torch.Tensor:
+        """DDPM's own index i = t (T − 1), a float between two of them. Shape of `gamma_t`."""
+        t = self.inverse(gamma_t) if t is None else t
+        return t * (len(self._gammas) - 1)
+
+
+class LinearBetaGamma(BetaGamma):
     """DDPM's linear-beta schedule: γ_i = log((1 − ᾱ_i)/ᾱ_i), ᾱ_i = Π_{j ≤ i} (1 − β_j) [DDPM §4].
 
     Index i of DDPM is the time t = i/(T − 1) here, so that γ(0) is the level of its first step; between the indices γ
@@ -398,10 +417,6 @@ class LinearBetaGamma(TableGamma):
         NoiseSchedule.__init__(self)
         betas = linear_betas(num_train_timesteps, beta_start, beta_end, rescale_betas)
         self._set_table(gammas_from_betas(betas))
-
-    def timestep(self, t: torch.Tensor, gamma_t: torch.Tensor) -> torch.Tensor:
-        """DDPM's own index i = t (T − 1). Shape of `t`."""
-        return t * (self.config.num_train_timesteps - 1)
 
 
 def check_gamma_table(gammas: torch.Tensor) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,22 @@ def fingerprint(tensors: Iterable[torch.Tensor]) -> str:
         digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def batches(rows: torch.Tensor, num_images: int, batch_size: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Pieces of at most `batch_size` rows `repeat · num_images + image` of one repeat: (repeat, images, rows)."""
+    for repeat in (rows // num_images).unique().tolist():
+        for row in rows[rows // num_images == repeat].split(batch_size):
+            yield repeat, row % num_images, row
+
+
+def check_rows_finite(values: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """`values` of shape `(B, columns)`; `ValueError` with the first of the B `images` whose numbers are not finite."""
+    bad = (~values.isfinite()).any(1).nonzero()
+    if len(bad):
+        i = int(images[bad[0, 0]])
+        raise ValueError(f"the bound of image {i} is not finite: the network returned NaN or infinity.")
+    return values
 
 
 class Rows:

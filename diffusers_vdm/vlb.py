@@ -24,7 +24,7 @@ from .diffusion import PredictionType, to_high_precision
 from .noise_schedules import NoiseSchedule
 from .objective import Objective, SimpleObjective, SimpleObjectiveOutput, check_times  # noqa: F401
 from .randomness import keyed_generator, keyed_noise, lattice_times, stratified_times
-from .rows import Rows, fingerprint
+from .rows import Rows, batches, check_rows_finite, fingerprint
 
 
 @dataclass
@@ -112,6 +112,7 @@ class VariationalBound(Objective):
         if t is None:
             t = stratified_times(len(x), generator, x.device)
         check_times(t, len(x))
+        rounding = torch.finfo(t.dtype).eps
         t = to_high_precision(t.to(x.device))
         eps, eps_0 = self._noise(x, eps, generator), self._noise(x, eps_0, generator)
 
@@ -126,7 +127,8 @@ class VariationalBound(Objective):
             gamma_t, slope = self.noise_schedule.gamma_and_slope(t, scale_shape_grad=hook)
             weight = 0.5 * slope
         else:
-            step = (t * self.num_timesteps).ceil().clamp(min=1)
+            # k/T as a number stays step k: (k/T) T may round to a little more than k
+            step = (t * self.num_timesteps - self.num_timesteps * rounding).ceil().clamp(min=1)
             t = step / self.num_timesteps
             gamma_t = self.noise_schedule(t)
             # (step − 1)/T is exactly 0 for the first step, so that γ_s there is γ(0) itself
@@ -288,9 +290,9 @@ def evaluate_bound(
         with bar_class(total=total, desc="bits/dim", unit="img", disable=hidden, leave=False) as bar:
             while done < num_samples:
                 stop = pilot if done < pilot < num_samples else num_samples
-                for row in _batches(rows.mine(done * n, stop * n), n, batch_size):
-                    rows.values[row] = _evaluate_rows(bound, images, class_labels, row, seed, warp, device)
-                    _check_finite(rows.values[row], row % n)
+                for repeat, index, row in batches(rows.mine(done * n, stop * n), n, batch_size):
+                    draws = _evaluate_rows(bound, images, class_labels, repeat, index, seed, warp, device)
+                    rows.values[row] = check_rows_finite(draws, index)
                     rows.keep()
                     bar.update(len(row))
                     bar.set_description(_running(rows.values, n))
@@ -321,15 +323,8 @@ def _running(values: torch.Tensor, n: int) -> str:
     return f"{float(repeats.mean()):.4f}{error} bits/dim"
 
 
-def _batches(rows: torch.Tensor, n: int, batch_size: int):
-    """Pieces of at most `batch_size` rows, each of one repeat."""
-    for repeat in (rows // n).unique():
-        yield from rows[rows // n == repeat].split(batch_size)
-
-
-def _evaluate_rows(bound, images, class_labels, row, seed, warp, device) -> torch.Tensor:
-    """`_COLUMNS` of some rows of one repeat, float64 on the CPU."""
-    repeat, index = int(row[0]) // len(images), row % len(images)
+def _evaluate_rows(bound, images, class_labels, repeat, index, seed, warp, device) -> torch.Tensor:
+    """`_COLUMNS` of some images in one repeat, float64 on the CPU."""
     shift = torch.rand((), generator=keyed_generator(seed, repeat), dtype=torch.float64)
     u = lattice_times(index, shift)
     t, density = (u, torch.ones_like(u)) if warp is None else warp(u)
@@ -341,14 +336,6 @@ def _evaluate_rows(bound, images, class_labels, row, seed, warp, device) -> torc
     columns = [out[name].double().cpu() for name in _COLUMNS[:5]]
     columns[2] = columns[2] / density
     return torch.stack([*columns, t, density], 1)
-
-
-def _check_finite(values: torch.Tensor, index: torch.Tensor) -> None:
-    bad = (~values.isfinite()).any(1).nonzero()
-    if len(bad):
-        i = int(index[bad[0, 0]])
-        values[:] = torch.nan
-        raise ValueError(f"the bound of image {i} is not finite: the network returned NaN or infinity.")
 
 
 def _importance_warp(t: torch.Tensor, loss: torch.Tensor) -> Callable:

@@ -115,10 +115,10 @@ def vdm_bpd(images, gammas):
 
 
 def assert_terms(result, prior, decoder, terms):
-    np.testing.assert_allclose(result.terms_bpd, terms, rtol=1e-7, atol=1e-10)
-    np.testing.assert_allclose(result.per_image_bpd, prior + decoder + terms.sum(1), rtol=1e-8, atol=1e-9)
+    np.testing.assert_allclose(result.terms_bpd, terms, rtol=1e-9, atol=1e-11)
+    np.testing.assert_allclose(result.per_image_bpd, prior + decoder + terms.sum(1), rtol=1e-9)
     np.testing.assert_allclose(result.prior_bpd, prior.mean(), rtol=1e-8, atol=1e-14)
-    np.testing.assert_allclose(result.reconstruction_bpd, decoder.mean(), rtol=1e-7, atol=1e-10)
+    np.testing.assert_allclose(result.reconstruction_bpd, decoder.mean(), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)

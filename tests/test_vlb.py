@@ -912,6 +912,16 @@ def test_no_gradients_are_kept():
     assert not out.per_image_bpd.requires_grad and not out.gamma_t.requires_grad
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("steps", [7, 25, 50, 100, 250, 1000])
+def test_a_time_on_the_grid_is_its_own_step(steps, dtype):
+    schedule = FixedLinearGamma(-6.0, 4.0)
+    bound = VariationalBound(TinyNet(), schedule, num_levels=9, num_timesteps=steps)
+    t = torch.arange(1, steps + 1, dtype=torch.float64) / steps
+    out = bound(levels(steps, 2, num_levels=9), t=t.to(dtype))
+    torch.testing.assert_close(out.gamma_t, schedule(t), rtol=0, atol=1e-12)
+
+
 def test_progress_bar(capsys):
     bound = VariationalBound(TinyNet(), bent(), num_levels=9)
     images = levels(5, 2, num_levels=9)
