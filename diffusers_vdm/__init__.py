@@ -23,6 +23,8 @@ _MODULE_OF = {
     "SimpleObjective": "objective",
     "evaluate_bound": "vlb",
     "evaluate_bpd": "evaluation",
+    "evaluate_ode": "ode",
+    "noise_schedule_of": "diffusers_betas",
     "VDMPipeline": "pipeline",
 }
 

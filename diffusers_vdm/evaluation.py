@@ -13,7 +13,9 @@ the order, or the number of processes.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -22,12 +24,16 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from . import diffusion
-from .diffusion import gammas_from_betas
-from .noise_schedules import to_high_precision
+from .diffusers_betas import noise_schedule_of
+from .diffusion import to_high_precision
+from .randomness import keyed_noise
+from .rows import Rows, batches, check_rows_finite, fingerprint
 from .schedulers import GammaScheduler, VDMScheduler
-from .vlb import keyed_generator
 
 Convention = Literal["vdm", "ddpm"]
+
+# terms whose numbers come from the device together: each time it is waited for
+_TERMS_AT_ONCE = 16
 
 
 @dataclass
@@ -90,6 +96,7 @@ def evaluate_bpd(
     images: torch.Tensor,
     *,
     num_steps: int | None = None,
+    timesteps: Sequence[float] | None = None,
     convention: Convention | None = None,
     clip_sample: bool | None = None,
     num_levels: int = 256,
@@ -98,6 +105,7 @@ def evaluate_bpd(
     seed: int = 0,
     device: str | torch.device | None = None,
     accelerator: Any = None,
+    resume_dir: str | os.PathLike | None = None,
     progress_bar: bool = True,
 ) -> BpdEvaluation:
     """The bound with T steps, in full: all T terms for every image, each image exactly once.
@@ -109,46 +117,63 @@ def evaluate_bpd(
         images (integer `torch.Tensor` of shape `(N, C, H, W)`): data in [0, num_levels).
         num_steps (`int`, *optional*): T; defaults to 1000 for a [`VDMScheduler`], to all steps for betas, of which
             fewer are taken evenly.
+        timesteps (`Sequence[float]`, *optional*): decreasing timesteps of one's own instead, as `set_timesteps` takes
+            them, from [`best_timesteps`] for example. The prior is that of the first one's level.
         convention (`"vdm"` or `"ddpm"`, *optional*): defaults to `"vdm"` for our schedulers and to `"ddpm"` for those
             of diffusers. Numbers of different conventions do not compare.
         clip_sample (`bool`, *optional*): clamp x̂ to [−1, 1]; defaults to what the scheduler does. It changes p(x).
-        num_levels, class_labels, batch_size, seed, device, accelerator, progress_bar: as in `evaluate_bound`.
+        num_levels, class_labels, batch_size, seed, device, accelerator, resume_dir, progress_bar: as in
+            `evaluate_bound`. Where the work is interrupted, only the term of the batch in hand is lost.
 
     Returns: [`BpdEvaluation`].
     Raises: `TypeError`, `ValueError` for images that are not integers in range, schedulers without a usable table of
         betas, sizes that differ, and where the network returns NaN, with the index of the image.
     """
-    chain = _chain(scheduler, num_steps, convention, clip_sample, num_levels)
+    chain = _chain(scheduler, num_steps, timesteps, convention, clip_sample, num_levels)
     _check_images(images, unet, num_levels)
-    rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}.")
     if device is None:
         device = next((p.device for p in unet.parameters()), torch.device("cpu"))
     n, total = len(images), len(chain.gammas)
-    mine = torch.arange(rank, n, world)
+    identity = None
+    if resume_dir is not None:
+        identity = {
+            "method": "all terms",
+            "seed": seed,
+            "num_steps": total,
+            "convention": chain.convention,
+            "prediction_type": chain.prediction_type,
+            "variance_type": chain.variance_type,
+            "clip_sample": chain.clip_sample,
+            "num_levels": num_levels,
+            "weights": fingerprint(unet.state_dict().values()),
+            "gammas": fingerprint([chain.gammas, chain.timesteps]),
+            "images": fingerprint([images]),
+            "class_labels": None if class_labels is None else fingerprint([class_labels]),
+        }
     # columns: prior, reconstruction, then the terms and the errors of the chain
-    table = torch.zeros(n, 2 + 2 * total, dtype=torch.float64)
+    rows = Rows(2 + 2 * total, accelerator=accelerator, resume_dir=resume_dir, identity=identity)
+    rows.grow(n)
+    mine = rows.mine(0, n)
     modes = {module: module.training for module in unet.modules()}
     unet.eval()
     try:
-        with tqdm(total=len(mine) * total, unit="call", disable=not progress_bar or rank > 0, leave=False) as bar:
-            seen = 0.0
-            for index in mine.split(batch_size):
+        hidden = not progress_bar or rows.rank > 0
+        with tqdm(total=len(mine) * total, unit="call", disable=hidden, leave=False) as bar:
+            for _, index, row in batches(mine, n, batch_size):
                 labels = None if class_labels is None else class_labels[index].to(device)
-                table[index] = _evaluate_chain(
-                    unet, chain, images[index].to(device), labels, index.tolist(), seed, bar
-                )
-                bad = (~table[index].isfinite()).any(1).nonzero()
-                if len(bad):
-                    i = int(index[bad[0, 0]])
-                    raise ValueError(f"the bound of image {i} is not finite: the network returned NaN or infinity.")
-                seen += float(table[index, : 2 + total].sum())
-                done = int((mine <= index[-1]).sum())
-                bar.set_description(f"{seen / done:.4f} bits/dim")
+                _evaluate_chain(unet, chain, images[index].to(device), labels, index, seed, rows, bar)
+                check_rows_finite(rows.values[row], index)
+                bits = rows.values[:, : 2 + total].sum(1)
+                bits = bits[~bits.isnan()]
+                error = f" ± {float(bits.std()) / math.sqrt(len(bits)):.4f}" if len(bits) > 1 else ""
+                bar.set_description(f"{float(bits.mean()):.4f}{error} bits/dim")
+        table = rows.share(0, n)
     finally:
+        rows.keep(now=True)
         for module, mode in modes.items():
             module.training = mode
-    if world > 1:
-        table = accelerator.reduce(to_high_precision(table.to(device)), "sum").double().cpu()
     terms, per_image = table[:, 2 : 2 + total], table[:, : 2 + total].sum(1)
     return BpdEvaluation(
         bpd=float(per_image.mean()),
@@ -168,7 +193,7 @@ def evaluate_bpd(
     )
 
 
-def _chain(scheduler, num_steps: int | None, convention, clip_sample: bool | None, num_levels: int) -> _Chain:
+def _chain(scheduler, num_steps, timesteps, convention, clip_sample: bool | None, num_levels: int) -> _Chain:
     """What a scheduler says of the chain, checked."""
     ours = isinstance(scheduler, GammaScheduler)
     convention = convention or ("vdm" if ours else "ddpm")
@@ -180,17 +205,30 @@ def _chain(scheduler, num_steps: int | None, convention, clip_sample: bool | Non
     variance_type = config.get("variance_type", "fixed_small").removesuffix("_log")
     if variance_type not in ("fixed_small", "fixed_large", "learned", "learned_range"):
         raise ValueError(f"the scheduler's variance_type {variance_type!r} is unknown.")
+    if num_steps is not None and timesteps is not None:
+        raise ValueError("give either num_steps or timesteps, not both.")
+    own = None if timesteps is None else _own_timesteps(timesteps)
+    schedule = noise_schedule_of(scheduler)
     if isinstance(scheduler, VDMScheduler):
         if convention == "ddpm":
             raise ValueError("a VDMScheduler has no DDPM decoder; use convention='vdm'.")
-        schedule, steps = scheduler.noise_schedule(), _steps(1000 if num_steps is None else num_steps)
-        t = torch.arange(steps + 1, dtype=torch.float64) / steps
-        gammas = schedule(t)
-        timesteps = schedule.timestep(t, gammas)
+        if own is None:
+            steps = _steps(1000 if num_steps is None else num_steps)
+            gammas = schedule(torch.arange(steps + 1, dtype=torch.float64) / steps)
+        else:
+            gammas = scheduler._gammas_at(own)
+            if bool((gammas <= schedule.ends()[0]).any()):
+                raise ValueError("timesteps must be above that of γ(0), where the chain ends by itself.")
+            gammas = torch.cat([schedule.ends()[0][None], gammas])
+        timesteps = schedule.timestep(None, gammas)
     else:
-        table = scheduler.noise_schedule().table() if ours else gammas_from_betas(_diffusers_betas(scheduler))
+        table = schedule.table()
         indices = torch.arange(len(table))
-        if num_steps is not None and _steps(num_steps) < len(table):
+        if own is not None:
+            indices = own.round().long()
+            if bool((indices != own).any()) or not 0 <= int(indices[0]) <= int(indices[-1]) < len(table):
+                raise ValueError(f"timesteps must be integers in [0, {len(table)}), got {own.flip(0).tolist()[:8]}.")
+        elif num_steps is not None and _steps(num_steps) < len(table):
             indices = torch.linspace(0, len(table) - 1, num_steps, dtype=torch.float64).round().long()
         elif num_steps is not None and num_steps > len(table):
             raise ValueError(
@@ -216,40 +254,18 @@ def _chain(scheduler, num_steps: int | None, convention, clip_sample: bool | Non
     )
 
 
+def _own_timesteps(timesteps: Sequence[float]) -> torch.Tensor:
+    """Increasing, float64."""
+    own = torch.as_tensor(timesteps, dtype=torch.float64).flatten().flip(0)
+    if len(own) == 0 or bool((own.diff() <= 0).any()):
+        raise ValueError(f"timesteps must be a decreasing list of at least one value, got {own.flip(0).tolist()[:8]}.")
+    return own
+
+
 def _steps(num_steps: int) -> int:
     if not isinstance(num_steps, int) or num_steps < 1:
         raise ValueError(f"num_steps must be a positive integer, got {num_steps!r}.")
     return num_steps
-
-
-def _diffusers_betas(scheduler) -> torch.Tensor:
-    """The betas that a scheduler of diffusers means, in float64 (its own table is float32: 1.7e-4 in γ)."""
-    config = getattr(scheduler, "config", {})
-    if config.get("rescale_betas_zero_snr", False):
-        raise ValueError("rescale_betas_zero_snr leaves no signal at the last step: ε̂ says nothing of x there.")
-    if config.get("trained_betas") is not None:
-        betas = torch.as_tensor(config["trained_betas"], dtype=torch.float64)
-    elif "beta_schedule" not in config or not hasattr(scheduler, "betas"):
-        raise ValueError(
-            f"{type(scheduler).__name__} has no table of betas, so no likelihood can be read off it; give the "
-            "scheduler that the network was trained with."
-        )
-    else:
-        steps, start, end = config["num_train_timesteps"], config["beta_start"], config["beta_end"]
-        kind = config["beta_schedule"]
-        if kind == "linear":
-            betas = torch.linspace(start, end, steps, dtype=torch.float64)
-        elif kind == "scaled_linear":
-            betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
-        elif kind == "squaredcos_cap_v2":
-            t = torch.arange(steps + 1, dtype=torch.float64) / steps
-            alpha_bar = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
-            betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
-        else:
-            betas = scheduler.betas.double()
-    if betas.ndim != 1 or len(betas) < 2 or not bool(((betas > 0) & (betas < 1)).all()):
-        raise ValueError("the scheduler's betas must be at least two numbers within (0, 1).")
-    return betas
 
 
 def _check_images(images: torch.Tensor, unet: nn.Module, num_levels: int) -> None:
@@ -266,35 +282,43 @@ def _check_images(images: torch.Tensor, unet: nn.Module, num_levels: int) -> Non
         )
 
 
-def _evaluate_chain(unet, chain: _Chain, images, labels, indices: list[int], seed: int, bar) -> torch.Tensor:
-    """Prior, reconstruction, terms and errors of some images, bits/dim and mse, float64 of shape `(B, 2 + 2T)`."""
+def _evaluate_chain(unet, chain: _Chain, images, labels, index, seed: int, rows: Rows, bar) -> None:
+    """Fills the rows of some images: prior, reconstruction, terms and errors; terms that are there are left alone."""
+    row, keys = rows.values[index], index.tolist()  # one repeat, so that an image is its row
+    device, total = images.device, len(chain.gammas)
     dtype = torch.promote_types(getattr(unet, "dtype", torch.float32), torch.float32)
     if chain.convention == "vdm":
         x = diffusion.x_from_levels(images, chain.num_levels, dtype)
     else:
         x = 2 * images.to(dtype) / (chain.num_levels - 1) - 1
-    dimensions, total = x[0].numel(), len(chain.gammas)
+    nats_per_bpd = x[0].numel() * math.log(2)
+    # on the device once: a coefficient that comes from the CPU waits for all that the device has in hand
+    there = {
+        name: to_high_precision(_mps_float(getattr(chain, name), device)).to(device) for name in ("gammas", "gamma_0")
+    }
+    chain = replace(chain, **there, timesteps=_mps_float(chain.timesteps, device).to(device))
 
-    def noise(name) -> torch.Tensor:
-        draws = [torch.randn(x.shape[1:], generator=keyed_generator(seed, name, i)) for i in indices]
-        return torch.stack(draws).to(x)
+    def noise(name: int | str) -> torch.Tensor:
+        return keyed_noise([(seed, name, i) for i in keys], x.shape[1:], x)
 
     def per_image(nats: torch.Tensor) -> torch.Tensor:
-        return nats.double().flatten(1).sum(1).cpu() / (dimensions * math.log(2))
+        return to_high_precision(nats).flatten(1).sum(1) / nats_per_bpd
 
-    out = torch.zeros(len(x), 2 + 2 * total, dtype=torch.float64)
-    out[:, 0] = per_image(diffusion.prior_kl_nats(x, chain.gammas[-1]))
+    columns = {0: per_image(diffusion.prior_kl_nats(x, chain.gammas[-1]))}
     if chain.convention == "vdm":
         z_0 = diffusion.q_sample(x, noise("z_0"), chain.gamma_0)
         log_prob = diffusion.decoder_log_prob_nats(images, z_0, chain.gamma_0, chain.num_levels)
-        out[:, 1] = per_image(-log_prob)
+        columns[1] = per_image(-log_prob)
     conditions = {} if labels is None else {"class_labels": labels}
     for k in range(total - 1, -1, -1):
+        bar.update(len(x))
+        if not bool(row[:, [1, 2 + k, 2 + total + k] if k == 0 else [2 + k, 2 + total + k]].isnan().any()):
+            continue
         gamma_t = chain.gammas[k]
         gamma_s = chain.gammas[k - 1] if k > 0 else chain.gamma_0
         eps = noise(k)
         z_t = diffusion.q_sample(x, eps, gamma_t)
-        timestep = chain.timesteps[k].to(x.device)
+        timestep = chain.timesteps[k]
         timestep = timestep if timestep.dtype == torch.long else timestep.to(x.dtype)
         output = unet(z_t, timestep, return_dict=False, **conditions)[0].to(x.dtype)
         value = None
@@ -305,7 +329,10 @@ def _evaluate_chain(unet, chain: _Chain, images, labels, indices: list[int], see
                 f"the network returned shape {tuple(output.shape)} for images of {tuple(x.shape)}; set the "
                 "scheduler's variance_type where it predicts variances, too."
             )
-        x_hat, eps_hat = diffusion.predicted_x_and_eps(output, z_t, gamma_t, chain.prediction_type)
+        if chain.prediction_type == "epsilon" and not chain.clip_sample and (k > 0 or chain.convention == "vdm"):
+            x_hat, eps_hat = None, output
+        else:
+            x_hat, eps_hat = diffusion.predicted_x_and_eps(output, z_t, gamma_t, chain.prediction_type)
         if chain.clip_sample:
             x_hat = x_hat.clamp(-1, 1)
             error = diffusion.expand_like(diffusion.snr(gamma_t), x) * (x - x_hat).square()
@@ -313,19 +340,27 @@ def _evaluate_chain(unet, chain: _Chain, images, labels, indices: list[int], see
             error = (eps - eps_hat).square()
         if k == 0 and chain.convention == "ddpm":
             log_std = 0.5 * _log_variance(chain, k, value, x)
-            out[:, 1] = per_image(-discretized_gaussian_log_prob_nats(x, x_hat, log_std, chain.num_levels))
+            columns[1] = per_image(-discretized_gaussian_log_prob_nats(x, x_hat, log_std, chain.num_levels))
+            columns[2] = torch.zeros_like(columns[1])
         else:
             nats = diffusion.expand_like(diffusion.step_weight(gamma_s, gamma_t), x) * error
             if chain.variance_type != "fixed_small":
                 # KL of two Gaussians of unlike variance; r = q's over p's
-                r = torch.exp(_posterior_log_variance(chain, k) - _log_variance(chain, k, value, x).double()).to(
-                    x.dtype
-                )
+                log_r = _posterior_log_variance(chain, k) - to_high_precision(_log_variance(chain, k, value, x))
+                r = torch.exp(log_r).to(x.dtype)
                 nats = r * nats + 0.5 * (r - 1 - torch.log(r))
-            out[:, 2 + k] = per_image(nats)
-        out[:, 2 + total + k] = error.double().flatten(1).mean(1).cpu()
-        bar.update(len(x))
-    return out
+            columns[2 + k] = per_image(nats)
+        columns[2 + total + k] = to_high_precision(error).flatten(1).mean(1)
+        if k % _TERMS_AT_ONCE == 0:
+            rows.values[index[:, None], torch.tensor([list(columns)])] = (
+                torch.stack([*columns.values()], 1).double().cpu()
+            )
+            rows.keep()
+            columns = {}
+
+
+def _mps_float(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return tensor.float() if device.type == "mps" and tensor.dtype == torch.float64 else tensor
 
 
 def _posterior_log_variance(chain: _Chain, k: int) -> torch.Tensor:
