@@ -23,6 +23,7 @@ _MODULE_OF = {
     "SimpleObjective": "objective",
     "evaluate_bound": "vlb",
     "evaluate_bpd": "evaluation",
+    "best_timesteps": "evaluation",
     "evaluate_ode": "ode",
     "noise_schedule_of": "diffusers_betas",
     "VDMPipeline": "pipeline",

@@ -29,6 +29,7 @@ from .diffusion import to_high_precision
 from .randomness import keyed_noise
 from .rows import Rows, batches, check_rows_finite, fingerprint
 from .schedulers import GammaScheduler, VDMScheduler
+from .step_selection import best_levels
 
 Convention = Literal["vdm", "ddpm"]
 
@@ -49,7 +50,9 @@ class BpdEvaluation:
         convention (`str`): `"vdm"` or `"ddpm"`, see the head of the module.
         clip_sample (`bool`): whether x̂ was clamped.
         variance_type (`str`): the variance of p(z_s|z_t).
+        gamma_0 (`float`): where the chain ends, −inf in the DDPM convention, whose end is the data.
         gammas (`torch.Tensor` of shape `(T,)`): noise level of the latent in each diffusion term, increasing.
+        timesteps (`list`): decreasing timesteps that give this chain again, in `evaluate_bpd` and `set_timesteps`.
         terms_bpd (`torch.Tensor` of shape `(N, T)`): the diffusion terms; in the DDPM convention the first is 0 and
             the decoder stands in `reconstruction`.
         per_image_bpd (`torch.Tensor` of shape `(N,)`): the bound of each image.
@@ -66,7 +69,9 @@ class BpdEvaluation:
     convention: str
     clip_sample: bool
     variance_type: str
+    gamma_0: float
     gammas: torch.Tensor = field(repr=False)
+    timesteps: list[float] = field(repr=False)
     terms_bpd: torch.Tensor = field(repr=False)
     per_image_bpd: torch.Tensor = field(repr=False)
     mse: torch.Tensor = field(repr=False)
@@ -82,6 +87,7 @@ class _Chain:
     gammas: torch.Tensor
     gamma_0: torch.Tensor
     timesteps: torch.Tensor
+    visited: torch.Tensor  # `timesteps`, and that of `gamma_0` where it has one in the list
     convention: str
     prediction_type: str
     variance_type: str
@@ -186,11 +192,37 @@ def evaluate_bpd(
         convention=chain.convention,
         clip_sample=chain.clip_sample,
         variance_type=chain.variance_type,
+        gamma_0=float(chain.gamma_0),
         gammas=chain.gammas,
+        timesteps=chain.visited.flip(0).tolist(),
         terms_bpd=terms,
         per_image_bpd=per_image,
         mse=table[:, 2 + total :],
     )
+
+
+def best_timesteps(result: BpdEvaluation, num_steps: int) -> tuple[list[float], float]:
+    """The T of the timesteps that a chain visited with which its bound would be best, see [`best_levels`].
+
+    Args:
+        result ([`BpdEvaluation`]): a chain of many steps, measured on images that are not the ones to be judged.
+        num_steps (`int`): T, the network calls, at most those of `result`.
+
+    Returns: decreasing timesteps for `evaluate_bpd`, `set_timesteps` and `VDMPipeline`, and the bound with them as far
+        as these measurements tell, bits/dim.
+    Raises: `ValueError` for T out of range, and where p(z_s|z_t) has not the variance of the posterior: the terms are
+        functions of both levels then.
+    """
+    if result.variance_type != "fixed_small":
+        raise ValueError(f"variance_type must be 'fixed_small' for it, got {result.variance_type!r}.")
+    ddpm = result.convention == "ddpm"  # there the last network call is the decoder
+    gamma_0 = torch.tensor([result.gamma_0], dtype=torch.float64)
+    levels = result.gammas if ddpm else torch.cat([gamma_0, result.gammas])
+    path, diffusion_bpd = best_levels(levels, result.mse.mean(0)[int(ddpm) :], _steps(num_steps) - int(ddpm))
+    timesteps = result.timesteps[::-1]
+    visited = path if len(timesteps) == len(levels) else path[1:] - 1  # γ(0) of a VDMScheduler goes without saying
+    bpd = result.prior_bpd + result.reconstruction_bpd + diffusion_bpd
+    return [timesteps[i] for i in visited.flip(0).tolist()], bpd
 
 
 def _chain(scheduler, num_steps, timesteps, convention, clip_sample: bool | None, num_levels: int) -> _Chain:
@@ -236,6 +268,7 @@ def _chain(scheduler, num_steps, timesteps, convention, clip_sample: bool | None
             )
         gammas, timesteps = table[indices], indices
     gamma_0 = torch.tensor(-math.inf, dtype=torch.float64)
+    visited = timesteps[1:] if isinstance(scheduler, VDMScheduler) else timesteps
     if convention == "vdm":
         if len(gammas) < 2:
             raise ValueError(
@@ -246,6 +279,7 @@ def _chain(scheduler, num_steps, timesteps, convention, clip_sample: bool | None
         gammas=gammas,
         gamma_0=gamma_0,
         timesteps=timesteps,
+        visited=visited,
         convention=convention,
         prediction_type=config.get("prediction_type", "epsilon"),
         variance_type=variance_type,

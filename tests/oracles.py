@@ -236,10 +236,10 @@ def gamma_of_timestep(noise_schedule, timesteps):
     Normalised γ, or DDPM's index for a schedule of betas.
     """
     timesteps = torch.as_tensor(timesteps, dtype=torch.float64)
-    total = noise_schedule.config.num_train_timesteps
-    if type(noise_schedule).__name__ == "LinearBetaGamma":
-        return noise_schedule(timesteps / (total - 1))
-    low, high = noise_schedule.config.gamma_min, noise_schedule.config.gamma_max
+    if type(noise_schedule).__name__ in ("LinearBetaGamma", "BetaGamma"):
+        return noise_schedule(timesteps / (len(noise_schedule.table()) - 1))
+    total, low = noise_schedule.config.num_train_timesteps, noise_schedule.config.gamma_min
+    high = noise_schedule.config.gamma_max
     return low + (high - low) * timesteps / total
 
 

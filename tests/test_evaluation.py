@@ -1,11 +1,14 @@
 """evaluation.py: the T-step bound in full, against formulas written down apart from ours."""
 
 import math
+from dataclasses import replace
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, UNet2DModel
+from oracles import GaussianDenoiser
 from torch import nn
 
 from diffusers_vdm import (
@@ -14,8 +17,11 @@ from diffusers_vdm import (
     VariationalBound,
     VDMScheduler,
     VDMUNet2DModel,
+    best_timesteps,
     evaluate_bpd,
+    noise_schedule_of,
 )
+from diffusers_vdm.step_selection import best_levels
 from diffusers_vdm.vlb import keyed_generator
 
 SEED, T = 3, 12
@@ -251,3 +257,108 @@ def test_bad_input_is_told():
     with pytest.raises(ValueError, match="variance_type"):
         evaluate(Network(2), scheduler, data)
     assert evaluate(network, EulerDiscreteScheduler(20), data).convention == "ddpm"
+
+
+# ---- timesteps of one's own, and the best ones -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [lambda: DDPMScheduler(T), lambda: LinearBetaScheduler(50), VDMScheduler])
+def test_the_timesteps_of_a_chain_give_it_again(make):
+    scheduler, data = make(), images()
+    once = evaluate_bpd(Network(), scheduler, data, num_steps=11, seed=SEED, progress_bar=False)
+    again = evaluate_bpd(Network(), scheduler, data, timesteps=once.timesteps, seed=SEED, progress_bar=False)
+    # a VDMScheduler's γ is worked out from the timestep
+    torch.testing.assert_close(again.gammas, once.gammas, rtol=0, atol=1e-11)
+    torch.testing.assert_close(again.per_image_bpd, once.per_image_bpd, rtol=1e-9, atol=0)
+    scheduler.set_timesteps(timesteps=once.timesteps)
+    assert len(scheduler.timesteps) == len(once.timesteps)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 5, 8])
+def test_best_levels_by_trying_all_paths(num_steps):
+    generator = torch.Generator().manual_seed(num_steps)
+    gammas = torch.rand(9, generator=generator, dtype=torch.float64).mul(3).cumsum(0) - 8
+    mse = torch.rand(8, generator=generator, dtype=torch.float64)
+    bits = {}
+    for inner in combinations(range(1, 8), num_steps - 1):
+        path = (0, *inner, 8)
+        bits[path] = sum(0.5 * math.expm1(gammas[t] - gammas[s]) * mse[t - 1] for s, t in pairwise(path)) / math.log(2)
+    path, value = best_levels(gammas, mse, num_steps)
+    best = min(bits, key=bits.get)
+    assert tuple(path.tolist()) == best and value == pytest.approx(float(bits[best]), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "arguments", "steps"),
+    [
+        (LinearBetaScheduler(200), {}, (3, 10, 50, 199)),
+        (DDPMScheduler(200, clip_sample=False), {}, (3, 10, 50, 200)),
+        (VDMScheduler(gamma_min=-9.0, gamma_max=6.0), {"num_steps": 200}, (3, 10, 50, 200)),
+    ],
+)
+def test_best_timesteps_are_better_and_their_bound_is_as_foretold(scheduler, arguments, steps):
+    """Foretold from other noise than it is measured with, so that they agree within the error."""
+    data = torch.randint(0, 256, (64, 2, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    gammas = noise_schedule_of(scheduler)
+    net = GaussianDenoiser(gammas, variance=1 / 3)
+    fine = evaluate_bpd(net, scheduler, data, batch_size=64, progress_bar=False, **arguments)
+    foretold = []
+    for num_steps in steps:
+        timesteps, bpd = best_timesteps(fine, num_steps)
+        best = evaluate_bpd(net, scheduler, data, timesteps=timesteps, seed=1, progress_bar=False)
+        assert best.num_steps == num_steps
+        assert best.bpd == pytest.approx(bpd, abs=5 * best.stderr_bpd + 0.02)
+        foretold.append(bpd)
+    assert all(b < a + 0.01 for a, b in pairwise(foretold))  # but for what fits the noise of the measurement
+    assert foretold[-1] == pytest.approx(fine.bpd, rel=1e-12)  # all the steps there are
+    even = evaluate_bpd(net, scheduler, data, num_steps=steps[1] + (fine.num_steps == 199), seed=1, progress_bar=False)
+    assert even.num_steps == steps[1] and even.bpd > foretold[1] + 0.1
+
+
+def test_wrong_steps_are_told():
+    result = evaluate_bpd(Network(), DDPMScheduler(T), images(), seed=SEED, progress_bar=False)
+    with pytest.raises(ValueError, match="num_steps must be an integer within"):
+        best_timesteps(result, T + 1)
+    with pytest.raises(ValueError, match="fixed_small"):
+        best_timesteps(replace(result, variance_type="learned_range"), 3)
+    for bad, message in (([3, 5], "decreasing"), ([], "decreasing"), ([20, 0], "within|in "), ([2.5, 0], "integers")):
+        with pytest.raises(ValueError, match=message):
+            evaluate_bpd(Network(), DDPMScheduler(T), images(), timesteps=bad, progress_bar=False)
+    with pytest.raises(ValueError, match="not both"):
+        evaluate_bpd(Network(), DDPMScheduler(T), images(), num_steps=3, timesteps=[3, 0], progress_bar=False)
+    with pytest.raises(ValueError, match=r"above that of γ\(0\)"):
+        evaluate_bpd(Network(), VDMScheduler(), images(), timesteps=[500.0, 0.0], progress_bar=False)
+
+
+# ---- an interrupted evaluation -----------------------------------------------------------------------------------
+
+
+class Interrupted(Network):
+    """Counts its calls, and is stopped by Ctrl-C at one of them."""
+
+    def __init__(self, stop_at=None):
+        super().__init__()
+        self.calls, self.stop_at = 0, stop_at
+
+    def forward(self, z, timestep, return_dict=False):
+        self.calls += 1
+        if self.calls == self.stop_at:
+            raise KeyboardInterrupt
+        return super().forward(z, timestep)
+
+
+def test_an_interrupted_evaluation_goes_on(tmp_path):
+    scheduler, data = DDPMScheduler(40), images(5)
+    arguments = {"seed": SEED, "batch_size": 2, "progress_bar": False}
+    whole = evaluate_bpd(Network(), scheduler, data, **arguments)
+    network = Interrupted(stop_at=40 + 30)  # within the second batch
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_bpd(network, scheduler, data, resume_dir=tmp_path, **arguments)
+    network = Interrupted()
+    again = evaluate_bpd(network, scheduler, data, resume_dir=tmp_path, **arguments)
+    assert torch.equal(again.terms_bpd, whole.terms_bpd) and torch.equal(again.per_image_bpd, whole.per_image_bpd)
+    assert 40 + 11 <= network.calls <= 40 + 11 + 16  # the last batch, and what was left of the second
+    with pytest.raises(ValueError, match="seed was 3 and is 4"):
+        evaluate_bpd(network, scheduler, data, resume_dir=tmp_path, **{**arguments, "seed": 4})
+    with pytest.raises(ValueError, match="images was"):
+        evaluate_bpd(network, scheduler, data.flip(0), resume_dir=tmp_path, **arguments)
