@@ -12,7 +12,6 @@ from typing import Literal, get_args
 import torch
 
 from . import diffusion
-from .diffusion import to_high_precision
 from .noise_schedules import NoiseSchedule
 
 Dequantization = Literal["truncated_normal", "uniform", "decoder"]
@@ -28,7 +27,7 @@ def dequantization_start(
     """
     if dequantization not in get_args(Dequantization):
         raise ValueError(f"dequantization must be one of {get_args(Dequantization)}, got {dequantization!r}.")
-    gamma_0, gamma_1 = (float(end) for end in noise_schedule.ends())
+    gamma_0, gamma_1 = (float(end.detach()) for end in noise_schedule.ends())
     if dequantization == "uniform":
         gamma_0 = max(gamma_0, -11.8 + 2 * math.log(256 / num_levels))
     return gamma_0, gamma_1
@@ -56,16 +55,17 @@ def dequantize(
         num_levels (`int`): number of levels.
         dtype (`torch.dtype`, defaults to float32): of z.
 
-    Returns: z of shape `(B, ...)` and the rest of shape `(B,)`, float64.
+    Returns: z of shape `(B, ...)` on the device of `levels`, and the rest of shape `(B,)`, float64 on the CPU.
     """
     gamma = torch.tensor(gamma_0, dtype=torch.float64)
     alpha, sigma = float(diffusion.alpha(gamma)), float(diffusion.sigma(gamma))
-    x, noise = to_high_precision(diffusion.x_from_levels(levels, num_levels, torch.float64)), to_high_precision(noise)
+    device, levels, noise = levels.device, levels.cpu(), noise.cpu().double()
+    x = diffusion.x_from_levels(levels, num_levels, torch.float64)
     half_bin, dimensions = 1 / num_levels, x[0].numel()
     if dequantization == "uniform":
         z = alpha * (x + half_bin * (2 * noise - 1))
         rest = torch.full((len(x),), dimensions * math.log(2 * half_bin * alpha), dtype=torch.float64)
-        return z.to(dtype), rest
+        return z.to(dtype).to(device), rest
     if dequantization == "truncated_normal":
         tau = alpha * half_bin / sigma
         mass = math.erf(tau / math.sqrt(2))
@@ -77,11 +77,11 @@ def dequantize(
     eps = math.sqrt(2) * torch.erfinv((mass * (2 * noise - 1)).clamp(-1 + 1e-15, 1 - 1e-15)).clamp(-tau, tau)
     z = alpha * x + sigma * eps
     log_q = -0.5 * eps.square() - 0.5 * math.log(2 * math.pi) - math.log(sigma * mass)
-    rest = -log_q.flatten(1).sum(1).double().cpu()
+    rest = -log_q.flatten(1).sum(1)
     if dequantization == "decoder":
         log_prob = diffusion.decoder_log_prob_nats(levels, z, gamma.to(z), num_levels)
-        rest = rest + log_prob.flatten(1).sum(1).double().cpu()
-    return z.to(dtype), rest
+        rest = rest + log_prob.flatten(1).sum(1)
+    return z.to(dtype).to(device), rest
 
 
 def importance_weighted_bpd(log_weights_nats: torch.Tensor, dimensions: int) -> torch.Tensor:

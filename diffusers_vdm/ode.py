@@ -96,6 +96,7 @@ def eps_model(
     return model
 
 
+@torch.no_grad()
 def log_prob_nats(
     model: EpsModel,
     z: torch.Tensor,
@@ -145,7 +146,7 @@ def log_prob_nats(
                 trace = torch.stack(trace).mean(0)
             else:
                 trace = _trace(eps_hat, z_t)
-        half_sigma = 0.5 * to_high_precision(diffusion.sigma(gamma).to(z.device))
+        half_sigma = 0.5 * diffusion.sigma(gamma).to(trace)
         slope = _velocity(y[:, :-1], eps_hat.detach().flatten(1), gamma)
         return torch.cat([slope, (half_sigma * (trace - 2 * half_sigma * dimensions))[:, None]], 1)
 
@@ -153,7 +154,7 @@ def log_prob_nats(
     y, calls = _integrate(derivative, y, gamma_start, gamma_end, rtol, atol, max_steps, with_density=True)
     z_1 = y[:, :-1]
     log_normal = -0.5 * (z_1.square().sum(1) + dimensions * math.log(2 * math.pi))
-    return OdeSolution(z_1.reshape(z.shape).to(z.dtype), (log_normal + y[:, -1]).double().cpu(), calls)
+    return OdeSolution(z_1.reshape(z.shape).to(z.dtype), (log_normal + y[:, -1]).cpu().double(), calls)
 
 
 @torch.no_grad()
@@ -234,7 +235,7 @@ def _integrate(
             stages.append(derivative(y_k, gamma[rows] + node * h, rows))
         calls[rows] += len(_NODES) - 1
         error = h_device * sum(w * k for w, k in zip(_ERROR, stages, strict=True) if w)
-        size = _error_size(error, y_0, y_k, rtol, atol, with_density).double().cpu()
+        size = _error_size(error, y_0, y_k, rtol, atol, with_density).cpu().double()
         bad = size.isnan().nonzero()
         if len(bad):
             i = int(rows[bad[0, 0]])
@@ -422,7 +423,8 @@ def evaluate_ode(
                 bar.set_description(f"{float(bits.mean()):.4f} ± {error:.4f} bits/dim")
         values = rows.share(0, num_samples * n).view(num_samples, n, -1)
     finally:
-        rows.keep(now=True)
+        if not rows.values.isnan().all():  # else a refused argument would say whose resume_dir it is
+            rows.keep(now=True)
         for module, mode in modes.items():
             module.training = mode
     bits = importance_weighted_bpd(values[..., 1:].movedim(-1, 0), dimensions)

@@ -121,7 +121,7 @@ class Rows:
     def _take_over(self, path: Path) -> None:
         try:
             with safe_open(path, "pt") as file:
-                identity = json.loads(file.metadata()["identity"])
+                identity = dict(json.loads(file.metadata()["identity"]))
                 values = file.get_tensor("values")
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(

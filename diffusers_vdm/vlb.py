@@ -266,6 +266,8 @@ def evaluate_bound(
         num_samples = max(num_samples, min(_MIN_SAMPLES_TO_STOP, max_samples))
     identity = None
     if resume_dir is not None:
+        gammas = bound.noise_schedule.table(257)
+        timesteps = bound.noise_schedule.timestep(torch.linspace(0, 1, 257, dtype=torch.float64), gammas)
         identity = {
             "method": "Monte Carlo",
             "seed": seed,
@@ -274,7 +276,8 @@ def evaluate_bound(
             "prediction_type": bound.prediction_type,
             "num_levels": bound.num_levels,
             "weights": fingerprint(bound.state_dict().values()),
-            "gammas": fingerprint([bound.noise_schedule.table(257)]),
+            "gammas": fingerprint([gammas]),
+            "timesteps": fingerprint([timesteps]),
             "images": fingerprint([images]),
             "class_labels": None if class_labels is None else fingerprint([class_labels]),
         }
@@ -303,7 +306,7 @@ def evaluate_bound(
                 result = _summarise(rows.values[: done * n].view(done, n, -1), bound.num_timesteps)
                 if done == num_samples and target_stderr_bpd is not None and done < max_samples:
                     # as many as the error asks for, in at most doublings: the first error is a rough one
-                    wanted = math.ceil(done * (result.stderr_bpd / target_stderr_bpd) ** 2)
+                    wanted = math.ceil(done * min(result.stderr_bpd / target_stderr_bpd, 2) ** 2)
                     if result.stderr_bpd > target_stderr_bpd:
                         num_samples = min(max(wanted, done + 1), 2 * done, max_samples)
                         rows.grow(num_samples * n)

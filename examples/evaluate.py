@@ -1,12 +1,15 @@
 """The likelihood of held-out images in bits per dimension, of our models and of diffusers' pixel-space checkpoints.
 
     accelerate launch examples/evaluate.py --model runs/digits                       # bundled digits, continuous time
-    accelerate launch examples/evaluate.py --model runs/digits --method vlb --num_steps 1000      # all 1,000 terms
-    accelerate launch examples/evaluate.py --model runs/digits --table 10 50 250 1000             # the bound over T
+    accelerate launch examples/evaluate.py --model runs/digits --target_stderr 0.002         # until the error is this
+    accelerate launch examples/evaluate.py --model runs/digits --table 10 50 250 1000        # the bound over T
+    accelerate launch examples/evaluate.py --model runs/digits --method vlb --num_steps 1000 --best_steps 10 25
+    accelerate launch examples/evaluate.py --model runs/digits --method ode
     accelerate launch examples/evaluate.py --model google/ddpm-cifar10-32 --dataset_name uoft-cs/cifar10 --method vlb
 
---method mc draws (t, ε) for each image (--num_samples), in continuous time or with --num_steps; --method vlb works out
-every term of every image. Writes a report with all that the number must be quoted with, and figures beside it.
+--method mc draws (t, ε) for each image, in continuous time or with --num_steps; vlb works out every term of every
+image; ode solves the probability-flow ODE of every image. Writes a report with all that the number must be quoted
+with, and figures beside it. --resume goes on with what an interrupted run of the same command left.
 """
 
 from __future__ import annotations
@@ -15,86 +18,138 @@ import argparse
 import json
 import math
 import os
+import shutil
+import signal
+import sys
 import time
 from pathlib import Path
 
+from evaluate_options import load_data, load_model, parse_options
 
-def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--model", required=True, help="folder or Hub repository of a VDMPipeline or a pixel-space diffusers pipeline")
-    add("--method", choices=("mc", "vlb"), default="mc", help="Monte Carlo, or all terms of T steps (default: mc)")
-    add("--num_steps", type=int, help="T; for mc continuous time if not given, for vlb 1000 or all betas")
-    add("--num_samples", type=int, default=20, help="draws for each image, of mc (default: 20)")
-    add("--table", type=int, nargs="+", metavar="T", help="also estimate the bound at each of these T, and at ∞")
-    add("--convention", choices=("vdm", "ddpm"), help="data and decoder of vlb; vdm for our schedulers, else ddpm")
-    add("--dataset_name", help="data set on the Hub, or a local copy; the bundled digits if nothing is given")
-    add("--dataset_config_name", help="configuration of the data set")
-    add("--data_dir", help="folder of image files, instead of --dataset_name")
-    add("--split", default="test", help="slices allowed: test[:500] (default: test)")
-    add("--image_column", help="found by its type if not given")
-    add("--label_column", help="found by its type if not given")
-    add("--image_mode", choices=("RGB", "L"), help="convert images to it")
-    add("--resolution", type=int, help="resize and crop to squares of this side")
-    add("--center_crop", action="store_true", help="crop the middle instead of a place drawn for each image")
-    add("--cache_dir", help="cache of data sets")
-    add("--batch_size", type=int, default=128, help="default: 128; no number depends on it")
-    add("--seed", type=int, default=0, help="key of all randomness (default: 0)")
-    add("--output", default="report.json", help="report to write; figures go beside it (default: report.json)")
-    add("--num_threads", type=int, help="CPU threads of a process; all cores, shared, if not given")
-    add("--allow_tf32", action="store_true", help="TF32 matrix products on a GPU; they move bits/dim")
-    o = parser.parse_args(arguments)
-    for name in ("num_steps", "num_samples", "batch_size", "resolution", "num_threads"):
-        if getattr(o, name) is not None and getattr(o, name) < 1:
-            parser.error(f"--{name} must be positive, got {getattr(o, name)}")
-    if o.table and min(o.table) < 1:
-        parser.error(f"--table must be positive numbers of steps, got {o.table}")
-    if o.dataset_name and o.data_dir:
-        parser.error("give --dataset_name or --data_dir, not both")
-    if o.method == "mc" and o.convention == "ddpm":
-        parser.error("--convention ddpm goes with --method vlb")
-    if Path(o.output).suffix != ".json":
-        parser.error(f"--output must name a .json file, got {o.output}")
-    return o
+DECODERS = {"vdm": "softmax over the levels at γ_0", "ddpm": "discretised Gaussian at index 0"}
 
 
-def load_model(name: str):
-    """The network, the scheduler and the number of levels of a pipeline."""
-    from diffusers import DiffusionPipeline
+class Evaluation:
+    """A model, its data, and the ways to measure it; every measurement keeps its numbers in a folder until the end."""
 
-    from diffusers_vdm import VDMPipeline
+    def __init__(self, o: argparse.Namespace, accelerator):
+        import torch
 
-    index = VDMPipeline.load_config(name)
-    if any(part in index for part in ("vae", "vqvae", "movq", "prior")):
-        raise SystemExit(
-            f"{name} works on latents of an autoencoder: they are real numbers, not 8-bit pixels, so that no "
-            "likelihood of images in bits/dim can be read off it"
+        from diffusers_vdm import noise_schedule_of
+
+        self.o, self.accelerator = o, accelerator
+        self.unet, self.scheduler, self.num_levels, self.weights = load_model(o.model)
+        self.data = load_data(o, self.num_levels, accelerator.is_main_process)
+        if self.unet.dtype != torch.float32:
+            self.unet.to(torch.float32)
+        self.unet.to(accelerator.device).eval()
+        if o.method != "vlb" or o.table:
+            self.noise_schedule = noise_schedule_of(self.scheduler)
+        self.prediction_type = self.scheduler.config.get("prediction_type", "epsilon")
+        output = Path(o.output)
+        self.partial = output.with_name(f"{output.stem}.partial")
+        self.shared = {
+            "class_labels": self.data.labels if self.unet.config.get("num_class_embeds") is not None else None,
+            "batch_size": o.batch_size,
+            "seed": o.seed,
+            "accelerator": accelerator,
+            "progress_bar": accelerator.is_main_process,
+        }
+
+    def mc(self, num_steps: int | None, num_samples: int, folder: str, **more):
+        from diffusers_vdm import VariationalBound, evaluate_bound
+
+        bound = VariationalBound(
+            self.unet,
+            self.noise_schedule,
+            num_timesteps=num_steps,
+            num_levels=self.num_levels,
+            prediction_type=self.prediction_type,
+        ).to(self.accelerator.device)
+        more |= {"num_samples": num_samples, "resume_dir": self.partial / folder}
+        return evaluate_bound(bound, self.data.images, **more, **self.shared)
+
+    def vlb(self):
+        from diffusers_vdm import evaluate_bpd
+
+        o = self.o
+        return evaluate_bpd(
+            self.unet,
+            self.scheduler,
+            self.data.images,
+            num_steps=o.num_steps,
+            timesteps=o.timesteps,
+            convention=o.convention,
+            num_levels=self.num_levels,
+            resume_dir=self.partial / "vlb",
+            **self.shared,
         )
-    if "unet" not in index or "scheduler" not in index:
-        raise SystemExit(f"{name} is a {index.get('_class_name')}, without a unet and a scheduler")
-    cls = VDMPipeline if index["_class_name"] == "VDMPipeline" else DiffusionPipeline
-    pipe = cls.from_pretrained(name)
-    return pipe.unet, pipe.scheduler, pipe.config.get("num_levels", 256)
 
+    def ode(self):
+        from diffusers_vdm import evaluate_ode
 
-def load_data(o: argparse.Namespace, num_levels: int, progress_bar: bool):
-    from diffusers_vdm import training
-
-    if o.dataset_name is None and o.data_dir is None:
-        data = training.load_digits_split()[1]
-    else:
-        names = ("resolution", "center_crop", "image_mode", "image_column", "label_column", "cache_dir", "seed")
-        data = training.load_images(
-            o.dataset_name or o.data_dir,
-            o.split,
-            config_name=o.dataset_config_name,
-            is_folder=bool(o.data_dir),
-            progress_bar=progress_bar,
-            **{name: getattr(o, name) for name in names},
+        names = ("dequantization", "num_samples", "num_importance_samples", "divergence", "num_probes", "rtol", "atol")
+        return evaluate_ode(
+            self.unet,
+            self.noise_schedule,
+            self.data.images,
+            prediction_type=self.prediction_type,
+            num_levels=self.num_levels,
+            resume_dir=self.partial / "ode",
+            **{name: getattr(self.o, name) for name in names},
+            **self.shared,
         )
-    if data.num_levels != num_levels:
-        raise SystemExit(f"the model is of data with {num_levels} levels, {data.name} has {data.num_levels}")
-    return data
+
+
+def measure(e: Evaluation) -> tuple[object, dict]:
+    """The result of --method, and what a reader must know of it."""
+    from diffusers_vdm import best_timesteps
+
+    o = e.o
+    if o.method == "mc":
+        more = {"target_stderr_bpd": o.target_stderr, "max_samples": o.max_samples}
+        more |= {"importance_sampling": o.importance_sampling}
+        result = e.mc(o.num_steps, o.num_samples, "mc", **more)
+        return result, {
+            "num_steps": result.num_timesteps,
+            "stderr_is_of": "the Monte-Carlo estimate for these images",
+            "num_samples": result.num_samples,
+            "importance_sampling": o.importance_sampling,
+            "variance_per_call": result.variance_per_call,
+            "plain_variance_per_call": result.plain_variance_per_call,
+            "convention": "vdm",
+            "decoder": DECODERS["vdm"],
+            **curve(result.gamma_t, result.mse),
+        }
+    if o.method == "ode":
+        result = e.ode()
+        names = ("num_samples", "num_importance_samples", "dequantization", "divergence", "num_probes", "gamma_start",
+                 "gamma_end", "rtol", "atol", "draws_stderr_bpd")  # fmt: skip
+        return result, {
+            "num_steps": None,
+            "stderr_is_of": "the mean over the population of images",
+            "convention": "vdm",
+            **{name: getattr(result, name) for name in names},
+            "mean_num_calls": float(result.num_calls.mean()),
+        }
+    result = e.vlb()
+    rows = zip(result.gammas, result.terms_bpd.mean(0), result.terms_bpd.std(0), strict=True)
+    root = math.sqrt(result.num_images)
+    best = {}
+    if o.best_steps:
+        found = {steps: best_timesteps(result, steps) for steps in sorted(o.best_steps)}
+        best = {"best": [{"num_steps": n, "bpd": bpd, "timesteps": steps} for n, (steps, bpd) in found.items()]}
+    return result, {
+        "num_steps": result.num_steps,
+        "stderr_is_of": "the mean over the population of images",
+        "convention": result.convention,
+        "decoder": DECODERS[result.convention],
+        "clip_sample": result.clip_sample,
+        "variance_type": result.variance_type,
+        "terms": [{"gamma": float(g), "bpd": float(m), "stderr_bpd": float(s) / root} for g, m, s in rows],
+        **curve(result.gammas.expand_as(result.mse), result.mse),
+        **best,
+    }
 
 
 def main(o: argparse.Namespace) -> None:
@@ -103,116 +158,89 @@ def main(o: argparse.Namespace) -> None:
     import torch
 
     import diffusers_vdm
-    from diffusers_vdm import VariationalBound, evaluate_bound, evaluate_bpd
-    from diffusers_vdm.schedulers import GammaScheduler
-    from diffusers_vdm.training import write_atomically
+    from diffusers_vdm.files import write_atomically
 
     accelerator = accelerate.Accelerator(mixed_precision="no")
     if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
         raise SystemExit("several processes were launched, but each runs alone; set ACCELERATE_USE_CPU=1 on a CPU")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: what is done is saved on the way out
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = o.allow_tf32
     if accelerator.device.type == "cpu":
         torch.set_num_threads(o.num_threads or max(1, os.cpu_count() // accelerator.num_processes))
-    bar = accelerator.is_main_process
-    unet, scheduler, num_levels = load_model(o.model)
-    data = load_data(o, num_levels, bar)
-    unet.to(accelerator.device, torch.float32).eval()
-    ours = isinstance(scheduler, GammaScheduler)
-    if (o.method == "mc" or o.table) and not ours:
-        raise SystemExit(
-            f"--method mc and --table need one of our schedulers, not {type(scheduler).__name__}; use vlb"
-        )
-    classes = unet.config.num_class_embeds
-    shared = {
-        "class_labels": data.labels if classes is not None else None,
-        "batch_size": o.batch_size,
-        "seed": o.seed,
-        "accelerator": accelerator,
-        "progress_bar": bar,
-    }
-
-    def monte_carlo(num_steps: int | None):
-        bound = VariationalBound(
-            unet,
-            scheduler.noise_schedule(),
-            num_timesteps=num_steps,
-            num_levels=num_levels,
-            prediction_type=scheduler.config.prediction_type,
-        ).to(accelerator.device)
-        return evaluate_bound(bound, data.images, num_samples=o.num_samples, **shared)
-
-    start = time.perf_counter()
-    if o.method == "mc":
-        result = monte_carlo(o.num_steps)
-        steps, gammas, mse = result.num_timesteps, result.gamma_t, result.mse
-        how = {"num_samples": o.num_samples, "convention": "vdm", "decoder": "softmax over the levels at γ_0"}
-        stderr_of = "the Monte-Carlo estimate for these images"
-    else:
-        result = evaluate_bpd(
-            unet,
-            scheduler,
-            data.images,
-            num_steps=o.num_steps,
-            convention=o.convention,
-            num_levels=num_levels,
-            **shared,
-        )
-        steps, gammas, mse = result.num_steps, result.gammas.expand_as(result.mse), result.mse
-        decoders = {"vdm": "softmax over the levels at γ_0", "ddpm": "discretised Gaussian at index 0"}
-        how = {"convention": result.convention, "decoder": decoders[result.convention]}
-        how |= {"clip_sample": result.clip_sample, "variance_type": result.variance_type}
-        stderr_of = "the mean over the population of images"
-    seconds = time.perf_counter() - start
-    table = []
-    if o.table:
-        for num_steps in [*sorted(o.table), None]:
-            row = monte_carlo(num_steps)
+    try:
+        e = Evaluation(o, accelerator)
+        if accelerator.is_main_process and not o.resume:
+            shutil.rmtree(e.partial, ignore_errors=True)
+        accelerator.wait_for_everyone()
+        start = time.perf_counter()
+        result, how = measure(e)
+        seconds = time.perf_counter() - start
+        table = []
+        for num_steps in [*sorted(o.table), None] if o.table else []:
+            row = e.mc(num_steps, o.num_samples if o.method == "mc" else 20, f"table-{num_steps}")
             table.append({"num_steps": num_steps, "bpd": row.bpd, "stderr_bpd": row.stderr_bpd})
+    except (ValueError, TypeError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error
     if not accelerator.is_main_process:
         return
 
-    finite = lambda value: None if math.isnan(value) else value  # noqa: E731  NaN is no JSON
     modules = (torch, diffusers, accelerate, diffusers_vdm)
+    parts = [term for term in ("diffusion", "reconstruction", "prior") if hasattr(result, f"{term}_bpd")]
     report = {
         "model": o.model,
         "method": o.method,
         "bpd": result.bpd,
-        "stderr_bpd": finite(result.stderr_bpd),
-        "stderr_is_of": stderr_of,
-        **{f"{term}_bpd": getattr(result, f"{term}_bpd") for term in ("prior", "reconstruction", "diffusion")},
-        "num_steps": steps,
+        "stderr_bpd": result.stderr_bpd,
+        **{f"{term}_bpd": getattr(result, f"{term}_bpd") for term in parts},
         "num_images": result.num_images,
-        **how,
-        "num_levels": num_levels,
-        "prediction_type": scheduler.config.prediction_type,
-        "scheduler": type(scheduler).__name__,
-        "weights": "as saved in the pipeline; train.py saves the averaged ones",
+        "num_levels": e.num_levels,
+        "prediction_type": e.prediction_type,
+        "scheduler": type(e.scheduler).__name__,
+        "weights": e.weights,
         "dtype": "float32" + (", TF32 products" if o.allow_tf32 else ""),
         "seed": o.seed,
-        "data": {"name": data.name, "images": len(data), "fingerprint": data.fingerprint},
+        "data": {"name": e.data.name, "images": len(e.data), "fingerprint": e.data.fingerprint},
         "versions": {module.__name__: module.__version__ for module in modules},
         "num_processes": accelerator.num_processes,
         "seconds": seconds,
         "table": table,
-        **curve(gammas, mse),
+        **how,
         "per_image_bpd": result.per_image_bpd.tolist(),
     }
+    report = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in report.items()}  # NaN is no JSON
     output = Path(o.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, json.dumps(report, indent=1))
-    draw(output, data.images, num_levels, result, gammas, mse)
+    draw(output, e, result, parts)
+    shutil.rmtree(e.partial, ignore_errors=True)
+    tell(o, e, report, parts)
 
-    name = "continuous time" if steps is None else f"T = {steps}"
-    error = "" if report["stderr_bpd"] is None else f" ± {result.stderr_bpd:.4f}"
-    print(f"\n{o.model} on {data.name}: {result.num_images} images, {seconds:.0f} s")
-    rows = [(f"bits/dim, {name}", f"{result.bpd:.4f}{error}")]
-    rows += [(f"  {term}", f"{report[f'{term}_bpd']:.4f}") for term in ("diffusion", "reconstruction", "prior")]
-    for row in table:
-        label = "∞" if row["num_steps"] is None else row["num_steps"]
-        rows.append((f"bound at T = {label}", f"{row['bpd']:.4f} ± {row['stderr_bpd']:.4f}"))
-    for label, value in rows:
-        print(f"  {label:<36}{value:>18}")
-    print(f"± is the standard error of {stderr_of}\nreport and figures: {output.parent or '.'}/{output.stem}*")
+
+def tell(o: argparse.Namespace, e: Evaluation, report: dict, parts: list[str]) -> None:
+    """The table in the end."""
+
+    def value(row: dict) -> str:
+        error = row.get("stderr_bpd")
+        return f"{row['bpd']:.4f}" + ("" if error is None or math.isnan(error) else f" ± {error:.4f}")
+
+    name = {"ode": "probability-flow ODE", "mc": "continuous time"}.get(o.method)
+    if report["num_steps"] is not None:
+        name = f"T = {report['num_steps']}"
+    print(f"\n{o.model} on {e.data.name}: {report['num_images']} images, {report['seconds']:.0f} s")
+    rows = [(f"bits/dim, {name}", value(report))]
+    rows += [(f"  {term}", f"{report[f'{term}_bpd']:.4f}") for term in parts]
+    rows += [(f"bound at T = {row['num_steps'] or '∞'}", value(row)) for row in report["table"]]
+    rows += [(f"bound with the best {row['num_steps']} timesteps", value(row)) for row in report.get("best", [])]
+    if report.get("variance_per_call") is not None:
+        rows.append(("variance per network call", f"{report['variance_per_call']:.3g}"))
+        rows.append(("  of plain uniform t", f"{report['plain_variance_per_call']:.3g}"))
+    if "mean_num_calls" in report:
+        rows.append(("network calls of a solve", f"{report['mean_num_calls']:.0f}"))
+    for label, text in rows:
+        print(f"  {label:<36}{text:>18}")
+    output = Path(o.output)
+    print(f"± is the standard error of {report['stderr_is_of']}")
+    print(f"report and figures: {output.with_name(output.stem)}*")
 
 
 def curve(gammas, mse, bins: int = 50) -> dict[str, list[float]]:
@@ -223,20 +251,25 @@ def curve(gammas, mse, bins: int = 50) -> dict[str, list[float]]:
     return {"curve_gamma": [float(g.mean()) for g in gamma], "curve_mse": [float(e.mean()) for e in error]}
 
 
-def draw(output: Path, images, num_levels: int, result, gammas, mse) -> None:
+def draw(output: Path, e: Evaluation, result, parts: list[str]) -> None:
     """The curve over γ, the histogram of bits, and the most and least likely images."""
     from diffusers_vdm import plots
 
-    terms = {n: getattr(result, f"{n}_bpd") for n in ("diffusion", "reconstruction", "prior")}
-    plots.plot_loss_by_gamma(gammas, mse, output.with_name(f"{output.stem}_by_gamma.png"), terms_bpd=terms)
-    plots.plot_bits_histogram(result.per_image_bpd, output.with_name(f"{output.stem}_histogram.png"))
+    def path(name: str) -> Path:
+        return output.with_name(f"{output.stem}_{name}.png")
+
+    if hasattr(result, "mse"):
+        gammas = result.gamma_t if hasattr(result, "gamma_t") else result.gammas.expand_as(result.mse)
+        terms = {term: getattr(result, f"{term}_bpd") for term in parts}
+        plots.plot_loss_by_gamma(gammas, result.mse, path("by_gamma"), terms_bpd=terms)
+    plots.plot_bits_histogram(result.per_image_bpd, path("histogram"))
+    images = e.data.images
     if images.shape[1] in (1, 3):
         order = result.per_image_bpd.argsort()
         count = min(16, len(order))
-        for name, index in (("likely", order[:count]), ("unlikely", order.flip(0)[:count])):
-            grid = plots.image_grid(images[index].float() / (num_levels - 1))
-            grid.save(output.with_name(f"{output.stem}_most_{name}.png"))
+        for name, index in (("most_likely", order[:count]), ("most_unlikely", order.flip(0)[:count])):
+            plots.image_grid(images[index].float() / (e.num_levels - 1)).save(path(name))
 
 
 if __name__ == "__main__":
-    main(parse_options())
+    main(parse_options(__doc__))

@@ -89,14 +89,9 @@ OPTIONS: dict[str, list[tuple]] = {
 }
 
 
-def parse_options(description: str, arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line, checked; wrong arguments end the program before any work starts."""
-    parser = argparse.ArgumentParser(
-        usage="train.py [options], see --help",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    for group, rows in OPTIONS.items():
+def add_options(parser: argparse.ArgumentParser, groups: dict[str, list[tuple]]) -> None:
+    """One argument for each row of a table like [`OPTIONS`]."""
+    for group, rows in groups.items():
         section = parser.add_argument_group(group)
         for name, default, text in rows:
             if isinstance(default, bool):
@@ -109,6 +104,16 @@ def parse_options(description: str, arguments: list[str] | None = None) -> argpa
                 section.add_argument(
                     f"--{name}", type=type(default), default=default, help=f"{text} (default: {default})"
                 )
+
+
+def parse_options(description: str, arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked; wrong arguments end the program before any work starts."""
+    parser = argparse.ArgumentParser(
+        usage="train.py [options], see --help",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_options(parser, OPTIONS)
     options = parser.parse_args(arguments)
     try:
         check_options(options)
@@ -124,6 +129,15 @@ def check_choice(name: str, value: str | None, known: Iterable[str]) -> None:
             f"--{name} {value!r} is unknown; "
             + (f"did you mean {close[0]!r}?" if close else f"there are {sorted(known)}")
         )
+
+
+def check_ranges(o: argparse.Namespace, ranges: dict[str, tuple], positive: Iterable[str] = ()) -> None:
+    """`ValueError` for an option that is outside of its range; `positive` are those that need only be above 0."""
+    for name, (low, high) in (dict.fromkeys(positive, (1e-30, math.inf)) | ranges).items():
+        value = getattr(o, name)
+        if value is not None and not (low <= value <= high and math.isfinite(value)):
+            rule = "positive" if name in positive else f"within [{low}, {high:.4g}]"
+            raise ValueError(f"--{name} must be {rule}, got {value}")
 
 
 def check_options(o: argparse.Namespace) -> None:
@@ -163,16 +177,12 @@ def check_options(o: argparse.Namespace) -> None:
                 "ddpm_num_inference_steps", "save_images_epochs", "save_model_epochs", "checkpoints_total_limit",
                 "resolution", "max_eval_images", "num_threads", "adam_epsilon", "ema_inv_gamma", "ema_power",
                 "dataloader_num_workers")  # fmt: skip
-    ranges = dict.fromkeys(positive, (1e-30, math.inf)) | {
+    ranges = {
         "lr_warmup_steps": (0, math.inf), "eval_steps": (0, math.inf), "checkpointing_steps": (0, math.inf),
         "adam_weight_decay": (0, math.inf), "adam_beta1": (0, 1 - 1e-9), "adam_beta2": (0, 1 - 1e-9),
         "dropout": (0, 1 - 1e-9), "ema_max_decay": (0, 1), "ddpm_num_steps": (21, math.inf),
     }  # fmt: skip
-    for name, (low, high) in ranges.items():
-        value = getattr(o, name)
-        if value is not None and not (low <= value <= high and math.isfinite(value)):
-            rule = "positive" if name in positive else f"within [{low}, {high:.4g}]"
-            raise ValueError(f"--{name} must be {rule}, got {value}")
+    check_ranges(o, ranges, positive)
     if o.train_data_dir and not Path(o.train_data_dir).is_dir():
         raise ValueError(f"--train_data_dir {o.train_data_dir} is not a folder")
     folder = Path(o.output_dir)

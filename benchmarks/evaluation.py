@@ -1,0 +1,110 @@
+"""What evaluation costs beside the bare network: calls per second as a ratio, and memory over T and over the levels.
+
+    python benchmarks/evaluation.py                                            # digits network, CPU
+    python benchmarks/evaluation.py --preset cifar10 --batch_size 128 --device cuda
+
+The bare forward pass and `evaluate_bpd` take turns in one process, so that a noisy machine is the same for both.
+Memory is the peak of a process of its own for each setting (resident memory on a CPU, allocated memory on a GPU).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+
+from diffusers_vdm import VDMScheduler, VDMUNet2DModel, evaluate_bpd
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="digits")
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--num_steps", type=int, default=20, help="terms of a timed evaluation")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--memory", nargs=2, type=int, metavar=("T", "LEVELS"), help="only measure this peak")
+    return parser.parse_args()
+
+
+def setup(o: argparse.Namespace, num_levels: int = 256):
+    torch.manual_seed(0)
+    unet = VDMUNet2DModel.from_preset(o.preset).eval().to(o.device)
+    size = (unet.config.in_channels, *[unet.config.sample_size] * 2)
+    images = torch.randint(0, num_levels, (o.batch_size, *size)).to(torch.int32 if num_levels > 256 else torch.uint8)
+    return unet, VDMScheduler(), images
+
+
+def wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def seconds(work, device: str) -> float:
+    wait(device)
+    start = time.perf_counter()
+    work()
+    wait(device)
+    return time.perf_counter() - start
+
+
+def speed(o: argparse.Namespace) -> dict:
+    unet, scheduler, images = setup(o)
+    z = torch.randn(images.shape, device=o.device)
+    t = torch.tensor(500.0, device=o.device)
+
+    @torch.no_grad()
+    def bare():
+        for _ in range(o.num_steps):
+            unet(z, t, return_dict=False)
+
+    def evaluation():
+        evaluate_bpd(unet, scheduler, images, num_steps=o.num_steps, batch_size=o.batch_size, progress_bar=False)
+
+    bare(), evaluation()
+    pairs = [(seconds(bare, o.device), seconds(evaluation, o.device)) for _ in range(o.rounds)]
+    calls = o.num_steps * o.batch_size
+    ratios = sorted(b / e for b, e in pairs)
+    return {
+        "bare_images_per_second": calls / statistics.median(b for b, _ in pairs),
+        "evaluation_images_per_second": calls / statistics.median(e for _, e in pairs),
+        "ratio_median": statistics.median(ratios),
+        "ratio_smallest_largest": [ratios[0], ratios[-1]],
+    }
+
+
+def peak_mebibytes(o: argparse.Namespace) -> float:
+    steps, levels = o.memory
+    unet, scheduler, images = setup(o, levels)
+    evaluate_bpd(
+        unet, scheduler, images, num_steps=steps, num_levels=levels, batch_size=o.batch_size, progress_bar=False
+    )
+    if o.device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> None:
+    o = parse_options()
+    if o.memory:
+        print(peak_mebibytes(o))
+        return
+    name = torch.cuda.get_device_name() if o.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
+    told = {"command": " ".join(sys.argv), "machine": f"{name}, {platform.machine()}", "torch": torch.__version__}
+    told |= {"preset": o.preset, "batch_size": o.batch_size, **speed(o), "peak_mebibytes": {}}
+    for steps, levels in ((5, 256), (50, 256), (200, 256), (5, 2), (5, 4096), (5, 65536)):
+        flags = ["--preset", o.preset, "--batch_size", o.batch_size, "--device", o.device, "--memory", steps, levels]
+        done = subprocess.run([sys.executable, __file__, *map(str, flags)], capture_output=True, text=True, check=True)
+        told["peak_mebibytes"][f"T={steps}, levels={levels}"] = round(float(done.stdout), 1)
+    print(json.dumps(told, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""The options of evaluate.py, and the model and the data that they name."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from train_options import add_options, check_ranges
+
+# name, default, help, as in train_options.py
+OPTIONS: dict[str, list[tuple]] = {
+    "model": [
+        ("model", str, "folder or Hub repository of a VDMPipeline or of a pixel-space pipeline of diffusers"),
+    ],
+    "method": [
+        ("method", ("mc", "vlb", "ode"), "Monte Carlo; all terms of T steps; density by the probability-flow ODE"),
+        ("num_steps", int, "T; for mc continuous time if not given, for vlb 1000 or all betas"),
+        ("num_samples", int, "draws for each image: 20 of mc, 1 of ode"),
+        ("target_stderr", float, "mc: go on until the standard error is at most this, in bits/dim"),
+        ("max_samples", 1000, "mc: most draws for it"),
+        ("importance_sampling", False, "mc: draw t where the loss was large in a first pass"),
+        ("convention", (None, "vdm", "ddpm"), "vlb: data and decoder; vdm for our schedulers, else ddpm"),
+        ("dequantization", ("truncated_normal", "uniform", "decoder"), "ode: how integers become real numbers"),
+        ("num_importance_samples", 1, "ode: K of the importance-weighted bound"),
+        (
+            "divergence",
+            ("hutchinson", "exact"),
+            "ode: noise, fixed for a solve, or a backward pass for each dimension",
+        ),
+        ("num_probes", 1, "ode: vectors of noise for hutchinson"),
+        ("rtol", 1e-5, "ode: relative error of a step"),
+        ("atol", 1e-5, "ode: absolute error of a step, of z and of nats per dimension"),
+        ("seed", 0, "key of all randomness"),
+    ],
+    "data": [
+        ("dataset_name", str, "data set on the Hub, or a local copy; the bundled digits if nothing is given"),
+        ("dataset_config_name", str, "configuration of the data set"),
+        ("data_dir", str, "folder of image files, instead of --dataset_name"),
+        ("split", "test", "slices allowed: test[:500]"),
+        ("image_column", str, "column of the images, found by its type if not given"),
+        ("label_column", str, "column of the classes, found by its type if not given"),
+        ("image_mode", (None, "RGB", "L"), "convert images to it"),
+        ("resolution", int, "resize and crop to squares of this side"),
+        ("center_crop", False, "crop the middle instead of a place drawn for each image"),
+        ("cache_dir", str, "cache of data sets"),
+    ],
+    "work": [
+        ("batch_size", 128, "images at once; no number depends on it"),
+        ("output", "report.json", "report to write; figures go beside it"),
+        ("resume", False, "go on with what an interrupted run of the same command left"),
+        ("num_threads", int, "CPU threads of a process; all cores, shared, if not given"),
+        ("allow_tf32", False, "TF32 matrix products on a GPU; they move bits/dim"),
+    ],
+}
+# options that only one method has
+METHOD_OF = {
+    "target_stderr": "mc", "importance_sampling": "mc", "convention": "vlb", "best_steps": "vlb", "timesteps": "vlb",
+    "dequantization": "ode", "num_importance_samples": "ode", "divergence": "ode", "num_probes": "ode", "rtol": "ode",
+    "atol": "ode",
+}  # fmt: skip
+
+
+def parse_options(description: str, arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked; wrong arguments end the program before any work starts."""
+    parser = argparse.ArgumentParser(
+        usage="evaluate.py --model MODEL [options], see --help",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_options(parser, OPTIONS)
+    add = parser.add_argument
+    add("--table", type=int, nargs="+", metavar="T", help="also estimate the bound at each of these T, and at ∞")
+    add("--best_steps", type=int, nargs="+", metavar="T", help="vlb: also find the T timesteps with the best bound")
+    add("--timesteps", type=float, nargs="+", help="vlb: decreasing timesteps of one's own, instead of --num_steps")
+    o = parser.parse_args(arguments)
+    try:
+        if o.model is None:
+            raise ValueError("--model must name a folder or a repository")
+        positive = ("num_steps", "num_samples", "target_stderr", "max_samples", "batch_size", "resolution", "rtol",
+                    "atol", "num_threads", "num_importance_samples", "num_probes")  # fmt: skip
+        check_ranges(o, {}, positive)
+        for name, method in METHOD_OF.items():
+            if getattr(o, name) != parser.get_default(name) and o.method != method:
+                raise ValueError(f"--{name} goes with --method {method}, not with {o.method}")
+        if o.method == "ode" and o.num_steps is not None:
+            raise ValueError(
+                "--num_steps goes with mc and vlb; the ODE takes the steps that --rtol and --atol ask for"
+            )
+        if o.timesteps and o.num_steps is not None:
+            raise ValueError("give --num_steps or --timesteps, not both")
+        for name in ("table", "best_steps"):
+            if getattr(o, name) and min(getattr(o, name)) < 1:
+                raise ValueError(f"--{name} must be positive numbers of steps, got {getattr(o, name)}")
+        if o.dataset_name and o.data_dir:
+            raise ValueError("give --dataset_name or --data_dir, not both")
+        if Path(o.output).suffix != ".json":
+            raise ValueError(f"--output must name a .json file, got {o.output}")
+    except ValueError as error:
+        parser.error(str(error))
+    o.num_samples = o.num_samples or {"mc": 20, "vlb": 1, "ode": 1}[o.method]
+    return o
+
+
+def load_model(name: str):
+    """The network, the scheduler, the number of levels, and which weights they are, of a pipeline."""
+    from diffusers import DiffusionPipeline
+
+    from diffusers_vdm import VDMPipeline
+
+    index = VDMPipeline.load_config(name)
+    if any(part in index for part in ("vae", "vqvae", "movq", "prior")):
+        raise SystemExit(
+            f"{name} works on latents of an autoencoder: they are real numbers, not 8-bit pixels, so that no "
+            "likelihood of images in bits/dim can be read off it"
+        )
+    if "unet" not in index or "scheduler" not in index:
+        raise SystemExit(f"{name} is a {index.get('_class_name')}, without a unet and a scheduler")
+    cls = VDMPipeline if index["_class_name"] == "VDMPipeline" else DiffusionPipeline
+    pipe = cls.from_pretrained(name)
+    weights, recorded = "as saved in the pipeline", Path(name) / "options.json"
+    if recorded.is_file():  # train.py's
+        averaged = json.loads(recorded.read_text()).get("options", {}).get("use_ema")
+        weights = {True: "average (EMA)", False: "last step"}.get(averaged, weights)
+    return pipe.unet, pipe.scheduler, pipe.config.get("num_levels", 256), weights
+
+
+def load_data(o: argparse.Namespace, num_levels: int, progress_bar: bool):
+    from diffusers_vdm import training
+
+    if o.dataset_name is None and o.data_dir is None:
+        data = training.load_digits_split()[1]
+    else:
+        names = ("resolution", "center_crop", "image_mode", "image_column", "label_column", "cache_dir", "seed")
+        data = training.load_images(
+            o.dataset_name or o.data_dir,
+            o.split,
+            config_name=o.dataset_config_name,
+            is_folder=bool(o.data_dir),
+            progress_bar=progress_bar,
+            **{name: getattr(o, name) for name in names},
+        )
+    if data.num_levels != num_levels:
+        raise SystemExit(f"the model is of data with {num_levels} levels, {data.name} has {data.num_levels}")
+    return data
