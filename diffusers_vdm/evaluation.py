@@ -27,7 +27,7 @@ from . import diffusion
 from .diffusers_betas import noise_schedule_of
 from .diffusion import to_high_precision
 from .randomness import keyed_noise
-from .rows import Rows, batches, check_rows_finite, fingerprint
+from .rows import Rows, batches, check_class_labels, check_rows_finite, fingerprint, identity_of
 from .schedulers import GammaScheduler, VDMScheduler
 from .step_selection import best_levels
 
@@ -137,6 +137,7 @@ def evaluate_bpd(
     """
     chain = _chain(scheduler, num_steps, timesteps, convention, clip_sample, num_levels)
     _check_images(images, unet, num_levels)
+    check_class_labels(class_labels, images)
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}.")
     if device is None:
@@ -144,20 +145,10 @@ def evaluate_bpd(
     n, total = len(images), len(chain.gammas)
     identity = None
     if resume_dir is not None:
-        identity = {
-            "method": "all terms",
-            "seed": seed,
-            "num_steps": total,
-            "convention": chain.convention,
-            "prediction_type": chain.prediction_type,
-            "variance_type": chain.variance_type,
-            "clip_sample": chain.clip_sample,
-            "num_levels": num_levels,
-            "weights": fingerprint(unet.state_dict().values()),
-            "gammas": fingerprint([chain.gammas, chain.timesteps]),
-            "images": fingerprint([images]),
-            "class_labels": None if class_labels is None else fingerprint([class_labels]),
-        }
+        identity = identity_of(unet, noise_schedule_of(scheduler), images, class_labels)
+        identity |= {"method": "all terms", "seed": seed, "chain": fingerprint([chain.gammas, chain.timesteps])}
+        names = ("convention", "prediction_type", "variance_type", "clip_sample", "num_levels")
+        identity |= {name: getattr(chain, name) for name in names}
     # columns: prior, reconstruction, then the terms and the errors of the chain
     rows = Rows(2 + 2 * total, accelerator=accelerator, resume_dir=resume_dir, identity=identity)
     rows.grow(n)

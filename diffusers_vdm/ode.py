@@ -27,7 +27,7 @@ from .dequantization import Dequantization, dequantization_start, dequantize, im
 from .diffusion import PredictionType, to_high_precision
 from .noise_schedules import NoiseSchedule
 from .randomness import keyed_generator
-from .rows import Rows, batches, check_rows_finite, fingerprint
+from .rows import Rows, batches, check_class_labels, check_rows_finite, identity_of
 
 # (z of shape (b, ...), γ of shape (b,), which samples of the batch these are, shape (b,)) → ε̂
 EpsModel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -350,6 +350,7 @@ def evaluate_ode(
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}.")
     diffusion.check_levels(images, num_levels)
+    check_class_labels(class_labels, images)
     gamma_start, gamma_end = dequantization_start(dequantization, noise_schedule, num_levels)
     if device is None:
         device = next((p.device for p in unet.parameters()), torch.device("cpu"))
@@ -366,17 +367,9 @@ def evaluate_ode(
     }
     identity = None
     if resume_dir is not None:
-        identity = {
-            "method": "ODE",
-            "seed": seed,
-            "prediction_type": prediction_type,
-            "num_levels": num_levels,
-            "weights": fingerprint(unet.state_dict().values()),
-            "gammas": fingerprint([noise_schedule.table(257)]),
-            "images": fingerprint([images]),
-            "class_labels": None if class_labels is None else fingerprint([class_labels]),
-            **{name: value for name, value in settings.items() if name != "num_samples"},
-        }
+        identity = identity_of(unet, noise_schedule, images, class_labels)
+        identity |= {"method": "ODE", "seed": seed, "prediction_type": prediction_type, "num_levels": num_levels}
+        identity |= {name: value for name, value in settings.items() if name != "num_samples"}
     n, dimensions = len(images), images[0].numel()
     rows = Rows(1 + num_importance_samples, accelerator=accelerator, resume_dir=resume_dir, identity=identity)
     rows.grow(num_samples * n)
@@ -423,18 +416,17 @@ def evaluate_ode(
                 bar.set_description(f"{float(bits.mean()):.4f} ± {error:.4f} bits/dim")
         values = rows.share(0, num_samples * n).view(num_samples, n, -1)
     finally:
-        if not rows.values.isnan().all():  # else a refused argument would say whose resume_dir it is
-            rows.keep(now=True)
+        rows.keep(now=True)
         for module, mode in modes.items():
             module.training = mode
     bits = importance_weighted_bpd(values[..., 1:].movedim(-1, 0), dimensions)
-    per_image = bits.mean(0)
+    per_image, draws_stderr = bits.mean(0), math.nan
+    if num_samples > 1:
+        draws_stderr = float(bits.std(0).square().mean() / (num_samples * n)) ** 0.5
     return OdeEvaluation(
         bpd=float(per_image.mean()),
         stderr_bpd=float(per_image.std() / math.sqrt(n)) if n > 1 else math.nan,
-        draws_stderr_bpd=float(bits.std(0).square().mean() / (num_samples * n)) ** 0.5
-        if num_samples > 1
-        else math.nan,
+        draws_stderr_bpd=draws_stderr,
         num_images=n,
         per_image_bpd=per_image,
         num_calls=values[..., 0].mean(0),

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import nn
 
 from .diffusion import to_high_precision
 from .files import write_atomically
+from .noise_schedules import NoiseSchedule
 
 SECONDS_BETWEEN_SAVES = 60.0
 
@@ -27,6 +29,28 @@ def fingerprint(tensors: Iterable[torch.Tensor]) -> str:
         digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def identity_of(
+    network: nn.Module, noise_schedule: NoiseSchedule, images: torch.Tensor, class_labels: torch.Tensor | None
+) -> dict[str, Any]:
+    """What numbers of these depend on, as [`Rows`] takes it: weights, kind of network, levels, timesteps, images."""
+    gammas = noise_schedule.table(257)
+    config = {name: value for name, value in dict(getattr(network, "config", {})).items() if not name.startswith("_")}
+    return {
+        "network": f"{type(network).__name__} {json.dumps(config, sort_keys=True, default=str)}",
+        "weights": fingerprint(network.state_dict().values()),
+        "gammas": fingerprint([gammas]),
+        "timesteps": fingerprint([noise_schedule.timestep(None, gammas)]),
+        "images": fingerprint([images]),
+        "class_labels": None if class_labels is None else fingerprint([class_labels]),
+    }
+
+
+def check_class_labels(class_labels: torch.Tensor | None, images: torch.Tensor) -> None:
+    """Raises `ValueError` unless there is a label for each image."""
+    if class_labels is not None and class_labels.shape != images.shape[:1]:
+        raise ValueError(f"class_labels must have shape ({len(images)},), got {tuple(class_labels.shape)}.")
 
 
 def batches(rows: torch.Tensor, num_images: int, batch_size: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
@@ -100,6 +124,8 @@ class Rows:
     def keep(self, now: bool = False) -> None:
         """Saves what is there, at most once a minute unless it must be `now`."""
         if self._folder is None or not (now or time.monotonic() - self._saved_at > SECONDS_BETWEEN_SAVES):
+            return
+        if bool(self.values.isnan().all()):  # else a refused argument would say whose folder this is
             return
         self._saved_at = time.monotonic()
         metadata = {"identity": json.dumps(self._identity)}

@@ -24,7 +24,7 @@ from .diffusion import PredictionType, to_high_precision
 from .noise_schedules import NoiseSchedule
 from .objective import Objective, SimpleObjective, SimpleObjectiveOutput, check_times  # noqa: F401
 from .randomness import keyed_generator, keyed_noise, lattice_times, stratified_times
-from .rows import Rows, batches, check_rows_finite, fingerprint
+from .rows import Rows, batches, check_class_labels, check_rows_finite, identity_of
 
 
 @dataclass
@@ -235,7 +235,8 @@ def evaluate_bound(
             are at least 10 then, since an error that stops its own measurement must be a good one.
         max_samples (`int`, defaults to 1000): most repeats of `target_stderr_bpd`.
         importance_sampling (`bool`, defaults to `False`): draw t in proportion to √E[loss²] at t, as measured in the
-            first quarter of the repeats (2 at least). Unbiased, and better where γ(t) is far from the best one.
+            first quarter of the repeats (2 at least). Unbiased, and better where γ(t) is far from the best one. With
+            another number of repeats it is another evaluation, which `resume_dir` does not go on with.
         batch_size (`int`, defaults to 64): how many images go through the network at once.
         seed (`int`, defaults to 0): key of all randomness.
         device (`str` or `torch.device`, *optional*): where to work, defaults to that of the network.
@@ -259,6 +260,7 @@ def evaluate_bound(
     if target_stderr_bpd is not None and not target_stderr_bpd > 0:
         raise ValueError(f"target_stderr_bpd must be positive, got {target_stderr_bpd}.")
     diffusion.check_levels(images, bound.num_levels)
+    check_class_labels(class_labels, images)
     if device is None:
         device = next((p.device for p in bound.parameters()), torch.device("cpu"))
     n, pilot = len(images), max(2, num_samples // 4) if importance_sampling else 0
@@ -266,21 +268,9 @@ def evaluate_bound(
         num_samples = max(num_samples, min(_MIN_SAMPLES_TO_STOP, max_samples))
     identity = None
     if resume_dir is not None:
-        gammas = bound.noise_schedule.table(257)
-        timesteps = bound.noise_schedule.timestep(torch.linspace(0, 1, 257, dtype=torch.float64), gammas)
-        identity = {
-            "method": "Monte Carlo",
-            "seed": seed,
-            "pilot_samples": pilot,
-            "num_timesteps": bound.num_timesteps,
-            "prediction_type": bound.prediction_type,
-            "num_levels": bound.num_levels,
-            "weights": fingerprint(bound.state_dict().values()),
-            "gammas": fingerprint([gammas]),
-            "timesteps": fingerprint([timesteps]),
-            "images": fingerprint([images]),
-            "class_labels": None if class_labels is None else fingerprint([class_labels]),
-        }
+        identity = identity_of(bound.unet, bound.noise_schedule, images, class_labels)
+        identity |= {"method": "Monte Carlo", "seed": seed, "pilot_samples": pilot}
+        identity |= {name: getattr(bound, name) for name in ("num_timesteps", "prediction_type", "num_levels")}
     rows = Rows(len(_COLUMNS), accelerator=accelerator, resume_dir=resume_dir, identity=identity)
     bar_class = progress_bar if callable(progress_bar) else tqdm
     hidden = progress_bar is False or rows.rank > 0
@@ -288,7 +278,7 @@ def evaluate_bound(
     bound.eval()
     warp, done = None, 0
     rows.grow(num_samples * n)
-    total = len(rows.mine(0, num_samples * n))
+    total, running = len(rows.mine(0, num_samples * n)), _Running(rows.values, n)
     try:
         with bar_class(total=total, desc="bits/dim", unit="img", disable=hidden, leave=False) as bar:
             while done < num_samples:
@@ -298,7 +288,7 @@ def evaluate_bound(
                     rows.values[row] = check_rows_finite(draws, index)
                     rows.keep()
                     bar.update(len(row))
-                    bar.set_description(_running(rows.values, n))
+                    bar.set_description(running.text(repeat, draws))
                 values = rows.share(done * n, stop * n)
                 done = stop
                 if done == pilot:
@@ -318,12 +308,22 @@ def evaluate_bound(
     return result
 
 
-def _running(values: torch.Tensor, n: int) -> str:
+class _Running:
     """The value so far and its error, of the rows that this process has."""
-    repeats = values[:, :3].sum(1).view(-1, n).nanmean(1)
-    repeats = repeats[~repeats.isnan()]
-    error = f" ± {float(repeats.std()) / math.sqrt(len(repeats)):.4f}" if len(repeats) > 1 else ""
-    return f"{float(repeats.mean()):.4f}{error} bits/dim"
+
+    def __init__(self, values: torch.Tensor, n: int):
+        totals = values[:, :3].sum(1).view(-1, n)
+        self.sums, self.counts = totals.nansum(1).tolist(), (~totals.isnan()).sum(1).tolist()
+
+    def text(self, repeat: int, draws: torch.Tensor) -> str:
+        """With the draws of one more batch."""
+        missing = repeat + 1 - len(self.sums)
+        self.sums, self.counts = self.sums + [0.0] * missing, self.counts + [0] * missing
+        self.sums[repeat] += float(draws[:, :3].sum())
+        self.counts[repeat] += len(draws)
+        means = torch.tensor([s / c for s, c in zip(self.sums, self.counts, strict=True) if c], dtype=torch.float64)
+        error = f" ± {float(means.std()) / math.sqrt(len(means)):.4f}" if len(means) > 1 else ""
+        return f"{float(means.mean()):.4f}{error} bits/dim"
 
 
 def _evaluate_rows(bound, images, class_labels, repeat, index, seed, warp, device) -> torch.Tensor:
@@ -343,11 +343,12 @@ def _evaluate_rows(bound, images, class_labels, repeat, index, seed, warp, devic
 
 def _importance_warp(t: torch.Tensor, loss: torch.Tensor) -> Callable:
     """u → (t, density of t) with a density in proportion to √E[loss²], piecewise constant, a tenth of it uniform."""
-    bins = max(1, min(64, len(t) // 32))
+    bins = max(1, min(64, len(t) // 16))
     which = (t * bins).long().clamp(max=bins - 1)
     second = torch.zeros(bins, dtype=t.dtype).index_add_(0, which, loss.square())
     count = torch.zeros(bins, dtype=t.dtype).index_add_(0, which, torch.ones_like(loss))
-    level = (second / count.clamp(min=1)).sqrt()
+    level = (second / count).sqrt()
+    level = torch.where(count > 0, level, level.nanmean())
     density = 0.9 * level / level.mean() + 0.1 if float(level.mean()) > 0 else torch.ones_like(level)
     edges = torch.cat([torch.zeros(1, dtype=t.dtype), (density / bins).cumsum(0)])
 

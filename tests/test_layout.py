@@ -15,14 +15,14 @@ PACKAGE = Path(diffusers_vdm.__file__).parent
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 MAX_LINES = 450
 
-# {diffusion, files} → {noise_schedules, randomness, rows} → {objective, dequantization, diffusers_betas} →
+# {diffusion, files} → {noise_schedules, randomness} → {rows, objective, dequantization, diffusers_betas} →
 # {schedulers, vlb, ode, codec, step_selection} → {pipeline, evaluation} → {training, hub}; a module may import what is
 # before it, but nothing beside it
 CORE = {"schedulers", "vlb", "ode", "codec", "step_selection"}
 BASE = [
     {"diffusion", "files"},
-    {"noise_schedules", "randomness", "rows"},
-    {"objective", "dequantization", "diffusers_betas"},
+    {"noise_schedules", "randomness"},
+    {"rows", "objective", "dequantization", "diffusers_betas"},
 ]
 LAYERS = [*BASE, CORE, {"pipeline", "evaluation"}, {"training", "hub"}]
 # unet stands alone: it imports nothing of ours, and only these import it. conversion and plots are leaves: they may
