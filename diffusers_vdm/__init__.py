@@ -24,7 +24,7 @@ _MODULE_OF = {
     "evaluate_bound": "vlb",
     "evaluate_bpd": "evaluation",
     "best_timesteps": "evaluation",
-    "evaluate_ode": "ode",
+    "evaluate_ode": "ode_evaluation",
     "noise_schedule_of": "diffusers_betas",
     "VDMPipeline": "pipeline",
 }

@@ -93,3 +93,31 @@ def importance_weighted_bpd(log_weights_nats: torch.Tensor, dimensions: int) -> 
     """
     log_mean = log_weights_nats.logsumexp(0) - math.log(len(log_weights_nats))
     return -log_mean / (dimensions * math.log(2))
+
+
+def cross_fitted_bpd(log_weights_nats: torch.Tensor, dimensions: int) -> torch.Tensor:
+    """The bound with K draws where each log-weight carries noise of mean zero, as Hutchinson's estimate does.
+
+    The mean of exp(w + noise) takes luck of the noise for luck of the draw: [`importance_weighted_bpd`] of noisy
+    weights is no bound. But log (1/K) Σ exp(w_k) ≥ Σ r_k (w_k − log r_k) − log K for any distribution r over the draws
+    (Gibbs), and the right side is linear in w. So one half of the probes chooses r = softmax(β w′), the other half is
+    averaged with it, and the other way round: the bound holds whatever the noise. β, one number for all images, is the
+    share of what both halves have in common in the spread of the draws: noise alone gives β = 0, the mean of K draws.
+
+    Args:
+        log_weights_nats (`torch.Tensor` of shape `(K, P, N)`): of K draws by P ≥ 2 probes, for N images.
+        dimensions (`int`): of an image.
+
+    Returns: bits/dim of shape `(N,)`.
+    """
+    count, probes = log_weights_nats.shape[:2]
+    if probes < 2:
+        raise ValueError(f"log_weights_nats must be of at least 2 probes, got shape {tuple(log_weights_nats.shape)}.")
+    halves = log_weights_nats[:, 0::2].mean(1), log_weights_nats[:, 1::2].mean(1)
+    a, b = (half - half.mean(0) for half in halves)
+    beta = (2 * (a * b).sum() / (a.square() + b.square()).sum().clamp(min=1e-300)).clamp(0, 1)
+    bound = 0
+    for choosing, chosen in (halves, halves[::-1]):
+        log_r = (beta * choosing).log_softmax(0)
+        bound = bound + 0.5 * (log_r.exp() * (chosen - log_r)).sum(0)
+    return (math.log(count) - bound) / (dimensions * math.log(2))

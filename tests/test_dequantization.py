@@ -9,7 +9,7 @@ from oracles import GaussianMixture, mp_level_log_probs
 from scipy import integrate, stats
 
 from diffusers_vdm import FixedLinearGamma
-from diffusers_vdm.dequantization import dequantization_start, dequantize, importance_weighted_bpd
+from diffusers_vdm.dequantization import cross_fitted_bpd, dequantization_start, dequantize, importance_weighted_bpd
 
 pytestmark = pytest.mark.usefixtures("untouched_global_rng")
 
@@ -162,3 +162,36 @@ def test_bound_falls_to_the_probability(kind):
     assert bounds[1][0] > bounds[8][0] > exact - 3 * bounds[8][1]
     assert bounds[1][0] - exact > 10 * bounds[1][1]  # else nothing is to be gained here
     assert abs(bounds[512][0] - exact) < 3 * bounds[512][1]
+
+
+# ---- weights with noise ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("spread", "noise"), [(2.0, 3.0), (2.0, 0.0), (0.0, 3.0), (3.0, 0.3)])
+def test_noisy_weights_still_give_a_bound(spread, noise):
+    """w ~ N(−s²/2, s²) has E exp(w) = 1: the truth is 0. Noise within the draws and noise that they share."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    count, probes, images = 16, 2, 20_000
+    w = spread * randn(count, 1, images) - spread**2 / 2
+    noisy = w + noise * randn(count, probes, images) + noise * randn(1, probes, images)
+    exact = importance_weighted_bpd(w[:, 0], 1)
+    fitted, naive = cross_fitted_bpd(noisy, 1), importance_weighted_bpd(noisy.mean(1), 1)
+    error = float(fitted.std()) / math.sqrt(images)
+    assert float(fitted.mean()) > float(exact.mean()) - 4 * error  # a bound, whatever the noise
+    mean_of_draws = -float(noisy.mean()) / math.log(2)
+    assert float(fitted.mean()) <= mean_of_draws + 0.02  # and never worse than no weighting
+    if noise == 0:
+        torch.testing.assert_close(fitted, exact, rtol=1e-9, atol=1e-9)
+    if noise == 3:
+        assert float(naive.mean()) < -0.5  # too good to be true
+    if spread > noise > 0:
+        assert float(fitted.mean()) < float(exact.mean()) + 0.1
+
+
+def test_cross_fitting_needs_two_probes():
+    with pytest.raises(ValueError, match="at least 2 probes"):
+        cross_fitted_bpd(torch.zeros(4, 1, 3), 2)

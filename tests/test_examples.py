@@ -71,9 +71,25 @@ def test_training_leaves_all_that_the_readme_promises_and_sampling_reads_it(tmp_
     told = json.loads(report.read_text())
     assert told["num_images"] == 297 == len(told["per_image_bpd"]) and told["num_steps"] is None
     assert [row["num_steps"] for row in told["table"]] == [3, None] and "T = ∞" in done.stdout
-    assert told["bpd"] == pytest.approx(sum(told["per_image_bpd"]) / 297)
+    assert told["bpd"] == pytest.approx(sum(told["per_image_bpd"]) / 297) and told["weights"] == "average (EMA)"
+    assert told["table"][1]["bpd"] == told["bpd"] and told["variance_per_call"] > 0
     for name in ("by_gamma", "histogram", "most_likely", "most_unlikely"):
         assert (report.parent / f"r_{name}.png").exists()
+    assert not (report.parent / "r.partial").exists()
+
+    done = run("evaluate.py", "--model", out, "--method", "vlb", "--num_steps", 6, "--best_steps", 2, 6,
+               "--output", report)  # fmt: skip
+    told = json.loads(report.read_text())
+    assert len(told["terms"]) == 6 and told["best"][1]["bpd"] == pytest.approx(told["bpd"])
+    assert sum(row["bpd"] for row in told["terms"]) == pytest.approx(told["diffusion_bpd"])
+    assert "best 2 timesteps" in done.stdout and told["best"][0]["bpd"] > told["bpd"]
+    steps = [str(t) for t in told["best"][0]["timesteps"]]
+    run("evaluate.py", "--model", out, "--method", "vlb", "--timesteps", *steps, "--output", report)
+    assert json.loads(report.read_text())["bpd"] == pytest.approx(told["best"][0]["bpd"], rel=0.1)
+
+    run("evaluate.py", "--model", out, "--method", "ode", "--rtol", 0.1, "--atol", 0.1, "--output", report)
+    told = json.loads(report.read_text())
+    assert told["dequantization"] == "truncated_normal" and told["mean_num_calls"] >= 7 and told["bpd"] < 20
 
     # the same folder is not overwritten by mistake, neither anew nor from a checkpoint of another run
     elsewhere = ["--resume_from_checkpoint", tmp_path / "other" / "checkpoint-3"]
@@ -208,6 +224,76 @@ def test_a_checkpoint_of_diffusers_has_the_same_likelihood_on_two_processes(tmp_
     assert reports[0]["convention"] == "ddpm" and reports[0]["num_steps"] == 20 and reports[0]["clip_sample"]
     assert len(reports[0]["per_image_bpd"]) == 7
     np.testing.assert_allclose(reports[0]["per_image_bpd"], reports[1]["per_image_bpd"], rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_every_method_on_two_processes_and_after_an_interruption(tmp_path):
+    """Of a checkpoint of diffusers: the same images get the same bits on 1 and 2 processes, and when it is stopped."""
+    import torch
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+    from test_training import picture, write_folder
+
+    data = write_folder(tmp_path / "data", [picture(np.random.default_rng(0)) for _ in range(8)])
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=2,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+    )  # fmt: skip
+    DDPMPipeline(unet, DDPMScheduler(100, beta_schedule="squaredcos_cap_v2")).save_pretrained(tmp_path / "ddpm")
+    common = ["--model", tmp_path / "ddpm", "--data_dir", data, "--split", "train", "--cache_dir", tmp_path / "cache"]
+    for method, more in (
+        ("mc", ["--num_samples", 8, "--target_stderr", 0.5, "--importance_sampling"]),
+        ("mc", ["--num_samples", 3, "--num_steps", 50]),
+        ("ode", ["--rtol", 0.01, "--atol", 0.01, "--num_importance_samples", 2, "--num_probes", 2]),
+    ):
+        reports = []
+        for processes, size in ((None, 3), (2, 2)):
+            output = tmp_path / f"{processes}.json"
+            run("evaluate.py", *common, "--method", method, *more, "--batch_size", size, "--output", output,
+                processes=processes)  # fmt: skip
+            reports.append(json.loads(output.read_text()))
+        assert [r["num_processes"] for r in reports] == [1, 2] and len(reports[0]["per_image_bpd"]) == 7
+        np.testing.assert_allclose(reports[0]["per_image_bpd"], reports[1]["per_image_bpd"], rtol=1e-5)
+
+    output = tmp_path / "stopped.json"
+    command = [sys.executable, str(ROOT / "examples" / "evaluate.py"), *map(str, common), "--method", "vlb",
+               "--num_steps", "100", "--batch_size", "1", "--output", str(output), "--num_threads", "1"]  # fmt: skip
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "1"}
+    first = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    for line in iter(lambda: first.stderr.read(1), ""):
+        if line == "±":  # two images are done
+            first.terminate()
+            break
+    rest = first.communicate(timeout=60)[1]
+    assert first.returncode == 143 and "Traceback" not in rest and not output.exists()
+    kept = tmp_path / "stopped.partial" / "vlb" / "rows-0.safetensors"
+    assert kept.exists()
+    subprocess.run([*command, "--resume"], env=environment, check=True, capture_output=True, timeout=120)
+    resumed = json.loads(output.read_text())
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
+    assert resumed["per_image_bpd"] == json.loads(output.read_text())["per_image_bpd"] and not kept.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "ode", "--num_steps", "5"], "the ODE takes the steps"),
+        (["--rtol", "0.1"], "--rtol goes with --method ode, not with mc"),
+        (["--method", "vlb", "--target_stderr", "0.1"], "--target_stderr goes with --method mc"),
+        (["--target_stderr", "-1"], "--target_stderr must be positive"),
+        (["--method", "vlb", "--timesteps", "5", "1", "--num_steps", "3"], "not both"),
+        (["--method", "vlb", "--best_steps", "0"], "--best_steps must be positive"),
+        (["--table", "10", "-1"], "--table must be positive"),
+        (["--output", "report.txt"], "must name a .json file"),
+        (["--dataset_name", "a", "--data_dir", "b"], "not both"),
+    ],
+)
+def test_wrong_arguments_of_an_evaluation(arguments, message, capsys):
+    from evaluate_options import parse_options
+
+    with pytest.raises(SystemExit) as stop:
+        parse_options("", ["--model", "m", *arguments])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_latents_have_no_likelihood(tmp_path):

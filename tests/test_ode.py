@@ -11,9 +11,10 @@ from scipy import integrate
 from test_exact_likelihood import ENTROPY, PI, USED, X_VDM, BestNetwork, draw_images
 from torch import nn
 
-from diffusers_vdm import FixedLinearGamma, LearnedLinearGamma, LinearBetaGamma, VDMUNet2DModel, ode
+from diffusers_vdm import FixedLinearGamma, LearnedLinearGamma, LinearBetaGamma, VDMUNet2DModel, ode_evaluation
 from diffusers_vdm.dequantization import dequantize
-from diffusers_vdm.ode import SampleError, eps_model, evaluate_ode, log_prob_nats, solve
+from diffusers_vdm.ode import OdeSolution, SampleError, eps_model, log_prob_nats, solve
+from diffusers_vdm.ode_evaluation import evaluate_ode
 
 pytestmark = pytest.mark.usefixtures("untouched_global_rng")
 
@@ -464,9 +465,10 @@ def test_stated_errors_are_the_spread(monkeypatch):
 
     def by_hand(model, z, start, end, **_):
         ends.append((start, end))
-        return ode.OdeSolution(z, data.log_density_nats(z, start), torch.ones(len(z)))
+        log_prob = data.log_density_nats(z, start)
+        return OdeSolution(z, log_prob, log_prob[None], torch.ones(len(z)))
 
-    monkeypatch.setattr(ode, "log_prob_nats", by_hand)
+    monkeypatch.setattr(ode_evaluation, "log_prob_nats", by_hand)
     drawn = torch.multinomial(pmf, 12, replacement=True, generator=torch.Generator().manual_seed(0))
     images = EIGHT[PMF > 0][drawn]
     for repeats in (2, 5):
@@ -532,9 +534,16 @@ def test_draws_are_keyed_by_image_repeat_and_seed(monkeypatch):
         seen.append(noise)
         return dequantize(kind, levels, noise, *args)
 
-    monkeypatch.setattr(ode, "dequantize", record)
+    monkeypatch.setattr(ode_evaluation, "dequantize", record)
     evaluate(
-        network, SHORT, images, class_labels=torch.zeros(3).long(), num_samples=2, num_importance_samples=2, **FAST
+        network,
+        SHORT,
+        images,
+        class_labels=torch.zeros(3).long(),
+        num_samples=2,
+        num_importance_samples=2,
+        num_probes=2,
+        **FAST,
     )
     values = torch.cat(seen).flatten()
     assert len(values) == 24 == len(values.unique()) and values.dtype == torch.float64
@@ -567,7 +576,7 @@ def test_resumed_evaluation_is_the_one_that_was_not_interrupted(tmp_path):
         ({"divergence": "exact"}, "divergence was"),
         ({"class_labels": labels.flip(0)}, "class_labels was"),
         ({"num_probes": 2}, "num_probes was 1 and is 2"),
-        ({"num_importance_samples": 2}, "num_importance_samples was 1 and is 2"),
+        ({"num_importance_samples": 2, "num_probes": 2}, "num_importance_samples was 1 and is 2"),
     ):
         with pytest.raises(ValueError, match=name):
             evaluate(network, SHORT, images, resume_dir=tmp_path, **{**arguments, **other})

@@ -32,13 +32,13 @@ def test_every_public_class_is_in_the_readme():
 
 
 def test_the_commands_parse():
-    from evaluate import parse_options as parse_evaluation
+    from evaluate_options import parse_options as parse_evaluation
     from train_options import parse_options
 
     evaluations = re.findall(r"accelerate launch [^\n#]*?examples/evaluate\.py((?:[^\n#\\]|\\\n)*)", README)
     assert len(evaluations) >= 3
     for command in evaluations:
-        parse_evaluation(shlex.split(command.replace("\\\n", " ")))
+        parse_evaluation("", shlex.split(command.replace("\\\n", " ").split("`")[0]))
     commands = re.findall(r"accelerate launch [^\n#]*?examples/train\.py((?:[^\n#\\]|\\\n)*)", README)
     assert len(commands) >= 5
     for command in commands:
