@@ -50,13 +50,19 @@ def test_the_commands_parse():
 @pytest.mark.slow
 def test_the_code_runs(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     monkeypatch.chdir(tmp_path)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (2, 3, 32, 32), generator=generator, dtype=torch.uint8)
     scope = {"images_uint8": images, "test_uint8": images}
     exec(blocks[1], scope)
     assert scope["out"].total.shape == (2,) and scope["result"].num_images == 2
+    scope |= {"scheduler": diffusers_vdm.VDMScheduler()}
+    exec(
+        blocks[2].replace("1000", "3").replace("25)", "2)").replace("test_uint8)", "test_uint8, rtol=1, atol=1)"),
+        scope,
+    )
+    assert scope["ode"].num_images == 2 and len(scope["timesteps"]) == 2
     # the first block is of a model that the demo makes: this one will do
     exec(blocks[0].replace("runs/digits", "my-vdm").replace("250", "2").replace("16", "1"), scope)
     assert scope["images"][0].size == (32, 32)
