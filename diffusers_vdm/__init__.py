@@ -25,7 +25,7 @@ _MODULE_OF = {
     "evaluate_bpd": "evaluation",
     "best_timesteps": "evaluation",
     "evaluate_ode": "ode_evaluation",
-    "noise_schedule_of": "diffusers_betas",
+    "noise_schedule_of": "diffusers_schedulers",
     "VDMPipeline": "pipeline",
 }
 

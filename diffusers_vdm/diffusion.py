@@ -190,6 +190,32 @@ def ancestral_step(
     return mean, expand_like(sigma(gamma_s) * c.sqrt(), z_t)
 
 
+def ddim_step(z_t: torch.Tensor, eps_hat: torch.Tensor, gamma_s: torch.Tensor, gamma_t: torch.Tensor) -> torch.Tensor:
+    """z_s = α_s x̂ + σ_s ε̂ = (α_s/α_t)(z_t + expm1((γ_s − γ_t)/2) σ_t ε̂) [Song et al. 2021, DDIM with η = 0].
+
+    The first-order step of the probability-flow ODE, exact for a constant ε̂. Shapes and errors as [`ancestral_step`].
+    """
+    check_order(gamma_s, gamma_t)
+    on_eps = torch.expm1(0.5 * (gamma_s - gamma_t)) * sigma(gamma_t)
+    return expand_like(_alpha_ratio(gamma_s, gamma_t), z_t) * (z_t + expand_like(on_eps, z_t) * eps_hat)
+
+
+def dpm_solver_2m_correction(
+    x_hat: torch.Tensor,
+    last_x_hat: torch.Tensor,
+    gamma_s: torch.Tensor,
+    gamma_t: torch.Tensor,
+    last_gamma: torch.Tensor,
+) -> torch.Tensor:
+    """What DPM-Solver++ 2M adds to [`ddim_step`]: −α_s expm1(−h) (x̂ − x̂_last)/(2r) [Lu et al. 2022, alg. 2].
+
+    h = (γ_t − γ_s)/2 is the step in half log SNR, r = (γ_last − γ_t)/(γ_t − γ_s). Shape of `x_hat`.
+    """
+    step = gamma_t - gamma_s
+    weight = -alpha(gamma_s) * torch.expm1(-0.5 * step) * step / (2 * (last_gamma - gamma_t))
+    return expand_like(weight, x_hat) * (x_hat - last_x_hat)
+
+
 def step_weight(gamma_s: torch.Tensor, gamma_t: torch.Tensor) -> torch.Tensor:
     """KL(q(z_s|z_t,x) ‖ p(z_s|z_t)) per ‖ε − ε̂‖², in nats: ½ expm1(γ_t − γ_s) [VDM §4, discrete time].
 

@@ -24,11 +24,12 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from . import diffusion
-from .diffusers_betas import noise_schedule_of
+from .diffusers_schedulers import noise_schedule_of
 from .diffusion import to_high_precision
+from .gamma_scheduler import GammaScheduler
 from .randomness import keyed_noise
 from .rows import Rows, batches, check_class_labels, check_rows_finite, fingerprint, identity_of
-from .schedulers import GammaScheduler, VDMScheduler
+from .schedulers import VDMScheduler
 from .step_selection import best_levels
 
 Convention = Literal["vdm", "ddpm"]

@@ -1,239 +1,26 @@
-"""The two schedulers: one step over two tables of γ.
+"""The two schedulers: one step over two tables of γ (gamma_scheduler.py).
 
 [`VDMScheduler`] holds a learned (or linear) γ(t) and hands the network the *normalised γ* as its timestep;
-[`LinearBetaScheduler`] holds DDPM's linear betas and hands over integer indices. They share one ancestral step
-(diffusion.py), work in float64 on the CPU up to the coefficients, and keep no state but the list of timesteps.
-
-γ = −log SNR grows with the noise; a step goes from γ_t down to γ_s.
+[`LinearBetaScheduler`] holds DDPM's linear betas and hands over integer indices. Neither keeps state but the list of
+timesteps, and the last x̂ for a second-order algorithm.
 """
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
-from diffusers.utils import BaseOutput
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  diffusers looks for it in the module
 
-from . import diffusion
-from .diffusion import Generators, PredictionType
-from .noise_schedules import LinearBetaGamma, NoiseSchedule, TableGamma, as_written, check_ends, check_gamma_table
+from .diffusers_schedulers import betas_of_gammas, diffusers_betas
+from .diffusion import PredictionType, gammas_from_betas
+from .gamma_scheduler import Algorithm, GammaScheduler, VDMSchedulerOutput  # noqa: F401
+from .noise_schedules import BetaGamma, LinearBetaGamma, NoiseSchedule, TableGamma, check_ends, check_gamma_table
 
-# keys that configs of diffusers carry and that say nothing about γ or the step when they have these values
-_HARMLESS_FOREIGN_KEYS = {
-    "beta_schedule": "linear",
-    "variance_type": ("fixed_small", "fixed_small_log"),
-    "thresholding": False,
-    "rescale_betas_zero_snr": False,
-    "steps_offset": 0,
-    "trained_betas": None,
-    "dynamic_thresholding_ratio": ...,
-    "sample_max_value": ...,
-    "set_alpha_to_one": True,
-}
-
-
-@dataclass
-class VDMSchedulerOutput(BaseOutput):
-    """What `step` returns: z_s, the input of the next step, and x̂, the data that the network expects; `(B, ...)`."""
-
-    prev_sample: torch.Tensor
-    pred_original_sample: torch.Tensor | None = None
-
-
-class GammaScheduler(SchedulerMixin, ConfigMixin):
-    """The step, the noising and the checks that both schedulers share; the subclasses say which γ a timestep has."""
-
-    _compatibles = [e.name for e in KarrasDiffusionSchedulers]
-    order = 1
-    init_noise_sigma = 1.0
-
-    def _gammas_at(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """float64 γ of `timesteps` of any shape."""
-        raise NotImplementedError
-
-    def noise_schedule(self) -> TableGamma:
-        """γ(t) as a module without parameters, for the bound and the ODE: [`TableGamma`] or [`LinearBetaGamma`]."""
-        return self._schedule
-
-    @property
-    def final_gamma(self) -> torch.Tensor:
-        """γ of the sample that the last step returns: γ_0 for a VDM, −inf (the data itself) for DDPM. Shape `()`."""
-        raise NotImplementedError
-
-    @property
-    def alphas_cumprod(self) -> torch.Tensor:
-        """ᾱ at the timesteps 0, 1, …, num_train_timesteps − 1, float64, shape `(num_train_timesteps,)`."""
-        return torch.sigmoid(-self._gammas_at(torch.arange(len(self))))
-
-    @property
-    def betas(self) -> torch.Tensor:
-        """β_i = 1 − ᾱ_i/ᾱ_{i−1} at the integer timesteps, float64, shape `(num_train_timesteps,)`."""
-        log_alpha_bar = diffusion.log_alpha_squared(self._gammas_at(torch.arange(len(self))))
-        return -torch.expm1(torch.diff(log_alpha_bar, prepend=torch.zeros(1, dtype=torch.float64)))
-
-    def __len__(self) -> int:
-        return self.config.num_train_timesteps
-
-    def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | float | None = None) -> torch.Tensor:
-        """Returns `sample` as it is: the latents have unit variance at every noise level."""
-        return sample
-
-    def step(
-        self,
-        model_output: torch.Tensor,
-        timestep: torch.Tensor | float,
-        sample: torch.Tensor,
-        generator: Generators = None,
-        return_dict: bool = True,
-    ) -> VDMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
-        """One ancestral step: a draw of p(z_s | z_t) [VDM app. A.4, eq. 34].
-
-        z_s = (α_s/α_t)(z_t − c σ_t ε̂) + σ_s √c ε,  c = −expm1(γ_s − γ_t),  ε ~ N(0, I)
-
-        s is the timestep that follows `timestep` in `self.timesteps`, and after the last one the end of the chain.
-
-        Args:
-            model_output (`torch.Tensor` of shape `(B, ...)`): the network's output, see `prediction_type`.
-            timestep (`torch.Tensor` of shape `()` or `float`): one of `self.timesteps`, or a value between them.
-            sample (`torch.Tensor` of shape `(B, ...)`): z_t.
-            generator (`torch.Generator` or a list of B of them, *optional*): with a list, each sample has its own
-                noise, whatever batch it is in.
-            return_dict (`bool`, defaults to `True`): return a [`VDMSchedulerOutput`] instead of a tuple of its parts.
-
-        Raises: `ValueError` for shapes that differ and timesteps outside of the schedule.
-        """
-        if model_output.shape != sample.shape:
-            raise ValueError(
-                f"model_output must have the shape of sample, got {tuple(model_output.shape)} and "
-                f"{tuple(sample.shape)}; a network that also predicts variances must be split first."
-            )
-        gamma_t, gamma_s = self._step_gammas(timestep)
-        z_t = sample.to(torch.promote_types(sample.dtype, torch.float32))
-        x_hat, eps_hat = diffusion.predicted_x_and_eps(
-            model_output.to(z_t.dtype), z_t, gamma_t, self.config.prediction_type
-        )
-        if self.config.clip_sample:
-            x_hat = x_hat.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
-
-        if gamma_s >= gamma_t:  # already at the clean end of the chain
-            prev_sample = z_t
-        else:
-            if self.config.clip_sample:
-                mean, std = diffusion.posterior(z_t, x_hat, gamma_s, gamma_t)
-            else:
-                mean, std = diffusion.ancestral_step(z_t, eps_hat, gamma_s, gamma_t)
-            if float(std) > 0:
-                noise = randn_tensor(z_t.shape, generator=generator, device=z_t.device, dtype=z_t.dtype)
-                mean = mean + std.to(z_t.device) * noise
-            prev_sample = mean
-
-        prev_sample, x_hat = prev_sample.to(sample.dtype), x_hat.to(sample.dtype)
-        if not return_dict:
-            return prev_sample, x_hat
-        return VDMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x_hat)
-
-    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """z_t = α_t x + σ_t ε for data and noise of shape `(B, ...)`, at 1 or B timesteps in range [VDM eq. 1]."""
-        gamma_t = self._gammas_at(torch.as_tensor(timesteps)).flatten()
-        dtype = torch.promote_types(original_samples.dtype, torch.float32)
-        return diffusion.q_sample(original_samples.to(dtype), noise.to(dtype), gamma_t).to(original_samples.dtype)
-
-    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """v = α_t ε − σ_t x, the target of v-prediction; `sample` is the clean data x, the rest as in `add_noise`."""
-        gamma_t = self._gammas_at(torch.as_tensor(timesteps)).flatten()
-        dtype = torch.promote_types(sample.dtype, torch.float32)
-        return diffusion.velocity(sample.to(dtype), noise.to(dtype), gamma_t).to(sample.dtype)
-
-    def _init_chain(self, prediction_type: str, clip_sample_range: float) -> None:
-        diffusion.check_prediction_type(prediction_type)
-        if not clip_sample_range > 0:
-            raise ValueError(f"clip_sample_range must be positive, got {clip_sample_range}.")
-        self.num_inference_steps = None
-        self.set_timesteps(self.config.num_train_timesteps)
-        self.num_inference_steps = None
-
-    def _set_chain(self, gammas: torch.Tensor, timesteps: torch.Tensor, device) -> None:
-        """Fixes the chain: decreasing γs (float64, CPU) and the timesteps that stand for them."""
-        self._chain = gammas.tolist()
-        self.timesteps = timesteps.to(device)
-        self._chain_timesteps = timesteps.tolist()
-        self.num_inference_steps = len(self._chain)
-
-    def _step_gammas(self, timestep: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
-        """γ_t of a timestep and γ_s of the one after it, float64 of shape `()`."""
-        if torch.is_tensor(timestep) and timestep.numel() != 1:
-            raise ValueError(f"timestep must be a single value, got shape {tuple(timestep.shape)}.")
-        value = float(timestep)
-        final_gamma = float(self.final_gamma)
-        try:  # exact levels for the chain's own timesteps: float32 timesteps would cost digits of γ_t − γ_s
-            i = self._chain_timesteps.index(value)
-            gamma_t, rest = self._chain[i], self._chain[i + 1 : i + 2]
-        except ValueError:
-            gamma_t = float(self._gammas_at(torch.tensor(value, dtype=torch.float64)))
-            rest = [gamma for gamma in self._chain if gamma < gamma_t][:1]
-        gamma_s = rest[0] if rest else final_gamma
-        return torch.tensor(gamma_t, dtype=torch.float64), torch.tensor(gamma_s, dtype=torch.float64)
-
-    def _check_num_inference_steps(self, num_inference_steps: int | None, timesteps: Sequence | None) -> None:
-        if (num_inference_steps is None) == (timesteps is None):
-            raise ValueError(
-                f"give either num_inference_steps or timesteps, got num_inference_steps={num_inference_steps} and "
-                f"timesteps={'None' if timesteps is None else 'a list'}."
-            )
-        if timesteps is None:
-            number = isinstance(num_inference_steps, int | float) and math.isfinite(num_inference_steps)
-            if not number or num_inference_steps < 1 or num_inference_steps % 1:
-                raise ValueError(f"num_inference_steps must be a positive integer, got {num_inference_steps!r}.")
-        else:
-            values = [float(t) for t in timesteps]
-            if not values or any(not b < a for a, b in zip(values, values[1:], strict=False)):
-                raise ValueError(f"timesteps must be a decreasing list of at least one value, got {values[:8]}.")
-
-    @classmethod
-    def from_config(cls, config=None, return_unused_kwargs: bool = False, **kwargs):
-        """As [`ConfigMixin.from_config`], but a key that this class does not know is an error, not a shrug.
-
-        Configs of diffusers' own schedulers are taken where they describe the same process; `ValueError` else.
-        """
-        if isinstance(config, dict):
-            config = as_written(config)
-            cls._refuse_unknown_keys({**config, **kwargs})
-            if "beta_schedule" in config and "rescale_betas" not in kwargs:
-                config.setdefault("rescale_betas", False)  # diffusers never rescales, whatever the number of steps
-        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
-
-    @classmethod
-    def _refuse_unknown_keys(cls, config: dict) -> None:
-        known = set(inspect.signature(cls.__init__).parameters) - {"self"}
-        source = config.get("_class_name", "scheduler's")
-        for key, value in config.items():
-            if key in known or key.startswith("_") or (key == "rescale_betas" and "beta_schedule" in config):
-                continue
-            if key.startswith("beta_"):
-                if "beta_start" in known and _HARMLESS_FOREIGN_KEYS.get(key) == value:
-                    continue
-                raise ValueError(
-                    f"{cls.__name__} cannot take its noise levels from a {source} config with {key}={value!r}; "
-                    "linear betas go with LinearBetaScheduler, a table of γ with VDMScheduler(trained_gammas=…)."
-                )
-            if key in _HARMLESS_FOREIGN_KEYS:
-                allowed = _HARMLESS_FOREIGN_KEYS[key]
-                scalar = value is None or isinstance(value, str | int | float)  # betas may be an array
-                if allowed is ... or (scalar and value in (allowed if isinstance(allowed, tuple) else (allowed,))):
-                    continue
-                raise ValueError(
-                    f"{cls.__name__} cannot honour {key}={value!r} of a {source} config; it knows only {allowed!r}."
-                )
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"it knows {sorted(known)}."
-            raise ValueError(f"{cls.__name__} does not know the config key {key!r} (value {value!r}); {hint}")
+TimestepType = Literal["gamma", "index"]
 
 
 class VDMScheduler(GammaScheduler):
@@ -255,6 +42,12 @@ class VDMScheduler(GammaScheduler):
         clip_sample (`bool`, defaults to `False`): clamp x̂ in each step. The samples are then not those whose
             likelihood the bound measures.
         clip_sample_range (`float`, defaults to 1.0): clamp to ± this.
+        algorithm (`"ancestral"`, `"ddim"` or `"dpmsolver++"`, defaults to `"ancestral"`):
+            draws of p(z_s | z_t), for many steps; or the probability-flow ODE by DDIM, first order, or by
+            DPM-Solver++ 2M, second order, for few.
+        timestep_type (`"gamma"` or `"index"`, defaults to `"gamma"`):
+            `"index"` is for a network that was trained with betas: its timestep is the place in `trained_gammas`,
+            which then has `num_train_timesteps` values. [`VDMScheduler.from_diffusers`] sets it.
 
     Raises: `ValueError` for γ_min ≥ γ_max, a table that does not increase, and unknown names.
     """
@@ -269,13 +62,25 @@ class VDMScheduler(GammaScheduler):
         prediction_type: PredictionType = "epsilon",
         clip_sample: bool = False,
         clip_sample_range: float = 1.0,
+        algorithm: Algorithm = "ancestral",
+        timestep_type: TimestepType = "gamma",
     ):
         check_ends(gamma_min, gamma_max)
         table = [gamma_min, gamma_max] if trained_gammas is None else list(trained_gammas)
         if trained_gammas is not None:
             check_gamma_table(torch.tensor(table, dtype=torch.float64))
             self.register_to_config(trained_gammas=[float(gamma) for gamma in table])
-        self._schedule = TableGamma(table, gamma_min, gamma_max, num_train_timesteps)
+        if timestep_type not in get_args(TimestepType):
+            raise ValueError(f"timestep_type must be one of {get_args(TimestepType)}, got {timestep_type!r}.")
+        if timestep_type == "gamma":
+            self._schedule = TableGamma(table, gamma_min, gamma_max, num_train_timesteps)
+        elif len(table) != num_train_timesteps or trained_gammas is None:
+            raise ValueError(
+                f"timestep_type='index' needs trained_gammas of num_train_timesteps={num_train_timesteps} values, got "
+                f"{None if trained_gammas is None else len(table)}."
+            )
+        else:
+            self._schedule = BetaGamma(betas_of_gammas(torch.tensor(table, dtype=torch.float64)).tolist())
         self._init_chain(prediction_type, clip_sample_range)
 
     @classmethod
@@ -300,6 +105,24 @@ class VDMScheduler(GammaScheduler):
             trained_gammas=table.tolist(),
             **kwargs,
         )
+
+    @classmethod
+    def from_diffusers(cls, scheduler: ConfigMixin, **kwargs) -> VDMScheduler:
+        """The levels of a scheduler of diffusers with betas, for the network that was trained with them.
+
+        γ(t) goes through its table, t = i/(T − 1); the network's timestep is the index i, fractional between two of
+        them. The last step returns z at its first level, to be decoded. `kwargs` are further arguments.
+
+        Raises: `ValueError` for schedulers without a usable table of betas.
+        """
+        gammas = gammas_from_betas(diffusers_betas(scheduler))
+        settings = {
+            "prediction_type": scheduler.config.get("prediction_type", "epsilon"),
+            "clip_sample": scheduler.config.get("clip_sample", False),
+            "clip_sample_range": scheduler.config.get("clip_sample_range", 1.0),
+        }
+        ends = {"gamma_min": float(gammas[0]), "gamma_max": float(gammas[-1])}
+        return cls(len(gammas), trained_gammas=gammas.tolist(), timestep_type="index", **ends, **(settings | kwargs))
 
     @property
     def final_gamma(self) -> torch.Tensor:
@@ -334,6 +157,11 @@ class VDMScheduler(GammaScheduler):
         self._set_chain(gammas, values, device)
 
     def _gammas_at(self, timesteps: torch.Tensor) -> torch.Tensor:
+        if self.config.timestep_type == "index":
+            position = timesteps.detach().cpu().double() / (len(self) - 1)
+            if not bool(((position >= 0) & (position <= 1)).all()):
+                raise ValueError(f"timesteps must be within [0, {len(self) - 1}], got {timesteps.tolist()}.")
+            return self._schedule(position)
         low, high = self.config.gamma_min, self.config.gamma_max
         position = timesteps.detach().cpu().double() / self.config.num_train_timesteps
         gammas = low * (1 - position) + high * position
@@ -364,6 +192,7 @@ class LinearBetaScheduler(GammaScheduler):
         clip_sample (`bool`, defaults to `False`): clamp x̂ in each step; changes p(x), so that no likelihood describes
             the samples.
         clip_sample_range (`float`, defaults to 1.0): clamp to ± this.
+        algorithm (`"ancestral"`, `"ddim"` or `"dpmsolver++"`, defaults to `"ancestral"`): see [`VDMScheduler`].
         timestep_spacing (`"linspace"`, `"leading"` or `"trailing"`, defaults to `"linspace"`):
             which indices fewer than T steps visit, named as in diffusers. `"leading"` starts below T − 1.
 
@@ -381,6 +210,7 @@ class LinearBetaScheduler(GammaScheduler):
         clip_sample: bool = False,
         clip_sample_range: float = 1.0,
         timestep_spacing: str = "linspace",
+        algorithm: Algorithm = "ancestral",
     ):
         if timestep_spacing not in ("linspace", "leading", "trailing"):
             raise ValueError(

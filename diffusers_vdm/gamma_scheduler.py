@@ -1,0 +1,272 @@
+"""What both schedulers are: a chain of γs, the steps along it, and checks. The subclasses say which γ a timestep has.
+
+γ = −log SNR grows with the noise; a step goes from γ_t down to γ_s. Everything is worked out in float64 on the CPU up
+to the coefficients.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+import reprlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+from . import diffusion
+from .diffusers_schedulers import betas_of_gammas, scheduler_of_gammas
+from .diffusion import Generators
+from .noise_schedules import TableGamma, as_written
+
+Algorithm = Literal["ancestral", "ddim", "dpmsolver++"]
+
+# keys that configs of diffusers carry and that say nothing about γ or the step when they have these values
+_HARMLESS_FOREIGN_KEYS = {
+    "beta_schedule": "linear",
+    "variance_type": ("fixed_small", "fixed_small_log"),
+    "thresholding": False,
+    "rescale_betas_zero_snr": False,
+    "steps_offset": 0,
+    "trained_betas": None,
+    "dynamic_thresholding_ratio": ...,
+    "sample_max_value": ...,
+    "set_alpha_to_one": True,
+}
+
+
+@dataclass
+class VDMSchedulerOutput(BaseOutput):
+    """What `step` returns: z_s, the input of the next step, and x̂, the data that the network expects; `(B, ...)`."""
+
+    prev_sample: torch.Tensor
+    pred_original_sample: torch.Tensor | None = None
+
+
+class GammaScheduler(SchedulerMixin, ConfigMixin):
+    """The step, the noising and the checks that both schedulers share; the subclasses say which γ a timestep has."""
+
+    _compatibles = [e.name for e in KarrasDiffusionSchedulers]
+    order = 1
+    init_noise_sigma = 1.0
+
+    def _gammas_at(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """float64 γ of `timesteps` of any shape."""
+        raise NotImplementedError
+
+    def noise_schedule(self) -> TableGamma:
+        """γ(t) as a module without parameters, for the bound and the ODE: [`TableGamma`] or [`LinearBetaGamma`]."""
+        return self._schedule
+
+    @property
+    def final_gamma(self) -> torch.Tensor:
+        """γ of the sample that the last step returns: γ_0 for a VDM, −inf (the data itself) for DDPM. Shape `()`."""
+        raise NotImplementedError
+
+    @property
+    def alphas_cumprod(self) -> torch.Tensor:
+        """ᾱ at the timesteps 0, 1, …, num_train_timesteps − 1, float64, shape `(num_train_timesteps,)`."""
+        return torch.sigmoid(-self._gammas_at(torch.arange(len(self))))
+
+    @property
+    def betas(self) -> torch.Tensor:
+        """β_i = 1 − ᾱ_i/ᾱ_{i−1} at the integer timesteps, float64, shape `(num_train_timesteps,)`."""
+        return betas_of_gammas(self._gammas_at(torch.arange(len(self))))
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    def to_diffusers(self, scheduler_class: type[SchedulerMixin], **kwargs: Any) -> SchedulerMixin:
+        """A scheduler of diffusers with the levels of this one, see [`scheduler_of_gammas`].
+
+        Its timestep i is the level that the network knows by the timestep i, for i = 0 … `num_train_timesteps` − 1. A
+        [`VDMScheduler`] of normalised γ thus gives levels uniform in γ from `gamma_min` to just below `gamma_max`,
+        whatever its γ(t); levels beyond these configured ends are left out.
+        """
+        gammas = self._gammas_at(torch.arange(len(self)))
+        return scheduler_of_gammas(scheduler_class, gammas, self.config.prediction_type, **kwargs)
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | float | None = None) -> torch.Tensor:
+        """Returns `sample` as it is: the latents have unit variance at every noise level."""
+        return sample
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: torch.Tensor | float,
+        sample: torch.Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+    ) -> VDMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """One step of `algorithm`, by default the ancestral one: a draw of p(z_s | z_t) [VDM app. A.4, eq. 34].
+
+        z_s = (α_s/α_t)(z_t − c σ_t ε̂) + σ_s √c ε,  c = −expm1(γ_s − γ_t),  ε ~ N(0, I)
+
+        s is the timestep that follows `timestep` in `self.timesteps`, and after the last one the end of the chain.
+
+        Args:
+            model_output (`torch.Tensor` of shape `(B, ...)`): the network's output, see `prediction_type`.
+            timestep (`torch.Tensor` of shape `()` or `float`): one of `self.timesteps`, or a value between them.
+            sample (`torch.Tensor` of shape `(B, ...)`): z_t.
+            generator (`torch.Generator` or a list of B of them, *optional*): with a list, each sample has its own
+                noise, whatever batch it is in.
+            return_dict (`bool`, defaults to `True`): return a [`VDMSchedulerOutput`] instead of a tuple of its parts.
+
+        Raises: `ValueError` for shapes that differ and timesteps outside of the schedule.
+        """
+        if model_output.shape != sample.shape:
+            raise ValueError(
+                f"model_output must have the shape of sample, got {tuple(model_output.shape)} and "
+                f"{tuple(sample.shape)}; a network that also predicts variances must be split first."
+            )
+        gamma_t, gamma_s = self._step_gammas(timestep)
+        z_t = sample.to(torch.promote_types(sample.dtype, torch.float32))
+        x_hat, eps_hat = diffusion.predicted_x_and_eps(
+            model_output.to(z_t.dtype), z_t, gamma_t, self.config.prediction_type
+        )
+        if self.config.clip_sample:
+            x_hat = x_hat.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+
+        if gamma_s >= gamma_t:  # already at the clean end of the chain
+            prev_sample = z_t
+        elif self.config.algorithm != "ancestral":
+            prev_sample = self._solver_step(z_t, x_hat, eps_hat, gamma_s, gamma_t)
+        else:
+            if self.config.clip_sample:
+                mean, std = diffusion.posterior(z_t, x_hat, gamma_s, gamma_t)
+            else:
+                mean, std = diffusion.ancestral_step(z_t, eps_hat, gamma_s, gamma_t)
+            if float(std) > 0:
+                noise = randn_tensor(z_t.shape, generator=generator, device=z_t.device, dtype=z_t.dtype)
+                mean = mean + std.to(z_t.device) * noise
+            prev_sample = mean
+
+        prev_sample, x_hat = prev_sample.to(sample.dtype), x_hat.to(sample.dtype)
+        if not return_dict:
+            return prev_sample, x_hat
+        return VDMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x_hat)
+
+    def _solver_step(self, z_t, x_hat, eps_hat, gamma_s, gamma_t) -> torch.Tensor:
+        if self.config.clip_sample:
+            eps_hat = diffusion.eps_from_x(z_t, x_hat, gamma_t)
+        z_s = diffusion.ddim_step(z_t, eps_hat, gamma_s, gamma_t)
+        last, self._last = self._last, (gamma_t, x_hat)
+        # not for the step to the data itself, which is infinitely long in log SNR
+        if self.config.algorithm == "dpmsolver++" and last is not None and gamma_s.isfinite():
+            last_gamma, last_x_hat = last
+            # a step much longer than the one before would reach far beyond what the two x̂ tell
+            near = 0 < gamma_t - gamma_s <= 2 * (last_gamma - gamma_t)
+            if near and last_x_hat.shape == x_hat.shape:
+                z_s = z_s + diffusion.dpm_solver_2m_correction(x_hat, last_x_hat, gamma_s, gamma_t, last_gamma)
+        return z_s
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """z_t = α_t x + σ_t ε for data and noise of shape `(B, ...)`, at 1 or B timesteps in range [VDM eq. 1]."""
+        gamma_t = self._gammas_at(torch.as_tensor(timesteps)).flatten()
+        dtype = torch.promote_types(original_samples.dtype, torch.float32)
+        return diffusion.q_sample(original_samples.to(dtype), noise.to(dtype), gamma_t).to(original_samples.dtype)
+
+    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """v = α_t ε − σ_t x, the target of v-prediction; `sample` is the clean data x, the rest as in `add_noise`."""
+        gamma_t = self._gammas_at(torch.as_tensor(timesteps)).flatten()
+        dtype = torch.promote_types(sample.dtype, torch.float32)
+        return diffusion.velocity(sample.to(dtype), noise.to(dtype), gamma_t).to(sample.dtype)
+
+    def _init_chain(self, prediction_type: str, clip_sample_range: float) -> None:
+        diffusion.check_prediction_type(prediction_type)
+        if not clip_sample_range > 0:
+            raise ValueError(f"clip_sample_range must be positive, got {clip_sample_range}.")
+        if self.config.algorithm not in get_args(Algorithm):
+            raise ValueError(f"algorithm must be one of {get_args(Algorithm)}, got {self.config.algorithm!r}.")
+        # what makes `from_config` of diffusers' schedulers take these levels and not their own; no value of ours is to
+        # be replaced by a default of theirs
+        self.register_to_config(trained_betas=self.betas.tolist(), _use_default_values=[])
+        self.num_inference_steps = None
+        self.set_timesteps(self.config.num_train_timesteps)
+        self.num_inference_steps = None
+
+    def _set_chain(self, gammas: torch.Tensor, timesteps: torch.Tensor, device) -> None:
+        """Fixes the chain: decreasing γs (float64, CPU) and the timesteps that stand for them."""
+        self._chain = gammas.tolist()
+        self.timesteps = timesteps.to(device)
+        self._chain_timesteps = timesteps.tolist()
+        self.num_inference_steps = len(self._chain)
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None  # γ and x̂ of the step before, for second order
+
+    def _step_gammas(self, timestep: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
+        """γ_t of a timestep and γ_s of the one after it, float64 of shape `()`."""
+        if torch.is_tensor(timestep) and timestep.numel() != 1:
+            raise ValueError(f"timestep must be a single value, got shape {tuple(timestep.shape)}.")
+        value = float(timestep)
+        final_gamma = float(self.final_gamma)
+        try:  # exact levels for the chain's own timesteps: float32 timesteps would cost digits of γ_t − γ_s
+            i = self._chain_timesteps.index(value)
+            gamma_t, rest = self._chain[i], self._chain[i + 1 : i + 2]
+        except ValueError:
+            gamma_t = float(self._gammas_at(torch.tensor(value, dtype=torch.float64)))
+            rest = [gamma for gamma in self._chain if gamma < gamma_t][:1]
+        gamma_s = rest[0] if rest else final_gamma
+        return torch.tensor(gamma_t, dtype=torch.float64), torch.tensor(gamma_s, dtype=torch.float64)
+
+    def _check_num_inference_steps(self, num_inference_steps: int | None, timesteps: Sequence | None) -> None:
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError(
+                f"give either num_inference_steps or timesteps, got num_inference_steps={num_inference_steps} and "
+                f"timesteps={'None' if timesteps is None else 'a list'}."
+            )
+        if timesteps is None:
+            number = isinstance(num_inference_steps, int | float) and math.isfinite(num_inference_steps)
+            if not number or num_inference_steps < 1 or num_inference_steps % 1:
+                raise ValueError(f"num_inference_steps must be a positive integer, got {num_inference_steps!r}.")
+        else:
+            values = [float(t) for t in timesteps]
+            if not values or any(not b < a for a, b in zip(values, values[1:], strict=False)):
+                raise ValueError(f"timesteps must be a decreasing list of at least one value, got {values[:8]}.")
+
+    @classmethod
+    def from_config(cls, config=None, return_unused_kwargs: bool = False, **kwargs):
+        """As [`ConfigMixin.from_config`], but a key that this class does not know is an error, not a shrug.
+
+        Configs of diffusers' own schedulers are taken where they describe the same process; `ValueError` else.
+        """
+        if isinstance(config, dict):
+            config = as_written(config)
+            if "beta_schedule" not in config:
+                config.pop("trained_betas", None)  # ours, told to others: it follows from the rest
+            cls._refuse_unknown_keys({**config, **kwargs})
+            if "beta_schedule" in config and "rescale_betas" not in kwargs:
+                config.setdefault("rescale_betas", False)  # diffusers never rescales, whatever the number of steps
+        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def _refuse_unknown_keys(cls, config: dict) -> None:
+        known = set(inspect.signature(cls.__init__).parameters) - {"self"}
+        source = config.get("_class_name", "scheduler's")
+        for key, value in config.items():
+            shown = reprlib.repr(value)
+            if key in known or key.startswith("_") or (key == "rescale_betas" and "beta_schedule" in config):
+                continue
+            if key.startswith("beta_"):
+                if "beta_start" in known and _HARMLESS_FOREIGN_KEYS.get(key) == value:
+                    continue
+                raise ValueError(
+                    f"{cls.__name__} cannot take its noise levels from a {source} config with {key}={shown}; "
+                    "linear betas go with LinearBetaScheduler, a table of γ with VDMScheduler(trained_gammas=…)."
+                )
+            if key in _HARMLESS_FOREIGN_KEYS:
+                allowed = _HARMLESS_FOREIGN_KEYS[key]
+                scalar = value is None or isinstance(value, str | int | float)  # betas may be an array
+                if allowed is ... or (scalar and value in (allowed if isinstance(allowed, tuple) else (allowed,))):
+                    continue
+                raise ValueError(
+                    f"{cls.__name__} cannot honour {key}={shown} of a {source} config; it knows only {allowed!r}."
+                )
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it knows {sorted(known)}."
+            raise ValueError(f"{cls.__name__} does not know the config key {key!r} (value {shown}); {hint}")

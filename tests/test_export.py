@@ -1,0 +1,281 @@
+"""Schedulers of diffusers made of our levels and the other way round, and our own samplers for few steps."""
+
+import inspect
+import logging
+import math
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from oracles import GaussianData, GaussianMixture, MixtureDenoiser, mp_linear_beta_gammas
+
+from diffusers_vdm import (
+    FixedLinearGamma,
+    LinearBetaScheduler,
+    MonotoneGammaNetwork,
+    VariationalBound,
+    VDMPipeline,
+    VDMScheduler,
+    VDMUNet2DModel,
+)
+from diffusers_vdm.diffusers_schedulers import EXPORTABLE, betas_of_gammas
+from diffusers_vdm.diffusion import gammas_from_betas
+
+# diffusers hands float64 tensors to NumPy in a way that NumPy 2 will drop
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
+]
+
+MIXTURE = GaussianMixture.example(2)
+MEAN = MIXTURE.weights @ MIXTURE.means
+CENTRED = MIXTURE.means - MEAN
+COVARIANCE = (CENTRED.T * MIXTURE.weights) @ CENTRED + (MIXTURE.weights @ MIXTURE.variances) * torch.eye(2).double()
+SCHEDULERS = {
+    "linear": lambda: VDMScheduler(),
+    "learned": lambda: VDMScheduler.from_noise_schedule(bent()),
+    "linear-beta": lambda: LinearBetaScheduler(),
+}
+
+
+def bent():
+    schedule = MonotoneGammaNetwork(-13.3, 5.0, hidden_dim=8)
+    with torch.no_grad():
+        schedule.output_weight.mul_(torch.linspace(0, 300, 8))
+    return schedule
+
+
+def exported(scheduler, name, **kwargs):
+    # one of them says in its log that it changes an option for an even number of steps
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    return scheduler.to_diffusers(getattr(diffusers, name), **kwargs)
+
+
+def draw(scheduler, denoiser, z, num_steps=None, generator=None, **more):
+    """Samples by the stock loop; the network gets the timestep that the loop gives."""
+    if num_steps is not None:
+        scheduler.set_timesteps(num_steps)
+    z = z * scheduler.init_noise_sigma
+    kwargs = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    for t in scheduler.timesteps:
+        output = denoiser(scheduler.scale_model_input(z, t), t, return_dict=False)[0]
+        z = scheduler.step(output, t, z, return_dict=False, **kwargs)[0]
+    return z
+
+
+# ---- to diffusers ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+@pytest.mark.parametrize("name", EXPORTABLE)
+def test_every_exported_scheduler_reaches_the_data(name, kind):
+    """Mean and covariance of a mixture with the exact denoiser; stochastic ones need more steps."""
+    ours = SCHEDULERS[kind]()
+    denoiser = MixtureDenoiser(MIXTURE, ours.noise_schedule())
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(6000, 2, 1, 1, generator=generator)
+    slow = "DDPM" in name or "Ancestral" in name or "SA" in name or "DDIM" in name or name == "EulerDiscreteScheduler"
+    x = draw(exported(ours, name), denoiser, z, 250 if slow else 60, generator)
+    assert x.dtype == torch.float32 and bool(x.isfinite().all())
+    x = x.flatten(1).double()
+    error = 4 * COVARIANCE.diag().sqrt() / math.sqrt(len(x))
+    assert bool(((x.mean(0) - MEAN).abs() < error + 0.006).all())
+    torch.testing.assert_close(x.T.cov(), COVARIANCE, rtol=0.08, atol=0.008)
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+@pytest.mark.parametrize("num_steps", [5, 50, 250])
+def test_exported_ddim_is_ours(kind, num_steps):
+    ours = SCHEDULERS[kind]()
+    theirs = exported(ours, "DDIMScheduler", set_alpha_to_one=kind == "linear-beta")
+    theirs.set_timesteps(num_steps)
+    same = type(ours).from_config(ours.config, algorithm="ddim")
+    # the loop of theirs ends at the level of timestep 0 (or at the data), which is not among its timesteps
+    same.set_timesteps(timesteps=[float(t) for t in theirs.timesteps])
+    denoiser = MixtureDenoiser(MIXTURE, ours.noise_schedule())
+    z = torch.randn(64, 2, 1, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    a, b = draw(theirs, denoiser, z), draw(same, denoiser, z)
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+@pytest.mark.parametrize("name", EXPORTABLE)
+def test_the_network_gets_the_level_that_the_sample_has(name, kind):
+    """σ of the scheduler, where it has one, is that of the γ which the network reads off the timestep."""
+    ours = SCHEDULERS[kind]()
+    scheduler = exported(ours, name)
+    table = ours._gammas_at(torch.arange(1000))
+    torch.testing.assert_close(torch.logit(1 - scheduler.alphas_cumprod), table, rtol=0, atol=1e-8)
+    scheduler.set_timesteps(37)
+    assert float(scheduler.timesteps.max()) > 970
+    if not hasattr(scheduler, "sigmas"):
+        return
+    t = scheduler.timesteps.double().numpy()
+    sigmas = scheduler.sigmas[: len(t)].double().numpy()
+    if name.startswith("KDPM2"):  # every other call is at a level between, which its `sigmas` do not hold
+        t, sigmas = t[::2], sigmas[::2]
+    known = np.interp(t, np.arange(1000), table.numpy())
+    np.testing.assert_allclose(2 * np.log(sigmas), known, atol=2e-3 if kind == "linear-beta" else 2e-4)
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_from_config_of_their_schedulers_takes_our_levels(kind, tmp_path):
+    """In memory and from a file; to what their float32 tables lose."""
+    ours = SCHEDULERS[kind]()
+    gammas = ours._gammas_at(torch.arange(1000))
+    ours.save_pretrained(tmp_path)
+    for name in EXPORTABLE:
+        cls = getattr(diffusers, name)
+        for scheduler in (cls.from_config(ours.config), cls.from_pretrained(tmp_path)):
+            theirs = torch.logit(1 - scheduler.alphas_cumprod.double())
+            torch.testing.assert_close(theirs[100:], gammas[100:], rtol=0, atol=0.1)
+            torch.testing.assert_close(theirs, gammas, rtol=0, atol=0.25)
+            assert scheduler.config.prediction_type == "epsilon" and not scheduler.config.get("clip_sample", False)
+    again = type(ours).from_pretrained(tmp_path)
+    torch.testing.assert_close(again._gammas_at(torch.arange(1000)), gammas, rtol=0, atol=0)
+
+
+def test_our_own_configs_follow_changes():
+    changed = VDMScheduler.from_config(VDMScheduler().config, gamma_min=-9.0)
+    assert changed.config.trained_betas[0] == pytest.approx(1 / (1 + math.exp(9)))
+
+
+def test_what_cannot_be_exported_is_told():
+    ours = VDMScheduler()
+    for cls, error, message in (
+        (diffusers.EDMEulerScheduler, ValueError, "EDMEulerScheduler cannot be given noise levels"),
+        (diffusers.LCMScheduler, ValueError, "LCMScheduler cannot be given noise levels"),
+        ("DDIMScheduler", TypeError, "must be a class of diffusers"),
+        (VDMUNet2DModel, TypeError, "must be a class of diffusers"),
+    ):
+        with pytest.raises(error, match=message):
+            ours.to_diffusers(cls)
+    with pytest.raises(ValueError, match="beta_start cannot be given"):
+        ours.to_diffusers(DDIMScheduler, beta_start=0.1)
+    with pytest.raises(ValueError, match="has no argument 'kaboom'"):
+        ours.to_diffusers(DDIMScheduler, kaboom=1)
+    assert ours.to_diffusers(diffusers.DPMSolverMultistepScheduler, solver_order=3).config.solver_order == 3
+
+
+# ---- from diffusers ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_from_diffusers_keeps_the_levels_of_every_timestep(beta_schedule, tmp_path):
+    theirs = DDPMScheduler(200, 1e-3, 0.05, beta_schedule, prediction_type="v_prediction", clip_sample=False)
+    ours = VDMScheduler.from_diffusers(theirs, algorithm="dpmsolver++")
+    assert ours.config.prediction_type == "v_prediction" and not ours.config.clip_sample
+    gammas = ours._gammas_at(torch.arange(200))
+    torch.testing.assert_close(torch.sigmoid(-gammas), theirs.alphas_cumprod.double(), rtol=2e-5, atol=1e-7)
+    ours.save_pretrained(tmp_path)
+    ours = VDMScheduler.from_pretrained(tmp_path)
+    torch.testing.assert_close(ours._gammas_at(torch.arange(200)), gammas, rtol=0, atol=1e-10)
+    ours.set_timesteps(199)
+    torch.testing.assert_close(ours.timesteps, torch.arange(199.0, 0, -1), rtol=0, atol=1e-4)
+    if beta_schedule == "linear":
+        levels = mp_linear_beta_gammas(200, 1e-3, 0.05, [0, 100, 199])
+        assert [float(gammas[i]) for i in (0, 100, 199)] == pytest.approx([float(g) for g in levels], abs=1e-9)
+    # and back
+    back = ours.to_diffusers(DDPMScheduler)
+    torch.testing.assert_close(back.alphas_cumprod.float(), theirs.alphas_cumprod, rtol=2e-5, atol=1e-7)
+
+
+def test_a_ddpm_network_samples_and_has_a_bound_by_it():
+    theirs = DDPMScheduler(clip_sample=False)
+    ours = VDMScheduler.from_diffusers(theirs)
+    denoiser = MixtureDenoiser(MIXTURE, ours.noise_schedule())
+    generator = torch.Generator().manual_seed(0)
+    x = draw(ours, denoiser, torch.randn(4000, 2, 1, 1, generator=generator), 250, generator).flatten(1).double()
+    torch.testing.assert_close(x.T.cov(), COVARIANCE, rtol=0.1, atol=0.01)
+    unet = UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,), layers_per_block=1, norm_num_groups=2,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+    )  # fmt: skip
+    images = torch.randint(0, 256, (2, 1, 8, 8), dtype=torch.uint8)
+    assert VariationalBound(unet, ours.noise_schedule())(images).loss.isfinite()
+    with pytest.raises(ValueError, match="needs trained_gammas of num_train_timesteps=1000"):
+        VDMScheduler(timestep_type="index")
+    with pytest.raises(ValueError, match="timestep_type must be one of"):
+        VDMScheduler(timestep_type="sigma")
+
+
+def test_betas_and_gammas_are_inverse():
+    betas = torch.linspace(1e-4, 0.02, 50, dtype=torch.float64)
+    torch.testing.assert_close(betas_of_gammas(gammas_from_betas(betas)), betas, rtol=1e-12, atol=0)
+
+
+# ---- our solvers -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize(("algorithm", "order"), [("ddim", 1), ("dpmsolver++", 2)])
+def test_order_of_convergence(algorithm, order, prediction):
+    """Against the ODE of Gaussian data, whose solution is z_s = m_s + √(V_s/V_t) (z_t − m_t)."""
+    from oracles import GaussianDenoiser
+
+    data = GaussianData(0.3, 0.09)
+    schedule = FixedLinearGamma(-6.0, 6.0)
+    denoiser = GaussianDenoiser(schedule, data.mean, data.variance, prediction)
+    z = torch.randn(50, 1, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    (m_0, v_0), (m_1, v_1) = data.marginal(-6.0), data.marginal(6.0)
+    exact = m_0 + math.sqrt(v_0 / v_1) * (z - m_1)
+    counts, errors = [40, 80, 160, 320, 640], []
+    for n in counts:
+        scheduler = VDMScheduler.from_noise_schedule(schedule, algorithm=algorithm, prediction_type=prediction)
+        errors.append(float((draw(scheduler, denoiser, z, n) - exact).abs().max()))
+    slope = -np.polyfit(np.log(counts), np.log(errors), 1)[0]
+    assert order - 0.15 < slope < order + 0.3, (slope, errors)
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_second_order_is_nearer_at_few_steps(kind):
+    ours = SCHEDULERS[kind]()
+    denoiser = MixtureDenoiser(MIXTURE, ours.noise_schedule())
+    z = torch.randn(2000, 2, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def result(algorithm, n):
+        return draw(type(ours).from_config(ours.config, algorithm=algorithm), denoiser, z, n)
+
+    reference = result("dpmsolver++", 1000)
+    first, second = ((result(a, 20) - reference).square().mean().sqrt() for a in ("ddim", "dpmsolver++"))
+    assert float(second) < 0.75 * float(first)
+
+
+def test_a_second_order_chain_starts_afresh_and_clips():
+    scheduler = VDMScheduler(algorithm="dpmsolver++")
+    denoiser = MixtureDenoiser(MIXTURE, scheduler.noise_schedule())
+    z = torch.randn(8, 2, 1, 1, generator=torch.Generator().manual_seed(0))
+    once = draw(scheduler, denoiser, z, 10)
+    torch.testing.assert_close(draw(scheduler, denoiser, z, 10), once, rtol=0, atol=0)
+    # without set_timesteps between, the first step of the next chain must not look at the last of this one
+    torch.testing.assert_close(draw(scheduler, denoiser, z), once, rtol=0, atol=0)
+    clipped = draw(VDMScheduler(algorithm="ddim", clip_sample=True, clip_sample_range=0.2), denoiser, z, 10)
+    assert float(clipped.abs().max()) < 0.21
+    with pytest.raises(ValueError, match="algorithm must be one of"):
+        VDMScheduler(algorithm="euler")
+
+
+# ---- in pipelines ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EXPORTABLE)
+def test_exported_schedulers_run_in_both_pipelines(name):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = VDMUNet2DModel(
+            sample_size=8, in_channels=3, block_out_channels=(8,), layers_per_block=1, norm_num_groups=2,
+            attention_head_dim=8, zero_init=False,
+        )  # fmt: skip
+    ours = VDMScheduler()
+    pipes = [VDMPipeline(unet, ours)]
+    # the stock pipeline hands a generator to every scheduler, which some of diffusers' own do not take
+    if "generator" in inspect.signature(getattr(diffusers, name).step).parameters:
+        pipes.append(DDPMPipeline(unet, ours))
+    for pipe in pipes:
+        pipe.scheduler = exported(ours, name)
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        images = pipe(batch_size=2, num_inference_steps=6, generator=generator, output_type="np").images
+        assert images.shape == (2, 8, 8, 3) and np.isfinite(images).all() and images.std() > 0
