@@ -47,6 +47,8 @@ def noise_schedule_of(scheduler: ConfigMixin) -> NoiseSchedule:
 
     Raises: `ValueError` for schedulers without a usable table of betas.
     """
+    if inspect.isclass(scheduler):
+        raise TypeError(f"scheduler must be an object, got the class {scheduler.__name__}.")
     if hasattr(scheduler, "noise_schedule"):
         return scheduler.noise_schedule()
     return BetaGamma(diffusers_betas(scheduler).tolist())

@@ -28,7 +28,7 @@ from .diffusers_schedulers import noise_schedule_of
 from .diffusion import to_high_precision
 from .gamma_scheduler import GammaScheduler
 from .randomness import keyed_noise
-from .rows import Rows, batches, check_class_labels, check_rows_finite, fingerprint, identity_of
+from .rows import Rows, batches, check_class_labels, check_images, check_rows_finite, fingerprint, identity_of
 from .schedulers import VDMScheduler
 from .step_selection import best_levels
 
@@ -93,6 +93,7 @@ class _Chain:
     prediction_type: str
     variance_type: str
     clip_sample: bool
+    clip_range: float
     num_levels: int
 
 
@@ -128,7 +129,8 @@ def evaluate_bpd(
             them, from [`best_timesteps`] for example. The prior is that of the first one's level.
         convention (`"vdm"` or `"ddpm"`, *optional*): defaults to `"vdm"` for our schedulers and to `"ddpm"` for those
             of diffusers. Numbers of different conventions do not compare.
-        clip_sample (`bool`, *optional*): clamp x̂ to [−1, 1]; defaults to what the scheduler does. It changes p(x).
+        clip_sample (`bool`, *optional*): clamp x̂ to ± the scheduler's `clip_sample_range`; defaults to what the
+            scheduler does. It changes p(x).
         num_levels, class_labels, batch_size, seed, device, accelerator, resume_dir, progress_bar: as in
             `evaluate_bound`. Where the work is interrupted, only the term of the batch in hand is lost.
 
@@ -137,8 +139,8 @@ def evaluate_bpd(
         betas, sizes that differ, and where the network returns NaN, with the index of the image.
     """
     chain = _chain(scheduler, num_steps, timesteps, convention, clip_sample, num_levels)
-    _check_images(images, unet, num_levels)
-    check_class_labels(class_labels, images)
+    check_images(images, num_levels, unet)
+    check_class_labels(class_labels, images, unet)
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}.")
     if device is None:
@@ -148,7 +150,7 @@ def evaluate_bpd(
     if resume_dir is not None:
         identity = identity_of(unet, noise_schedule_of(scheduler), images, class_labels)
         identity |= {"method": "all terms", "seed": seed, "chain": fingerprint([chain.gammas, chain.timesteps])}
-        names = ("convention", "prediction_type", "variance_type", "clip_sample", "num_levels")
+        names = ("convention", "prediction_type", "variance_type", "clip_sample", "clip_range", "num_levels")
         identity |= {name: getattr(chain, name) for name in names}
     # columns: prior, reconstruction, then the terms and the errors of the chain
     rows = Rows(2 + 2 * total, accelerator=accelerator, resume_dir=resume_dir, identity=identity)
@@ -205,12 +207,19 @@ def best_timesteps(result: BpdEvaluation, num_steps: int) -> tuple[list[float], 
     Raises: `ValueError` for T out of range, and where p(z_s|z_t) has not the variance of the posterior: the terms are
         functions of both levels then.
     """
+    if not isinstance(result, BpdEvaluation):
+        raise TypeError(f"result must be what evaluate_bpd returns, got {type(result).__name__}.")
     if result.variance_type != "fixed_small":
         raise ValueError(f"variance_type must be 'fixed_small' for it, got {result.variance_type!r}.")
     ddpm = result.convention == "ddpm"  # there the last network call is the decoder
+    if not isinstance(num_steps, int) or not 1 + ddpm <= num_steps <= result.num_steps:
+        raise ValueError(
+            f"num_steps must be an integer within [{1 + ddpm}, {result.num_steps}], the steps that were measured, got "
+            f"{num_steps!r}."
+        )
     gamma_0 = torch.tensor([result.gamma_0], dtype=torch.float64)
     levels = result.gammas if ddpm else torch.cat([gamma_0, result.gammas])
-    path, diffusion_bpd = best_levels(levels, result.mse.mean(0)[int(ddpm) :], _steps(num_steps) - int(ddpm))
+    path, diffusion_bpd = best_levels(levels, result.mse.mean(0)[int(ddpm) :], num_steps - int(ddpm))
     timesteps = result.timesteps[::-1]
     visited = path if len(timesteps) == len(levels) else path[1:] - 1  # γ(0) of a VDMScheduler goes without saying
     bpd = result.prior_bpd + result.reconstruction_bpd + diffusion_bpd
@@ -229,6 +238,8 @@ def _chain(scheduler, num_steps, timesteps, convention, clip_sample: bool | None
     variance_type = config.get("variance_type", "fixed_small").removesuffix("_log")
     if variance_type not in ("fixed_small", "fixed_large", "learned", "learned_range"):
         raise ValueError(f"the scheduler's variance_type {variance_type!r} is unknown.")
+    if config.get("thresholding", False):
+        raise ValueError("thresholding=True scales x̂ by what else is in the image: p(z_s|z_t) is no Gaussian then.")
     if num_steps is not None and timesteps is not None:
         raise ValueError("give either num_steps or timesteps, not both.")
     own = None if timesteps is None else _own_timesteps(timesteps)
@@ -261,11 +272,9 @@ def _chain(scheduler, num_steps, timesteps, convention, clip_sample: bool | None
         gammas, timesteps = table[indices], indices
     gamma_0 = torch.tensor(-math.inf, dtype=torch.float64)
     visited = timesteps[1:] if isinstance(scheduler, VDMScheduler) else timesteps
+    if len(gammas) < 2:
+        raise ValueError(f"num_steps must be at least 2 levels for a table of betas, got {len(gammas)}.")
     if convention == "vdm":
-        if len(gammas) < 2:
-            raise ValueError(
-                f"num_steps must be at least 2 for a table of betas in the vdm convention, got {num_steps}."
-            )
         gamma_0, gammas, timesteps = gammas[0], gammas[1:], timesteps[1:]
     return _Chain(
         gammas=gammas,
@@ -276,6 +285,7 @@ def _chain(scheduler, num_steps, timesteps, convention, clip_sample: bool | None
         prediction_type=config.get("prediction_type", "epsilon"),
         variance_type=variance_type,
         clip_sample=bool(config.get("clip_sample", False)) if clip_sample is None else clip_sample,
+        clip_range=float(config.get("clip_sample_range", 1.0)),
         num_levels=num_levels,
     )
 
@@ -292,20 +302,6 @@ def _steps(num_steps: int) -> int:
     if not isinstance(num_steps, int) or num_steps < 1:
         raise ValueError(f"num_steps must be a positive integer, got {num_steps!r}.")
     return num_steps
-
-
-def _check_images(images: torch.Tensor, unet: nn.Module, num_levels: int) -> None:
-    diffusion.check_levels(images, num_levels)
-    if images.ndim != 4:
-        raise ValueError(f"images must have shape (N, C, H, W), got {tuple(images.shape)}.")
-    config = getattr(unet, "config", {})
-    size = config.get("sample_size")
-    size = (size, size) if isinstance(size, int) else size
-    if config.get("in_channels", images.shape[1]) != images.shape[1] or (size and tuple(size) != images.shape[2:]):
-        raise ValueError(
-            f"images must be of the network's size, {config.get('in_channels')} channels of {size}, got "
-            f"{tuple(images.shape[1:])}."
-        )
 
 
 def _evaluate_chain(unet, chain: _Chain, images, labels, index, seed: int, rows: Rows, bar) -> None:
@@ -360,7 +356,7 @@ def _evaluate_chain(unet, chain: _Chain, images, labels, index, seed: int, rows:
         else:
             x_hat, eps_hat = diffusion.predicted_x_and_eps(output, z_t, gamma_t, chain.prediction_type)
         if chain.clip_sample:
-            x_hat = x_hat.clamp(-1, 1)
+            x_hat = x_hat.clamp(-chain.clip_range, chain.clip_range)
             error = diffusion.expand_like(diffusion.snr(gamma_t), x) * (x - x_hat).square()
         else:  # not through x̂, which would cost digits where there is little noise
             error = (eps - eps_hat).square()

@@ -76,6 +76,10 @@ class Objective(nn.Module):
         timesteps = self.noise_schedule.timestep(t, gamma_t).to(x.dtype)
         conditions = {name: value for name, value in conditions.items() if value is not None}
         output = self.unet(z_t, timesteps, return_dict=False, **conditions)[0]
+        if output.shape[1] == 2 * x.shape[1]:
+            output = output[:, : x.shape[1]]  # the rest predicts variances, which the bound in ε̂ does not use
+        if output.shape != x.shape:
+            raise ValueError(f"the network returned {tuple(output.shape)} for images of {tuple(x.shape)}.")
         if self.prediction_type == "epsilon":
             target = eps
         elif self.prediction_type == "sample":

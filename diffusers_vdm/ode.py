@@ -231,7 +231,11 @@ def _integrate(
         y_0, stages = y[here], [slope[here]]
         for node, weights in zip(_NODES[1:], _STAGES[1:], strict=True):
             y_k = y_0 + h_device * sum(w * k for w, k in zip(weights, stages, strict=True) if w)
-            stages.append(derivative(y_k, gamma[rows] + node * h, rows))
+            # γ + (end − γ) may round to beyond the end, where there is no noise level
+            gamma_k = torch.where(last & (node == 1), end, gamma[rows] + node * h).clamp(
+                min(start, end), max(start, end)
+            )
+            stages.append(derivative(y_k, gamma_k, rows))
         calls[rows] += len(_NODES) - 1
         error = h_device * sum(w * k for w, k in zip(_ERROR, stages, strict=True) if w)
         size = _error_size(error, y_0, y_k, rtol, atol, densities).cpu().double()

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from . import diffusion
 from .dequantization import (
     Dequantization,
     cross_fitted_bpd,
@@ -23,7 +22,7 @@ from .diffusion import PredictionType
 from .noise_schedules import NoiseSchedule
 from .ode import Divergence, SampleError, eps_model, log_prob_nats
 from .randomness import keyed_generator
-from .rows import Rows, batches, check_class_labels, check_rows_finite, identity_of
+from .rows import Rows, batches, check_class_labels, check_images, check_rows_finite, identity_of
 
 
 @dataclass
@@ -100,6 +99,9 @@ def evaluate_ode(
         divergence, num_probes, rtol, atol, max_steps: see [`log_prob_nats`]; probes are ±1.
         batch_size, seed, device, accelerator, resume_dir, progress_bar: as in `evaluate_bound`.
 
+    A solve is exact up to `rtol` and `atol` only, and float32 rounding that depends on the batch is enough to let it
+    take other steps: with the defaults single images of the digits move by up to 0.006 bits/dim.
+
     Returns: [`OdeEvaluation`].
     Raises: `TypeError`, `ValueError` for images that are not integers in range, arguments out of range, a `resume_dir`
         of another evaluation, and where the network returns NaN, with the index of the image.
@@ -118,8 +120,8 @@ def evaluate_ode(
             "num_importance_samples above 1 needs num_probes of at least 2, or divergence='exact': weights with the "
             "noise of a single probe give no bound."
         )
-    diffusion.check_levels(images, num_levels)
-    check_class_labels(class_labels, images)
+    check_images(images, num_levels, unet)
+    check_class_labels(class_labels, images, unet)
     gamma_start, gamma_end = dequantization_start(dequantization, noise_schedule, num_levels)
     if device is None:
         device = next((p.device for p in unet.parameters()), torch.device("cpu"))

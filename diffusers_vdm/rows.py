@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from .diffusion import to_high_precision
+from .diffusion import check_levels, to_high_precision
 from .files import write_atomically
 from .noise_schedules import NoiseSchedule
 
@@ -47,10 +47,38 @@ def identity_of(
     }
 
 
-def check_class_labels(class_labels: torch.Tensor | None, images: torch.Tensor) -> None:
-    """Raises `ValueError` unless there is a label for each image."""
-    if class_labels is not None and class_labels.shape != images.shape[:1]:
+def check_images(images: torch.Tensor, num_levels: int, network: nn.Module) -> None:
+    """Raises `TypeError`, `ValueError` unless these are integers in [0, num_levels) of the network's size."""
+    check_levels(images, num_levels)
+    config = getattr(network, "config", {})
+    if "in_channels" not in config:
+        return
+    size = config.get("sample_size")
+    size = (size, size) if isinstance(size, int) else size
+    if images.ndim != 4 or images.shape[1] != config["in_channels"] or (size and tuple(size) != images.shape[2:]):
+        raise ValueError(
+            f"images must be of the network's size, (N, {config['in_channels']}, *{size}), got {tuple(images.shape)}; "
+            "resize or convert them."
+        )
+
+
+def check_class_labels(class_labels: torch.Tensor | None, images: torch.Tensor, network: nn.Module) -> None:
+    """Raises `TypeError`, `ValueError` unless there is a class for each image, one that the network knows."""
+    config = getattr(network, "config", {})
+    classes = config.get("num_class_embeds")
+    if class_labels is None:
+        if classes is not None and not config.get("null_class", False):
+            raise ValueError(f"class_labels must be given, in [0, {classes}): this network has no null class.")
+        return
+    if not torch.is_tensor(class_labels) or class_labels.is_floating_point():
+        raise TypeError(f"class_labels must be a tensor of integers, got {type(class_labels).__name__}.")
+    if class_labels.shape != images.shape[:1]:
         raise ValueError(f"class_labels must have shape ({len(images)},), got {tuple(class_labels.shape)}.")
+    if classes is not None:
+        highest = classes + bool(config.get("null_class", False))
+        low, high = int(class_labels.min()), int(class_labels.max())
+        if low < 0 or high >= highest:
+            raise ValueError(f"class_labels must be within [0, {highest}), got values from {low} to {high}.")
 
 
 def batches(rows: torch.Tensor, num_images: int, batch_size: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
@@ -107,7 +135,6 @@ class Rows:
             self._resumed = ~self.values.isnan().any(1)
             if self.world > 1:
                 accelerator.wait_for_everyone()  # none may write before all have read
-            self._folder.mkdir(parents=True, exist_ok=True)
 
     def grow(self, num_rows: int) -> None:
         """Makes the table `num_rows` long, if it is shorter."""
@@ -128,6 +155,7 @@ class Rows:
         if bool(self.values.isnan().all()):  # else a refused argument would say whose folder this is
             return
         self._saved_at = time.monotonic()
+        self._folder.mkdir(parents=True, exist_ok=True)
         metadata = {"identity": json.dumps(self._identity)}
         path = self._folder / f"rows-{self.rank}.safetensors"
         write_atomically(path, save({"values": self.values.contiguous()}, metadata))
@@ -158,7 +186,7 @@ class Rows:
             differ = ", ".join(f"{n} was {identity.get(n)!r} and is {self._identity.get(n)!r}" for n in names)
             raise ValueError(
                 f"{path.parent} holds the numbers of another evaluation ({differ or 'other columns'}); name another "
-                "resume_dir, or remove it."
+                "folder, or remove it."
             )
         self.grow(len(values))
         here = self.values[: len(values)]

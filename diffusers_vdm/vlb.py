@@ -24,7 +24,7 @@ from .diffusion import PredictionType, to_high_precision
 from .noise_schedules import NoiseSchedule
 from .objective import Objective, SimpleObjective, SimpleObjectiveOutput, check_times  # noqa: F401
 from .randomness import keyed_generator, keyed_noise, lattice_times, stratified_times
-from .rows import Rows, batches, check_class_labels, check_rows_finite, identity_of
+from .rows import Rows, batches, check_class_labels, check_images, check_rows_finite, identity_of
 
 
 @dataclass
@@ -257,10 +257,12 @@ def evaluate_bound(
             f"num_samples, max_samples and batch_size must be at least 1, got {num_samples}, {max_samples} and "
             f"{batch_size}."
         )
+    if target_stderr_bpd is not None and num_samples > max_samples:
+        raise ValueError(f"max_samples must be at least num_samples={num_samples}, got {max_samples}.")
     if target_stderr_bpd is not None and not target_stderr_bpd > 0:
         raise ValueError(f"target_stderr_bpd must be positive, got {target_stderr_bpd}.")
-    diffusion.check_levels(images, bound.num_levels)
-    check_class_labels(class_labels, images)
+    check_images(images, bound.num_levels, bound.unet)
+    check_class_labels(class_labels, images, bound.unet)
     if device is None:
         device = next((p.device for p in bound.parameters()), torch.device("cpu"))
     n, pilot = len(images), max(2, num_samples // 4) if importance_sampling else 0

@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 
 from evaluate_options import load_data, load_model, parse_options
+from evaluate_report import claim, curve, draw, tell
 
 DECODERS = {"vdm": "softmax over the levels at γ_0", "ddpm": "discretised Gaussian at index 0"}
 
@@ -48,6 +49,8 @@ class Evaluation:
         self.prediction_type = self.scheduler.config.get("prediction_type", "epsilon")
         output = Path(o.output)
         self.partial = output.with_name(f"{output.stem}.partial")
+        self.folders: list[Path] = []
+        self.lock = None
         self.shared = {
             "class_labels": self.data.labels if self.unet.config.get("num_class_embeds") is not None else None,
             "batch_size": o.batch_size,
@@ -55,6 +58,18 @@ class Evaluation:
             "accelerator": accelerator,
             "progress_bar": accelerator.is_main_process,
         }
+
+    def folder(self, name: str) -> Path:
+        """Where a measurement keeps its numbers."""
+        self.folders.append(self.partial / name)
+        return self.folders[-1]
+
+    def tidy(self) -> None:
+        """Removes what this run kept, once the report is there."""
+        for folder in self.folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        if self.partial.is_dir() and not any(self.partial.iterdir()):
+            self.partial.rmdir()
 
     def mc(self, num_steps: int | None, num_samples: int, folder: str, **more):
         from diffusers_vdm import VariationalBound, evaluate_bound
@@ -66,7 +81,7 @@ class Evaluation:
             num_levels=self.num_levels,
             prediction_type=self.prediction_type,
         ).to(self.accelerator.device)
-        more |= {"num_samples": num_samples, "resume_dir": self.partial / folder}
+        more |= {"num_samples": num_samples, "resume_dir": self.folder(folder)}
         return evaluate_bound(bound, self.data.images, **more, **self.shared)
 
     def vlb(self):
@@ -81,7 +96,7 @@ class Evaluation:
             timesteps=o.timesteps,
             convention=o.convention,
             num_levels=self.num_levels,
-            resume_dir=self.partial / "vlb",
+            resume_dir=self.folder("vlb"),
             **self.shared,
         )
 
@@ -95,7 +110,7 @@ class Evaluation:
             self.data.images,
             prediction_type=self.prediction_type,
             num_levels=self.num_levels,
-            resume_dir=self.partial / "ode",
+            resume_dir=self.folder("ode"),
             **{name: getattr(self.o, name) for name in names},
             **self.shared,
         )
@@ -114,6 +129,8 @@ def measure(e: Evaluation) -> tuple[object, dict]:
             "num_steps": result.num_timesteps,
             "stderr_is_of": "the Monte-Carlo estimate for these images",
             "num_samples": result.num_samples,
+            "target_stderr_bpd": o.target_stderr,
+            "clip_sample": False,
             "importance_sampling": o.importance_sampling,
             "variance_per_call": result.variance_per_call,
             "plain_variance_per_call": result.plain_variance_per_call,
@@ -127,13 +144,24 @@ def measure(e: Evaluation) -> tuple[object, dict]:
                  "gamma_end", "rtol", "atol", "draws_stderr_bpd")  # fmt: skip
         return result, {
             "num_steps": None,
+            "clip_sample": False,
             "stderr_is_of": "the mean over the population of images",
             "convention": "vdm",
             **{name: getattr(result, name) for name in names},
             "mean_num_calls": float(result.num_calls.mean()),
         }
+    if o.best_steps and not str(e.scheduler.config.get("variance_type", "fixed_small")).startswith("fixed_small"):
+        raise ValueError("--best_steps needs the fixed_small variance: other terms are functions of both levels")
+    steps = len(o.timesteps) if o.timesteps else o.num_steps or e.scheduler.config.num_train_timesteps
+    if o.best_steps and max(o.best_steps) > steps:
+        raise ValueError(f"--best_steps must be at most the {steps} steps that are measured, got {max(o.best_steps)}")
     result = e.vlb()
-    rows = zip(result.gammas, result.terms_bpd.mean(0), result.terms_bpd.std(0), strict=True)
+    rows = zip(
+        result.gammas,
+        result.terms_bpd.mean(0),
+        result.terms_bpd.std(0, correction=min(1, result.num_images - 1)),
+        strict=True,
+    )
     root = math.sqrt(result.num_images)
     best = {}
     if o.best_steps:
@@ -159,18 +187,20 @@ def main(o: argparse.Namespace) -> None:
 
     import diffusers_vdm
     from diffusers_vdm.files import write_atomically
+    from diffusers_vdm.rows import fingerprint
 
     accelerator = accelerate.Accelerator(mixed_precision="no")
     if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
         raise SystemExit("several processes were launched, but each runs alone; set ACCELERATE_USE_CPU=1 on a CPU")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: what is done is saved on the way out
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda number, _: sys.exit(128 + number))  # what is done is saved on the way out
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = o.allow_tf32
     if accelerator.device.type == "cpu":
         torch.set_num_threads(o.num_threads or max(1, os.cpu_count() // accelerator.num_processes))
     try:
         e = Evaluation(o, accelerator)
-        if accelerator.is_main_process and not o.resume:
-            shutil.rmtree(e.partial, ignore_errors=True)
+        if accelerator.is_main_process:
+            e.lock = claim(o, e.partial)
         accelerator.wait_for_everyone()
         start = time.perf_counter()
         result, how = measure(e)
@@ -179,7 +209,8 @@ def main(o: argparse.Namespace) -> None:
         for num_steps in [*sorted(o.table), None] if o.table else []:
             row = e.mc(num_steps, o.num_samples if o.method == "mc" else 20, f"table-{num_steps}")
             table.append({"num_steps": num_steps, "bpd": row.bpd, "stderr_bpd": row.stderr_bpd})
-    except (ValueError, TypeError) as error:
+            table[-1] |= {"num_samples": row.num_samples, "stderr_is_of": "the Monte-Carlo estimate for these images"}
+    except (ValueError, TypeError, OSError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
     if not accelerator.is_main_process:
         return
@@ -197,9 +228,16 @@ def main(o: argparse.Namespace) -> None:
         "prediction_type": e.prediction_type,
         "scheduler": type(e.scheduler).__name__,
         "weights": e.weights,
+        "weights_fingerprint": fingerprint(e.unet.state_dict().values()),
+        "class_conditional": e.shared["class_labels"] is not None,
         "dtype": "float32" + (", TF32 products" if o.allow_tf32 else ""),
         "seed": o.seed,
-        "data": {"name": e.data.name, "images": len(e.data), "fingerprint": e.data.fingerprint},
+        "data": {
+            "name": e.data.name,
+            "shape": list(e.data.images.shape),
+            "fingerprint": e.data.fingerprint,
+            **{name: getattr(o, name) for name in ("resolution", "center_crop", "image_mode")},
+        },
         "versions": {module.__name__: module.__version__ for module in modules},
         "num_processes": accelerator.num_processes,
         "seconds": seconds,
@@ -209,66 +247,10 @@ def main(o: argparse.Namespace) -> None:
     }
     report = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in report.items()}  # NaN is no JSON
     output = Path(o.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, json.dumps(report, indent=1))
     draw(output, e, result, parts)
-    shutil.rmtree(e.partial, ignore_errors=True)
+    e.tidy()
     tell(o, e, report, parts)
-
-
-def tell(o: argparse.Namespace, e: Evaluation, report: dict, parts: list[str]) -> None:
-    """The table in the end."""
-
-    def value(row: dict) -> str:
-        error = row.get("stderr_bpd")
-        return f"{row['bpd']:.4f}" + ("" if error is None or math.isnan(error) else f" ± {error:.4f}")
-
-    name = {"ode": "probability-flow ODE", "mc": "continuous time"}.get(o.method)
-    if report["num_steps"] is not None:
-        name = f"T = {report['num_steps']}"
-    print(f"\n{o.model} on {e.data.name}: {report['num_images']} images, {report['seconds']:.0f} s")
-    rows = [(f"bits/dim, {name}", value(report))]
-    rows += [(f"  {term}", f"{report[f'{term}_bpd']:.4f}") for term in parts]
-    rows += [(f"bound at T = {row['num_steps'] or '∞'}", value(row)) for row in report["table"]]
-    rows += [(f"bound with the best {row['num_steps']} timesteps", value(row)) for row in report.get("best", [])]
-    if report.get("variance_per_call") is not None:
-        rows.append(("variance per network call", f"{report['variance_per_call']:.3g}"))
-        rows.append(("  of plain uniform t", f"{report['plain_variance_per_call']:.3g}"))
-    if "mean_num_calls" in report:
-        rows.append(("network calls of a solve", f"{report['mean_num_calls']:.0f}"))
-    for label, text in rows:
-        print(f"  {label:<36}{text:>18}")
-    output = Path(o.output)
-    print(f"± is the standard error of {report['stderr_is_of']}")
-    print(f"report and figures: {output.with_name(output.stem)}*")
-
-
-def curve(gammas, mse, bins: int = 50) -> dict[str, list[float]]:
-    """Means of the squared error over equal shares of the draws, by γ."""
-    order = gammas.flatten().argsort()
-    parts = min(bins, len(order))
-    gamma, error = (values.flatten()[order].tensor_split(parts) for values in (gammas, mse))
-    return {"curve_gamma": [float(g.mean()) for g in gamma], "curve_mse": [float(e.mean()) for e in error]}
-
-
-def draw(output: Path, e: Evaluation, result, parts: list[str]) -> None:
-    """The curve over γ, the histogram of bits, and the most and least likely images."""
-    from diffusers_vdm import plots
-
-    def path(name: str) -> Path:
-        return output.with_name(f"{output.stem}_{name}.png")
-
-    if hasattr(result, "mse"):
-        gammas = result.gamma_t if hasattr(result, "gamma_t") else result.gammas.expand_as(result.mse)
-        terms = {term: getattr(result, f"{term}_bpd") for term in parts}
-        plots.plot_loss_by_gamma(gammas, result.mse, path("by_gamma"), terms_bpd=terms)
-    plots.plot_bits_histogram(result.per_image_bpd, path("histogram"))
-    images = e.data.images
-    if images.shape[1] in (1, 3):
-        order = result.per_image_bpd.argsort()
-        count = min(16, len(order))
-        for name, index in (("most_likely", order[:count]), ("most_unlikely", order.flip(0)[:count])):
-            plots.image_grid(images[index].float() / (e.num_levels - 1)).save(path(name))
 
 
 if __name__ == "__main__":

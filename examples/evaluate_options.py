@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 from train_options import add_options, check_ranges
@@ -48,14 +50,15 @@ OPTIONS: dict[str, list[tuple]] = {
     "work": [
         ("batch_size", 128, "images at once; no number depends on it"),
         ("output", "report.json", "report to write; figures go beside it"),
-        ("resume", False, "go on with what an interrupted run of the same command left"),
         ("num_threads", int, "CPU threads of a process; all cores, shared, if not given"),
         ("allow_tf32", False, "TF32 matrix products on a GPU; they move bits/dim"),
     ],
 }
+DIGITS_SPLIT = re.compile(r"(train|test)(?:\[(\d*):(\d*)\])?")
 # options that only one method has
 METHOD_OF = {
-    "target_stderr": "mc", "importance_sampling": "mc", "convention": "vlb", "best_steps": "vlb", "timesteps": "vlb",
+    "target_stderr": "mc", "max_samples": "mc", "importance_sampling": "mc",
+    "convention": "vlb", "best_steps": "vlb", "timesteps": "vlb",
     "dequantization": "ode", "num_importance_samples": "ode", "divergence": "ode", "num_probes": "ode", "rtol": "ode",
     "atol": "ode",
 }  # fmt: skip
@@ -70,6 +73,11 @@ def parse_options(description: str, arguments: list[str] | None = None) -> argpa
     )
     add_options(parser, OPTIONS)
     add = parser.add_argument
+    add(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        help="go on with what an interrupted run of the same command left, or throw it away; refused if not given",
+    )
     add("--table", type=int, nargs="+", metavar="T", help="also estimate the bound at each of these T, and at ∞")
     add("--best_steps", type=int, nargs="+", metavar="T", help="vlb: also find the T timesteps with the best bound")
     add("--timesteps", type=float, nargs="+", help="vlb: decreasing timesteps of one's own, instead of --num_steps")
@@ -83,18 +91,32 @@ def parse_options(description: str, arguments: list[str] | None = None) -> argpa
         for name, method in METHOD_OF.items():
             if getattr(o, name) != parser.get_default(name) and o.method != method:
                 raise ValueError(f"--{name} goes with --method {method}, not with {o.method}")
+        if o.method == "vlb" and o.num_samples is not None:
+            raise ValueError("--num_samples goes with --method mc and ode, not with vlb, which works out all terms")
         if o.method == "ode" and o.num_steps is not None:
             raise ValueError(
                 "--num_steps goes with mc and vlb; the ODE takes the steps that --rtol and --atol ask for"
             )
         if o.timesteps and o.num_steps is not None:
             raise ValueError("give --num_steps or --timesteps, not both")
+        if o.target_stderr and o.max_samples < (o.num_samples or 20):
+            raise ValueError(f"--max_samples {o.max_samples} must be at least --num_samples {o.num_samples or 20}")
+        ignored = ("dataset_config_name", "image_column", "label_column", "image_mode", "resolution", "center_crop")
+        for name in ignored if not (o.dataset_name or o.data_dir) else ():
+            if getattr(o, name):
+                raise ValueError(f"--{name} is of a data set; name one by --dataset_name or --data_dir")
+        if not (o.dataset_name or o.data_dir) and not DIGITS_SPLIT.fullmatch(o.split):
+            raise ValueError(
+                f"--split of the digits must be train or test, slices allowed: test[:50]; got {o.split!r}"
+            )
+        if o.dataset_name and o.data_dir:
+            raise ValueError("give --dataset_name or --data_dir, not both")
+        if o.data_dir and not Path(o.data_dir).is_dir():
+            raise ValueError(f"--data_dir {o.data_dir} is not a folder")
         for name in ("table", "best_steps"):
             if getattr(o, name) and min(getattr(o, name)) < 1:
                 raise ValueError(f"--{name} must be positive numbers of steps, got {getattr(o, name)}")
-        if o.dataset_name and o.data_dir:
-            raise ValueError("give --dataset_name or --data_dir, not both")
-        if Path(o.output).suffix != ".json":
+        if Path(o.output).suffix != ".json" or Path(o.output).is_dir():
             raise ValueError(f"--output must name a .json file, got {o.output}")
     except ValueError as error:
         parser.error(str(error))
@@ -108,7 +130,12 @@ def load_model(name: str):
 
     from diffusers_vdm import VDMPipeline
 
-    index = VDMPipeline.load_config(name)
+    try:
+        index = VDMPipeline.load_config(name)
+    except (OSError, ValueError) as error:
+        raise SystemExit(
+            f"--model {name} is no folder with a model_index.json and no repository that can be read: {error}"
+        ) from error
     if any(part in index for part in ("vae", "vqvae", "movq", "prior")):
         raise SystemExit(
             f"{name} works on latents of an autoencoder: they are real numbers, not 8-bit pixels, so that no "
@@ -129,17 +156,27 @@ def load_data(o: argparse.Namespace, num_levels: int, progress_bar: bool):
     from diffusers_vdm import training
 
     if o.dataset_name is None and o.data_dir is None:
-        data = training.load_digits_split()[1]
+        name, start, stop = DIGITS_SPLIT.fullmatch(o.split).groups()
+        data = training.load_digits_split()[name == "test"]
+        if start or stop:
+            part = slice(int(start) if start else None, int(stop) if stop else None)
+            data = replace(data, images=data.images[part], labels=data.labels[part], name=f"{data.name}, {o.split}")
+        if len(data) == 0:
+            raise SystemExit(f"--split {o.split} of the digits is empty")
     else:
         names = ("resolution", "center_crop", "image_mode", "image_column", "label_column", "cache_dir", "seed")
-        data = training.load_images(
-            o.dataset_name or o.data_dir,
-            o.split,
-            config_name=o.dataset_config_name,
-            is_folder=bool(o.data_dir),
-            progress_bar=progress_bar,
-            **{name: getattr(o, name) for name in names},
-        )
+        try:
+            data = training.load_images(
+                o.dataset_name or o.data_dir,
+                o.split,
+                config_name=o.dataset_config_name,
+                is_folder=bool(o.data_dir),
+                progress_bar=progress_bar,
+                **{name: getattr(o, name) for name in names},
+            )
+        except (ValueError, OSError) as error:
+            hint = " Set --split, slices allowed: 'train[:1000]'." if "nknown split" in str(error) else ""
+            raise SystemExit(f"the data: {error}{hint}") from error
     if data.num_levels != num_levels:
         raise SystemExit(f"the model is of data with {num_levels} levels, {data.name} has {data.num_levels}")
     return data

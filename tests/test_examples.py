@@ -243,7 +243,6 @@ def test_every_method_on_two_processes_and_after_an_interruption(tmp_path):
     common = ["--model", tmp_path / "ddpm", "--data_dir", data, "--split", "train", "--cache_dir", tmp_path / "cache"]
     for method, more in (
         ("mc", ["--num_samples", 8, "--target_stderr", 0.5, "--importance_sampling"]),
-        ("mc", ["--num_samples", 3, "--num_steps", 50]),
         ("ode", ["--rtol", 0.01, "--atol", 0.01, "--num_importance_samples", 2, "--num_probes", 2]),
     ):
         reports = []
@@ -268,6 +267,8 @@ def test_every_method_on_two_processes_and_after_an_interruption(tmp_path):
     assert first.returncode == 143 and "Traceback" not in rest and not output.exists()
     kept = tmp_path / "stopped.partial" / "vlb" / "rows-0.safetensors"
     assert kept.exists()
+    refused = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert refused.returncode == 1 and "--resume" in refused.stderr and "Traceback" not in refused.stderr
     subprocess.run([*command, "--resume"], env=environment, check=True, capture_output=True, timeout=120)
     resumed = json.loads(output.read_text())
     subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
@@ -286,6 +287,11 @@ def test_every_method_on_two_processes_and_after_an_interruption(tmp_path):
         (["--table", "10", "-1"], "--table must be positive"),
         (["--output", "report.txt"], "must name a .json file"),
         (["--dataset_name", "a", "--data_dir", "b"], "not both"),
+        (["--split", "validation"], "--split of the digits must be train or test"),
+        (["--resolution", "16"], "--resolution is of a data set"),
+        (["--data_dir", "does/not/exist"], "is not a folder"),
+        (["--method", "vlb", "--num_samples", "3"], "--num_samples goes with --method mc and ode"),
+        (["--target_stderr", "0.1", "--max_samples", "5"], "--max_samples 5 must be at least --num_samples 20"),
     ],
 )
 def test_wrong_arguments_of_an_evaluation(arguments, message, capsys):
@@ -294,6 +300,12 @@ def test_wrong_arguments_of_an_evaluation(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         parse_options("", ["--model", "m", *arguments])
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_models_that_are_not_there(tmp_path):
+    done = run("evaluate.py", "--model", tmp_path / "nothing", "--output", tmp_path / "r.json", check=False)
+    assert done.returncode == 1 and "model_index.json" in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_latents_have_no_likelihood(tmp_path):

@@ -17,17 +17,18 @@ MAX_LINES = 450
 
 # {diffusion, files} → {noise_schedules, randomness} → {rows, objective, dequantization, diffusers_schedulers} →
 # {gamma_scheduler, vlb, ode, codec, step_selection} → schedulers → {pipeline, evaluation, ode_evaluation} →
-# {training, hub}; a module may import what is before it, but nothing beside it
+# {training, hub, foreign_networks}; a module may import what is before it, but nothing beside it
 CORE = {"gamma_scheduler", "vlb", "ode", "codec", "step_selection"}
 BASE = [
     {"diffusion", "files"},
     {"noise_schedules", "randomness"},
     {"rows", "objective", "dequantization", "diffusers_schedulers", "official_checkpoint"},
 ]
-LAYERS = [*BASE, CORE, {"schedulers"}, {"pipeline", "evaluation", "ode_evaluation"}, {"training", "hub"}]
+UPPER = [{"pipeline", "evaluation", "ode_evaluation"}, {"training", "hub", "foreign_networks"}]
+LAYERS = [*BASE, CORE, {"schedulers"}, *UPPER]
 # unet stands alone: it imports nothing of ours, and only these import it. conversion and plots are leaves: they may
 # import anything, and nothing imports them.
-IMPORTS_UNET = {"pipeline", "training", "hub", "conversion"}
+IMPORTS_UNET = {"pipeline", "training", "hub", "foreign_networks", "conversion"}
 LEAVES = {"conversion", "plots"}
 KNOWN = set().union(*LAYERS, LEAVES, {"unet", "__init__"})
 

@@ -310,9 +310,9 @@ def tiny_unet(**more):
     with torch.random.fork_rng():
         torch.manual_seed(1)
         unet = VDMUNet2DModel(
-            sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,), layers_per_block=1,
+            **{"sample_size": 8, **more}, in_channels=1, out_channels=1, block_out_channels=(8,), layers_per_block=1,
             norm_num_groups=2, attention_head_dim=8, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
-            zero_init=False, **more,
+            zero_init=False,
         )  # fmt: skip
     with torch.no_grad():
         unet.conv_out.weight.mul_(0.02)
@@ -648,7 +648,7 @@ def test_the_image_that_fails_is_named():
 @pytest.mark.parametrize("divergence", ["hutchinson", "exact"])
 def test_network_is_left_as_it_was_and_no_grad_does_not_matter(divergence):
     """Modes, gradients and requires_grad; labels and a learned schedule under no_grad and inference_mode."""
-    unet, schedule = tiny_unet(num_class_embeds=3, dropout=0.5), LearnedLinearGamma(-4.0, 4.0)
+    unet, schedule = tiny_unet(num_class_embeds=3, dropout=0.5, sample_size=4), LearnedLinearGamma(-4.0, 4.0)
     unet.train()
     unet.mid_block.eval()
     frozen = next(unet.parameters()).requires_grad_(False)
@@ -691,3 +691,30 @@ def test_a_schedule_of_betas():
 def index_gamma(schedule, timesteps):
     with torch.no_grad():
         return schedule(timesteps / 999)
+
+
+@pytest.mark.parametrize("total", [20, 50, 200])
+def test_the_last_step_does_not_leave_the_table(total):
+    """γ + (end − γ) may round to beyond the end, which a table of betas has no level for."""
+    schedule = LinearBetaGamma(total, rescale_betas=False)
+    network = GaussianDenoiser(schedule, variance=0.3)
+    images = torch.randint(0, 256, (40, 1, 2, 2), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    for tolerance in (0.5, 0.1, 0.02):
+        assert math.isfinite(evaluate(network, schedule, images, rtol=tolerance, atol=tolerance, num_levels=256).bpd)
+
+
+def test_images_and_labels_must_be_those_of_the_network():
+    unet, schedule = tiny_unet(num_class_embeds=3), FixedLinearGamma(-4.0, 4.0)
+    images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+    for labels, error, message in (
+        (None, ValueError, r"class_labels must be given, in \[0, 3\)"),
+        (torch.tensor([0, 3]), ValueError, r"within \[0, 3\), got values from 0 to 3"),
+        (torch.tensor([0]), ValueError, r"shape \(2,\)"),
+        (torch.tensor([0.0, 1.0]), TypeError, "integers"),
+        ([0, 1], TypeError, "tensor of integers, got list"),
+    ):
+        with pytest.raises(error, match=message):
+            evaluate(unet, schedule, images, class_labels=labels)
+    for bad in (images[:, :, :4], images.expand(2, 3, 8, 8), images[0]):
+        with pytest.raises(ValueError, match="of the network's size"):
+            evaluate(unet, schedule, bad, class_labels=torch.tensor([0, 1]))

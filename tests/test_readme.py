@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import diffusers_vdm
+from diffusers_vdm.diffusers_schedulers import EXPORTABLE
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -50,7 +51,7 @@ def test_the_commands_parse():
 @pytest.mark.slow
 def test_the_code_runs(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     monkeypatch.chdir(tmp_path)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (2, 3, 32, 32), generator=generator, dtype=torch.uint8)
@@ -63,6 +64,14 @@ def test_the_code_runs(tmp_path, monkeypatch):
         scope,
     )
     assert scope["ode"].num_images == 2 and len(scope["timesteps"]) == 2
+    scope |= {"pipe": diffusers_vdm.VDMPipeline.from_pretrained("my-vdm")}
+    exec(blocks[3], scope)
+    assert type(scope["pipe"].scheduler).__name__ == "UniPCMultistepScheduler"
     # the first block is of a model that the demo makes: this one will do
     exec(blocks[0].replace("runs/digits", "my-vdm").replace("250", "2").replace("16", "1"), scope)
     assert scope["images"][0].size == (32, 32)
+
+
+def test_the_table_of_schedulers_is_what_can_be_exported():
+    rows = dict(re.findall(r"^\| `(\w+Scheduler)` \| (.*) \|$", README, flags=re.MULTILINE))
+    assert rows == EXPORTABLE
