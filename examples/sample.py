@@ -2,6 +2,9 @@
 
     python examples/sample.py --model runs/digits
     python examples/sample.py --model user/vdm-cifar10 --num_images 16 --num_inference_steps 1000 --device cuda
+    python examples/sample.py --model runs/digits --sampler dpmsolver++ --num_inference_steps 20
+    python examples/sample.py --model runs/digits --sampler UniPCMultistepScheduler --num_inference_steps 20
+    python examples/sample.py --model runs/digits --sampler ode --rtol 1e-3         # as many steps as that asks for
 
 Writes a grid of the images (and with --images_dir each one as a PNG), and prints a small table. Every image has a
 stream of noise of its own, a function of (seed, index): it does not depend on how many are drawn, nor in what batches.
@@ -25,18 +28,54 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_images", type=int, default=64, help="default: 64")
     parser.add_argument("--batch_size", type=int, default=64, help="images drawn at once (default: 64)")
     parser.add_argument("--num_inference_steps", type=int, default=250, help="default: 250")
+    parser.add_argument(
+        "--sampler",
+        help="ancestral, ddim, dpmsolver++, ode (adaptive), or the name of a scheduler of diffusers (default: the model's)",
+    )
+    parser.add_argument("--rtol", type=float, default=1e-3, help="error of a step of --sampler ode (default: 1e-3)")
     parser.add_argument("--class_labels", type=int, nargs="*", help="classes, repeated until there are enough")
     parser.add_argument("--decode", choices=("mode", "sample"), default="mode", help="of p(x | z_0); default: mode")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="network's")
     options = parser.parse_args(arguments)
-    for name in ("num_images", "batch_size", "num_inference_steps"):
-        if getattr(options, name) < 1:
+    for name in ("num_images", "batch_size", "num_inference_steps", "rtol"):
+        if getattr(options, name) <= 0:
             parser.error(f"--{name} must be positive, got {getattr(options, name)}")
     if Path(options.output).suffix.lower() not in Image.registered_extensions():
         parser.error(f"--output must name an image file, as samples.png, got {options.output}")
     return options
+
+
+def choose_scheduler(scheduler, sampler: str):
+    """The scheduler of a pipeline for a sampler by name."""
+    import diffusers
+
+    if sampler in ("ancestral", "ddim", "dpmsolver++"):
+        return type(scheduler).from_config(scheduler.config, algorithm=sampler)
+    chosen = getattr(diffusers, sampler, None)
+    if chosen is None:
+        raise ValueError(f"--sampler {sampler} is neither ancestral, ddim, dpmsolver++, ode nor a class of diffusers")
+    return scheduler.to_diffusers(chosen)
+
+
+def solve_ode(pipe, generators: list, labels: list[int] | None, rtol: float, decode: str):
+    """Images by the probability-flow ODE, every one with steps of its own: `(B, C, H, W)` in [0, 1]."""
+    import torch
+
+    from diffusers_vdm import diffusion
+    from diffusers_vdm.ode import eps_model, solve
+
+    size, channels = pipe.unet.config.sample_size, pipe.unet.config.in_channels
+    shape = (channels, *((size, size) if isinstance(size, int) else size))
+    z = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(pipe.device)
+    schedule = pipe.scheduler.noise_schedule()
+    labels = None if labels is None else torch.tensor(labels, device=pipe.device)
+    model = eps_model(pipe.unet, schedule, pipe.scheduler.config.prediction_type, labels)
+    gamma_0, gamma_1 = (float(end) for end in schedule.ends())
+    z_0 = solve(model, z, gamma_1, gamma_0, rtol=rtol, atol=rtol).z
+    gamma, levels = torch.tensor(gamma_0, dtype=torch.float64), pipe.config.num_levels
+    return diffusion.decode(z_0, gamma, levels, draw=decode == "sample", generator=generators).float() / (levels - 1)
 
 
 def main(options: argparse.Namespace) -> None:
@@ -51,6 +90,8 @@ def main(options: argparse.Namespace) -> None:
     pipe = VDMPipeline.from_pretrained(options.model).to(device)
     pipe.unet.to(getattr(torch, options.dtype))
     pipe.set_progress_bar_config(leave=False)
+    if options.sampler not in (None, "ode"):
+        pipe.scheduler = choose_scheduler(pipe.scheduler, options.sampler)
     given, labels = options.class_labels, None
     if given:
         labels = [given[i % len(given)] for i in range(options.num_images)]
@@ -59,16 +100,13 @@ def main(options: argparse.Namespace) -> None:
     batches = range(0, options.num_images, options.batch_size)
     for first in tqdm(batches, desc="batches", disable=len(batches) == 1):
         index = range(first, min(first + options.batch_size, options.num_images))
-        images.append(
-            pipe(
-                len(index),
-                options.num_inference_steps,
-                [keyed_generator(options.seed, "sample", i) for i in index],
-                labels and labels[index.start : index.stop],
-                decode=options.decode,
-                output_type="pt",
-            ).images.cpu()
-        )
+        generators = [keyed_generator(options.seed, "sample", i) for i in index]
+        some = labels and labels[index.start : index.stop]
+        if options.sampler == "ode":
+            images.append(solve_ode(pipe, generators, some, options.rtol, options.decode).cpu())
+            continue
+        arguments = {"decode": options.decode, "output_type": "pt"}
+        images.append(pipe(len(index), options.num_inference_steps, generators, some, **arguments).images.cpu())
     images = torch.cat(images)
     seconds = time.perf_counter() - start
 
@@ -80,9 +118,10 @@ def main(options: argparse.Namespace) -> None:
         for i, image in enumerate(pipe.numpy_to_pil(images.permute(0, 2, 3, 1).numpy())):
             image.save(folder / f"{i:05d}.png")
 
+    steps = f"{options.num_inference_steps} steps" if options.sampler != "ode" else f"ODE, rtol {options.rtol}"
     table = [
         ("images", f"{len(images)} of {tuple(images.shape[1:])}, {pipe.config.num_levels} levels"),
-        ("sampler", f"{type(pipe.scheduler).__name__}, {options.num_inference_steps} steps, seed {options.seed}"),
+        ("sampler", f"{type(pipe.scheduler).__name__}, {steps}, seed {options.seed}"),
         ("time", f"{seconds:.1f} s on {device}, {len(images) / seconds:.2f} images/s"),
         ("pixel mean ± std", f"{images.mean():.3f} ± {images.std():.3f} of [0, 1]"),
     ]

@@ -66,6 +66,13 @@ def test_training_leaves_all_that_the_readme_promises_and_sampling_reads_it(tmp_
     assert grid.exists() and len(list((tmp_path / "each").iterdir())) == 3
     assert f"{last['eval_bpd']:.4f}" in done.stdout
 
+    for sampler in ("dpmsolver++", "UniPCMultistepScheduler", "ode"):
+        done = run("sample.py", "--model", out, "--num_images", 2, "--num_inference_steps", 4, "--sampler", sampler,
+                   "--rtol", 0.1, "--output", grid)  # fmt: skip
+        assert ("ODE, rtol 0.1" if sampler == "ode" else "4 steps") in done.stdout
+    done = run("sample.py", "--model", out, "--sampler", "LCMScheduler", "--output", grid, check=False)
+    assert done.returncode == 1 and "cannot be given noise levels" in done.stderr and "Traceback" not in done.stderr
+
     report = tmp_path / "reports" / "r.json"
     done = run("evaluate.py", "--model", out, "--num_samples", 2, "--table", 3, "--output", report)
     told = json.loads(report.read_text())

@@ -1,0 +1,141 @@
+"""How near few steps of each sampler come to 1,000 ancestral steps: energy distances between sets of samples.
+
+    python benchmarks/samplers.py --model runs/digits --output runs/samplers
+
+Energy distance of two sets of images, pixels in [0, 1]: 2 E‖x − y‖ − E‖x − x′‖ − E‖y − y′‖ [Székely & Rizzo 2013]. The
+noise floor
+is that of two sets of 1,000 ancestral steps each; every sampler starts from the same noise, which neither set had.
+Writes samplers.json, a table in Markdown, and a figure of grids.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+import warnings
+from pathlib import Path
+
+import diffusers
+import torch
+
+from diffusers_vdm import VDMPipeline, VDMScheduler
+from diffusers_vdm.diffusers_schedulers import EXPORTABLE
+from diffusers_vdm.diffusion import decode
+from diffusers_vdm.files import write_atomically
+from diffusers_vdm.ode import eps_model, solve
+from diffusers_vdm.randomness import keyed_generator
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--output", default="runs/samplers")
+    parser.add_argument("--num_images", type=int, default=400)
+    parser.add_argument("--num_inference_steps", type=int, nargs="+", default=[10, 20, 50])
+    parser.add_argument("--reference_steps", type=int, default=1000)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def energy_distance(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Of two sets `(N, ...)` and `(M, ...)`; the means run over all pairs, an element with itself among them."""
+    x, y = x.flatten(1).double(), y.flatten(1).double()
+    between, within_x, within_y = (torch.cdist(a, b).mean() for a, b in ((x, y), (x, x), (y, y)))
+    return float(2 * between - within_x - within_y)
+
+
+def main() -> None:
+    o = parse_options()
+    # one of diffusers' schedulers says for every number of steps that it changes an option; NumPy warns of others
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    pipe = VDMPipeline.from_pretrained(o.model).to(o.device)
+    pipe.set_progress_bar_config(leave=False)
+    ours = pipe.scheduler
+    size = pipe.unet.config.sample_size
+    shape = (pipe.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+
+    def noise(seed: int) -> torch.Tensor:
+        rows = [torch.randn(shape, generator=keyed_generator(seed, "z_1", i)) for i in range(o.num_images)]
+        return torch.stack(rows).to(o.device)
+
+    def draw(scheduler, steps: int, seed: int) -> torch.Tensor:
+        pipe.scheduler = scheduler
+        generators = [keyed_generator(seed, "steps", i) for i in range(o.num_images)]
+        arguments = {"batch_size": o.num_images, "num_inference_steps": steps, "output_type": "pt"}
+        return pipe(latents=noise(seed), generator=generators, **arguments).images.cpu()
+
+    reference, again = (draw(ours, o.reference_steps, seed) for seed in (0, 1))
+    floor = energy_distance(reference, again)
+    samplers = {
+        f"ours, {a}": VDMScheduler.from_config(ours.config, algorithm=a) for a in ("ancestral", "ddim", "dpmsolver++")
+    }
+    samplers |= {name: ours.to_diffusers(getattr(diffusers, name)) for name in EXPORTABLE if "Parallel" not in name}
+    rows, grids = [], {}
+    for name, scheduler in samplers.items():
+        row = {"sampler": name}
+        for steps in o.num_inference_steps:
+            images = draw(scheduler, steps, seed=2)
+            row[str(steps)] = energy_distance(images, reference) / floor
+            grids[name, str(steps)] = images[:16]
+        rows.append(row)
+        print(row, flush=True)
+    ode_calls = []
+    row = {"sampler": "ours, adaptive ODE"}
+    gamma_0, gamma_1 = (float(end) for end in ours.noise_schedule().ends())
+    model = eps_model(pipe.unet, ours.noise_schedule(), ours.config.prediction_type)
+    for tolerance, column in ((1e-2, "loose"), (1e-3, "tight")):
+        solution = solve(model, noise(2), gamma_1, gamma_0, rtol=tolerance, atol=tolerance)
+        gamma = torch.tensor(gamma_0, dtype=torch.float64)
+        images = decode(solution.z, gamma, pipe.config.num_levels).float().cpu() / (pipe.config.num_levels - 1)
+        row[column] = energy_distance(images, reference) / floor
+        ode_calls.append(
+            {"tolerance": tolerance, "mean_num_calls": float(solution.num_calls.double().mean()), "ratio": row[column]}
+        )
+    told = {
+        "model": o.model,
+        "num_images": o.num_images,
+        "reference_steps": o.reference_steps,
+        "noise_floor": floor,
+        "distance_over_floor": rows,
+        "adaptive_ode": ode_calls,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+    }
+    output = Path(o.output)
+    output.mkdir(parents=True, exist_ok=True)
+    write_atomically(output / "samplers.json", json.dumps(told, indent=1))
+    columns = [str(steps) for steps in o.num_inference_steps]
+    lines = ["| sampler | " + " | ".join(f"{c} steps" for c in columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    lines += [f"| {row['sampler']} | " + " | ".join(f"{row[c]:.2f}" for c in columns) + " |" for row in rows]
+    table = "\n".join(lines)
+    write_atomically(output / "samplers.md", table + "\n")
+    print(f"noise floor {floor:.4f}\n{table}\n{ode_calls}")
+    draw_grids(grids, list(samplers), columns, reference[:16], output / "samplers.png")
+
+
+def draw_grids(grids: dict, names: list[str], columns: list[str], reference: torch.Tensor, path: Path) -> None:
+    """A row for each sampler, a column for each number of steps."""
+    from matplotlib.figure import Figure
+
+    from diffusers_vdm.plots import image_grid
+
+    figure = Figure(figsize=(2.0 * (len(columns) + 1), 1.0 * len(names) + 0.4), layout="constrained")
+    axes = figure.subplots(len(names), len(columns) + 1, squeeze=False)
+    for line, name in zip(axes, names, strict=True):
+        pictures = [grids[name, column] for column in columns] + [reference]
+        for place, picture, column in zip(line, pictures, [*columns, "1000 ancestral"], strict=True):
+            place.imshow(image_grid(picture, columns=8, scale=4), cmap="gray")
+            place.set(xticks=[], yticks=[])
+            if name == names[0]:
+                place.set_title(column, fontsize=7)
+        line[0].set_ylabel(name.replace("Scheduler", "").replace("Discrete", ""), fontsize=5, rotation=0, ha="right")
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    start = time.perf_counter()
+    main()
+    print(f"{time.perf_counter() - start:.0f} s")
