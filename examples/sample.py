@@ -30,7 +30,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_inference_steps", type=int, default=250, help="default: 250")
     parser.add_argument(
         "--sampler",
-        help="ancestral, ddim, dpmsolver++, ode (adaptive), or the name of a scheduler of diffusers (default: the model's)",
+        help="ancestral, ddim, dpmsolver++, ode (adaptive), or the name of one of diffusers (default: the model's)",
     )
     parser.add_argument("--rtol", type=float, default=1e-3, help="error of a step of --sampler ode (default: 1e-3)")
     parser.add_argument("--class_labels", type=int, nargs="*", help="classes, repeated until there are enough")
