@@ -324,6 +324,8 @@ def load_diffusers(path: str | os.PathLike, scheduler: str | os.PathLike | None 
     except OSError:  # no model_index.json
         network = _loaded(path, UNet2DModel, UNet2DModel)
     else:
+        if index.get("_class_name") == "VDMPipeline":
+            raise ValueError(f"{path} is a VDMPipeline already.")
         parts = {name: value for name, value in index.items() if isinstance(value, list | tuple) and value[0]}
         if set(parts) != {"unet", "scheduler"} or parts["unet"][1] not in ("UNet2DModel", "VDMUNet2DModel"):
             raise ValueError(
@@ -336,6 +338,15 @@ def load_diffusers(path: str | os.PathLike, scheduler: str | os.PathLike | None 
         theirs = _loaded(str(scheduler), diffusers.DDPMScheduler, diffusers.SchedulerMixin)
     if theirs is None:
         raise ValueError(f"{path} is a network alone; give the scheduler that it was trained with (--scheduler).")
+    if network.config.out_channels != network.config.in_channels:
+        raise ValueError(
+            f"{path} predicts {network.config.out_channels} channels for {network.config.in_channels}, variances too; "
+            "a VDMPipeline has none. Its likelihood: evaluate_bpd(unet, scheduler, images)."
+        )
+    refuse(
+        f"{path}: weights",
+        [f"{n} holds NaN or infinity" for n, p in network.state_dict().items() if not p.isfinite().all()],
+    )
     ours = scheduler_of(theirs)
     with torch.random.fork_rng(devices=[]):  # the fresh weights are replaced at once
         unet = VDMUNet2DModel.from_config(dict(network.config))
@@ -355,27 +366,23 @@ def _loaded(path: str, reader: type, base: type):
 def scheduler_of(theirs) -> LinearBetaScheduler | VDMScheduler:
     """Our scheduler with the betas of one of diffusers': [`LinearBetaScheduler`], or [`VDMScheduler.from_diffusers`].
 
-    Raises: `ValueError` where it has no usable table of betas, or changes x̂ by more than a clip.
+    What has no counterpart is printed. Raises: `ValueError` where it has no usable table of betas, or thresholds x̂.
     """
-    config = theirs.config
-    if config.get("thresholding", False):
-        raise ValueError("thresholding=True scales x̂ by what else is in the image; it has no counterpart here.")
-    linear = config.get("beta_schedule") == "linear" and config.get("trained_betas") is None
-    if not linear or config.get("rescale_betas_zero_snr", False):
+    config, kept = theirs.config, {}
+    plain = config.get("beta_schedule") == "linear" and config.get("trained_betas") is None
+    if plain and not config.get("rescale_betas_zero_snr", False) and not config.get("thresholding", False):
+        names = ("num_train_timesteps", "beta_start", "beta_end")
+        optional = ("prediction_type", "clip_sample", "clip_sample_range", "timestep_spacing")
+        kept = {name: config[name] for name in (*names, *(name for name in optional if name in config))}
+        ours = LinearBetaScheduler(**kept, rescale_betas=False)
+        said = f"LinearBetaScheduler with {kept}, rescale_betas False"
+    else:
         ours = VDMScheduler.from_diffusers(theirs)
-        print(f"scheduler: VDMScheduler with the {len(ours)} levels of {type(theirs).__name__}, timestep_type index")
-        return ours
-    names = ("num_train_timesteps", "beta_start", "beta_end")
-    kept = {name: config[name] for name in names}
-    optional = ("prediction_type", "clip_sample", "clip_sample_range", "timestep_spacing")
-    kept |= {name: config[name] for name in optional if name in config}
-    left = {"variance_type": ("fixed_small", "fixed_small_log"), "steps_offset": (0,), "eta": (None,)}
-    behind = {name: config[name] for name, same in left.items() if name in config and config[name] not in same}
-    print(
-        f"scheduler: LinearBetaScheduler with {kept}, rescale_betas False"
-        + (f"; left behind: {behind}" * bool(behind))
-    )
-    return LinearBetaScheduler(**kept, rescale_betas=False)
+        said = f"VDMScheduler with the {len(ours)} levels of {type(theirs).__name__}, timestep_type index"
+    same = {"variance_type": ("fixed_small", "fixed_small_log"), "steps_offset": (0,), "eta": (None,)}
+    behind = {name: config[name] for name, values in same.items() if name in config and config[name] not in values}
+    print(f"scheduler: {said}" + (f"; left behind: {behind}" * bool(behind)))
+    return ours
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------

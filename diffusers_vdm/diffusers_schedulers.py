@@ -22,17 +22,17 @@ EXPORTABLE = {
     "DDPMParallelScheduler": "as DDPMScheduler",
     "DDIMScheduler": "the same steps as VDMScheduler(algorithm='ddim') at the same levels",
     "DDIMParallelScheduler": "as DDIMScheduler",
-    "PNDMScheduler": "one call more than steps; takes no generator, so not in the stock DDPMPipeline",
+    "PNDMScheduler": "one call more than steps; ε and v only; takes no generator, so not in the stock DDPMPipeline",
     "DPMSolverMultistepScheduler": "DPM-Solver++ 2M; whole timesteps",
     "DPMSolverSinglestepScheduler": "whole timesteps; may change the last step to first order, and says so",
     "UniPCMultistepScheduler": "whole timesteps",
     "DEISMultistepScheduler": "ends at the cleanest level of the table, not at x̂; whole timesteps",
     "SASolverScheduler": "stochastic; ends at the cleanest level of the table; whole timesteps",
     "EulerDiscreteScheduler": "starts from σ_max ε, a share 1/√(1 + 1/σ_max²) of the right scale",
-    "EulerAncestralDiscreteScheduler": "stochastic; starts as EulerDiscreteScheduler",
-    "HeunDiscreteScheduler": "two calls a step; starts as EulerDiscreteScheduler",
-    "KDPM2DiscreteScheduler": "two calls a step; starts as EulerDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler": "stochastic; two calls a step; starts as EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler": "stochastic; ε and v only; starts as EulerDiscreteScheduler",
+    "HeunDiscreteScheduler": "two calls a step; poor at few steps of uneven levels; starts as EulerDiscreteScheduler",
+    "KDPM2DiscreteScheduler": "two calls a step; ε and v only; starts as EulerDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler": "stochastic; two calls a step; ε and v only; starts as EulerDiscreteScheduler",
     "LMSDiscreteScheduler": "starts as EulerDiscreteScheduler",
 }
 # arguments that would change the levels
@@ -47,9 +47,7 @@ def noise_schedule_of(scheduler: ConfigMixin) -> NoiseSchedule:
 
     Raises: `ValueError` for schedulers without a usable table of betas.
     """
-    if inspect.isclass(scheduler):
-        raise TypeError(f"scheduler must be an object, got the class {scheduler.__name__}.")
-    if hasattr(scheduler, "noise_schedule"):
+    if hasattr(scheduler, "noise_schedule") and not inspect.isclass(scheduler):
         return scheduler.noise_schedule()
     return BetaGamma(diffusers_betas(scheduler).tolist())
 
@@ -59,6 +57,8 @@ def diffusers_betas(scheduler: ConfigMixin) -> torch.Tensor:
 
     Raises: `ValueError` for schedulers without a usable table of betas.
     """
+    if inspect.isclass(scheduler):
+        raise TypeError(f"scheduler must be an object, got the class {scheduler.__name__}.")
     config = getattr(scheduler, "config", {})
     if config.get("rescale_betas_zero_snr", False):
         raise ValueError("rescale_betas_zero_snr leaves no signal at the last step: ε̂ says nothing of x there.")

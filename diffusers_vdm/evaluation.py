@@ -248,7 +248,8 @@ def _chain(scheduler, num_steps, timesteps, convention, clip_sample: bool | None
         if convention == "ddpm":
             raise ValueError("a VDMScheduler has no DDPM decoder; use convention='vdm'.")
         if own is None:
-            steps = _steps(1000 if num_steps is None else num_steps)
+            table = scheduler.config.timestep_type == "index"
+            steps = _steps((len(scheduler) - 1 if table else 1000) if num_steps is None else num_steps)
             gammas = schedule(torch.arange(steps + 1, dtype=torch.float64) / steps)
         else:
             gammas = scheduler._gammas_at(own)

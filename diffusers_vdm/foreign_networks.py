@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +48,9 @@ class ForeignNetwork:
     def unet(self, exponents: tuple[int, ...], **more) -> VDMUNet2DModel:
         """The network without memory for its weights, which are put in as they are."""
         with_features = self.colours * (1 + 2 * len(exponents))
+        size = more.get("sample_size", 32)
+        if not isinstance(size, int) or not 1 <= size <= 2**14:
+            raise ValueError(f"sample_size must be an integer within [1, {2**14}], got {size!r}.")
         if self.inputs not in (self.colours, with_features) or self.num_blocks < 1:
             raise ValueError(
                 f"{self.path}: of {self.colours} colours, conv_in must take {self.colours} channels, or "
@@ -79,6 +83,8 @@ class ForeignNetwork:
                 wrong.append(f"{theirs} has shape {tuple(tensor.shape)} and not {expected}")
             else:
                 state[ours] = convert(ours, tensor, shapes[ours])
+                if not bool(state[ours].isfinite().all()):
+                    wrong.append(f"{theirs} holds NaN or infinity")
         refuse(f"{self.path}: not this network ({self})", wrong + [f"{name} has no place" for name in self.tensors])
         return state
 
@@ -93,6 +99,9 @@ def some(items: list[str], separator: str = ", ") -> str:
 
 
 def filled_pipeline(unet: VDMUNet2DModel, state: dict, schedule: NoiseSchedule) -> VDMPipeline:
+    ends = [float(end.detach()) for end in schedule.ends()]
+    if max(map(abs, ends)) > 100:
+        raise ValueError(f"γ from {ends[0]:.6g} to {ends[1]:.6g} is no noise schedule: log SNR is within ±100.")
     for key, parameter in unet.named_parameters():
         if key.endswith("time_emb_proj.bias"):  # theirs has none
             state[key] = torch.zeros(parameter.shape)
@@ -174,9 +183,8 @@ def whole_folder(folder: str | os.PathLike) -> Iterator[Path]:
     """A folder to write into, which gets its name when everything is in it."""
     folder = check_new(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    new = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
+    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    new.chmod(0o755)
     try:
         yield new
         if folder.exists():

@@ -16,7 +16,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  diffusers looks for it in the module
 
 from .diffusers_schedulers import betas_of_gammas, diffusers_betas
-from .diffusion import PredictionType, gammas_from_betas
+from .diffusion import PredictionType, gammas_from_betas, linear_betas
 from .gamma_scheduler import Algorithm, GammaScheduler, VDMSchedulerOutput  # noqa: F401
 from .noise_schedules import BetaGamma, LinearBetaGamma, NoiseSchedule, TableGamma, check_ends, check_gamma_table
 
@@ -115,7 +115,11 @@ class VDMScheduler(GammaScheduler):
 
         Raises: `ValueError` for schedulers without a usable table of betas.
         """
+        if isinstance(scheduler, GammaScheduler):
+            raise TypeError(f"scheduler must be one of diffusers', got our {type(scheduler).__name__}.")
         gammas = gammas_from_betas(diffusers_betas(scheduler))
+        if scheduler.config.get("thresholding", False):
+            raise ValueError("thresholding=True scales x̂ by what else is in the image; it has no counterpart here.")
         settings = {
             "prediction_type": scheduler.config.get("prediction_type", "epsilon"),
             "clip_sample": scheduler.config.get("clip_sample", False),
@@ -219,6 +223,23 @@ class LinearBetaScheduler(GammaScheduler):
         self._schedule = LinearBetaGamma(num_train_timesteps, beta_start, beta_end, rescale_betas)
         self._gammas = self._schedule.table()
         self._init_chain(prediction_type, clip_sample_range)
+
+    @classmethod
+    def from_config(cls, config=None, return_unused_kwargs: bool = False, **kwargs):
+        """As [`GammaScheduler.from_config`]; a table of betas is taken where it is that of linear ones.
+
+        So a scheduler that was swapped for one of diffusers by `from_config` can be swapped back.
+        """
+        if isinstance(config, dict) and "beta_schedule" in config and config.get("trained_betas") is not None:
+            table = torch.as_tensor(config["trained_betas"], dtype=torch.float64)
+            first, last, total = config.get("beta_start", 1e-4), config.get("beta_end", 0.02), len(table)
+            for rescale in (False, True):
+                if total < 2 or (rescale and last * 1000 / total >= 1):
+                    continue
+                if torch.allclose(table, linear_betas(total, first, last, rescale), rtol=1e-6, atol=0):
+                    config = {**config, "trained_betas": None, "rescale_betas": rescale}
+                    break
+        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     @classmethod
     def from_noise_schedule(cls, noise_schedule: LinearBetaGamma, **kwargs) -> LinearBetaScheduler:

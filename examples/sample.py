@@ -47,10 +47,18 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def as_ours(scheduler):
+    """One of ours as it is, and one of diffusers as a table of the same levels."""
+    from diffusers_vdm import VDMScheduler
+
+    return scheduler if hasattr(scheduler, "noise_schedule") else VDMScheduler.from_diffusers(scheduler)
+
+
 def choose_scheduler(scheduler, sampler: str):
     """The scheduler of a pipeline for a sampler by name."""
     import diffusers
 
+    scheduler = as_ours(scheduler)
     if sampler in ("ancestral", "ddim", "dpmsolver++"):
         return type(scheduler).from_config(scheduler.config, algorithm=sampler)
     chosen = getattr(diffusers, sampler, None)
@@ -69,9 +77,10 @@ def solve_ode(pipe, generators: list, labels: list[int] | None, rtol: float, dec
     size, channels = pipe.unet.config.sample_size, pipe.unet.config.in_channels
     shape = (channels, *((size, size) if isinstance(size, int) else size))
     z = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(pipe.device)
-    schedule = pipe.scheduler.noise_schedule()
+    scheduler = as_ours(pipe.scheduler)
+    schedule = scheduler.noise_schedule()
     labels = None if labels is None else torch.tensor(labels, device=pipe.device)
-    model = eps_model(pipe.unet, schedule, pipe.scheduler.config.prediction_type, labels)
+    model = eps_model(pipe.unet, schedule, scheduler.config.prediction_type, labels)
     gamma_0, gamma_1 = (float(end) for end in schedule.ends())
     z_0 = solve(model, z, gamma_1, gamma_0, rtol=rtol, atol=rtol).z
     gamma, levels = torch.tensor(gamma_0, dtype=torch.float64), pipe.config.num_levels
@@ -140,5 +149,5 @@ def main(options: argparse.Namespace) -> None:
 if __name__ == "__main__":
     try:
         main(parse_options())
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
         raise SystemExit(f"sample.py: {error}") from error

@@ -137,6 +137,17 @@ def test_from_config_of_their_schedulers_takes_our_levels(kind, tmp_path):
     torch.testing.assert_close(again._gammas_at(torch.arange(1000)), gammas, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("total", [200, 1000])
+def test_a_swap_by_from_config_can_be_undone(total):
+    ours = LinearBetaScheduler(total)
+    for cls in (DDIMScheduler, DDPMScheduler):
+        there = cls.from_config(ours.config)
+        back = LinearBetaScheduler.from_config(there.config)
+        torch.testing.assert_close(back.betas, ours.betas, rtol=1e-9, atol=0)
+    with pytest.raises(ValueError, match="trained_betas"):
+        LinearBetaScheduler.from_config(DDIMScheduler(3, trained_betas=[0.1, 0.2, 0.5]).config)
+
+
 def test_our_own_configs_follow_changes():
     changed = VDMScheduler.from_config(VDMScheduler().config, gamma_min=-9.0)
     assert changed.config.trained_betas[0] == pytest.approx(1 / (1 + math.exp(9)))
@@ -199,6 +210,18 @@ def test_a_ddpm_network_samples_and_has_a_bound_by_it():
         VDMScheduler(timestep_type="index")
     with pytest.raises(ValueError, match="timestep_type must be one of"):
         VDMScheduler(timestep_type="sigma")
+
+
+def test_what_cannot_be_taken_over_is_told():
+    for scheduler, error, message in (
+        (VDMScheduler(), TypeError, "must be one of diffusers'"),
+        (DDPMScheduler, TypeError, "got the class DDPMScheduler"),
+        (DDPMScheduler(thresholding=True), ValueError, "thresholding"),
+        (DDPMScheduler(rescale_betas_zero_snr=True), ValueError, "no signal"),
+        (diffusers.EDMEulerScheduler(), ValueError, "no table of betas"),
+    ):
+        with pytest.raises(error, match=message):
+            VDMScheduler.from_diffusers(scheduler)
 
 
 def test_betas_and_gammas_are_inverse():
