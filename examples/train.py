@@ -132,7 +132,7 @@ def main(o: argparse.Namespace) -> None:
     )
 
     def evaluate(num_samples: int, num_images: int | None):
-        labels = test.labels if unet.config.num_class_embeds is not None else None
+        labels = test.labels[:num_images] if unet.config.num_class_embeds is not None else None
         with training.ema_weights(ema, parameters):
             return evaluate_bound(
                 bound,
