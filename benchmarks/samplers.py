@@ -122,7 +122,7 @@ def draw_grids(grids: dict, names: list[str], columns: list[str], reference: tor
 
     from diffusers_vdm.plots import image_grid
 
-    figure = Figure(figsize=(2.0 * (len(columns) + 1), 1.0 * len(names) + 0.4), layout="constrained")
+    figure = Figure(figsize=(2.0 * (len(columns) + 1), 0.55 * len(names) + 0.4), layout="constrained")
     axes = figure.subplots(len(names), len(columns) + 1, squeeze=False)
     for line, name in zip(axes, names, strict=True):
         pictures = [grids[name, column] for column in columns] + [reference]
