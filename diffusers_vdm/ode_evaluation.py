@@ -94,8 +94,8 @@ def evaluate_ode(
             costs about 0.03 bits/dim; `"decoder"` is the z_0 and the p(x|z_0) of the variational bound.
         num_samples (`int`, defaults to 1): repeats, each with noise of its own.
         num_importance_samples (`int`, defaults to 1): K of the importance-weighted bound. With `"hutchinson"` it needs
-            `num_probes` of 2 or more, see [`cross_fitted_bpd`]: noisy weights taken as they are give no bound (on
-            the digits 0.19 bits/dim better at K = 16 with one probe).
+            `num_probes` of 2 or more, see [`cross_fitted_bpd`]: noisy weights taken as they are give no bound. (On
+            the digits they read 0.19 bits/dim less at K = 16 with one probe.)
         divergence, num_probes, rtol, atol, max_steps: see [`log_prob_nats`]; probes are ±1.
         batch_size, seed, device, accelerator, resume_dir, progress_bar: as in `evaluate_bound`.
 
