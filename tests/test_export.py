@@ -68,7 +68,7 @@ def draw(scheduler, denoiser, z, num_steps=None, generator=None, **more):
 # ---- to diffusers ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", SCHEDULERS)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] * (k != "learned")) for k in SCHEDULERS])
 @pytest.mark.parametrize("name", EXPORTABLE)
 def test_every_exported_scheduler_reaches_the_data(name, kind):
     """Mean and covariance of a mixture with the exact denoiser; stochastic ones need more steps."""
