@@ -362,3 +362,17 @@ def test_an_interrupted_evaluation_goes_on(tmp_path):
         evaluate_bpd(network, scheduler, data, resume_dir=tmp_path, **{**arguments, "seed": 4})
     with pytest.raises(ValueError, match="images was"):
         evaluate_bpd(network, scheduler, data.flip(0), resume_dir=tmp_path, **arguments)
+
+
+class Infinite(Network):
+    def forward(self, z, timestep, return_dict=False):
+        out = super().forward(z, timestep)[0].clone()
+        out[0, 0, 0, 0] = math.inf
+        return (out,)
+
+
+def test_an_infinite_number_is_told_again_when_the_evaluation_goes_on(tmp_path):
+    """Not taken from disk as if it were done."""
+    for _ in range(2):
+        with pytest.raises(ValueError, match="image 0 is not finite"):
+            evaluate_bpd(Infinite(), DDPMScheduler(20), images(1), resume_dir=tmp_path, progress_bar=False)
