@@ -28,7 +28,18 @@ from .diffusers_schedulers import noise_schedule_of
 from .diffusion import to_high_precision
 from .gamma_scheduler import GammaScheduler
 from .randomness import keyed_noise
-from .rows import Rows, batches, check_class_labels, check_images, check_rows_finite, fingerprint, identity_of
+from .rows import (
+    Rows,
+    batches,
+    check_class_labels,
+    check_images,
+    check_rows_finite,
+    device_of,
+    evaluating,
+    fingerprint,
+    identity_of,
+    value_so_far,
+)
 from .schedulers import VDMScheduler
 from .step_selection import best_levels
 
@@ -144,7 +155,7 @@ def evaluate_bpd(
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}.")
     if device is None:
-        device = next((p.device for p in unet.parameters()), torch.device("cpu"))
+        device = device_of(unet)
     n, total = len(images), len(chain.gammas)
     identity = None
     if resume_dir is not None:
@@ -156,24 +167,18 @@ def evaluate_bpd(
     rows = Rows(2 + 2 * total, accelerator=accelerator, resume_dir=resume_dir, identity=identity)
     rows.grow(n)
     mine = rows.mine(0, n)
-    modes = {module: module.training for module in unet.modules()}
-    unet.eval()
-    try:
-        hidden = not progress_bar or rows.rank > 0
-        with tqdm(total=len(mine) * total, unit="call", disable=hidden, leave=False) as bar:
-            for _, index, row in batches(mine, n, batch_size):
-                labels = None if class_labels is None else class_labels[index].to(device)
-                _evaluate_chain(unet, chain, images[index].to(device), labels, index, seed, rows, bar)
-                check_rows_finite(rows.values[row], index)
-                bits = rows.values[:, : 2 + total].sum(1)
-                bits = bits[~bits.isnan()]
-                error = f" ± {float(bits.std()) / math.sqrt(len(bits)):.4f}" if len(bits) > 1 else ""
-                bar.set_description(f"{float(bits.mean()):.4f}{error} bits/dim")
+    hidden = not progress_bar or rows.rank > 0
+    with (
+        evaluating(unet, rows),
+        tqdm(total=len(mine) * total, unit="call", disable=hidden, leave=False) as bar,
+    ):
+        for _, index, row in batches(mine, n, batch_size):
+            labels = None if class_labels is None else class_labels[index].to(device)
+            _evaluate_chain(unet, chain, images[index].to(device), labels, index, seed, rows, bar)
+            check_rows_finite(rows.values[row], index)
+            bits = rows.values[:, : 2 + total].sum(1)
+            bar.set_description(value_so_far(bits[~bits.isnan()]))
         table = rows.share(0, n)
-    finally:
-        rows.keep(now=True)
-        for module, mode in modes.items():
-            module.training = mode
     terms, per_image = table[:, 2 : 2 + total], table[:, : 2 + total].sum(1)
     return BpdEvaluation(
         bpd=float(per_image.mean()),

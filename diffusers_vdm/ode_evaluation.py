@@ -22,7 +22,17 @@ from .diffusion import PredictionType
 from .noise_schedules import NoiseSchedule
 from .ode import Divergence, SampleError, eps_model, log_prob_nats
 from .randomness import keyed_generator
-from .rows import Rows, batches, check_class_labels, check_images, check_rows_finite, identity_of
+from .rows import (
+    Rows,
+    batches,
+    check_class_labels,
+    check_images,
+    check_rows_finite,
+    device_of,
+    evaluating,
+    identity_of,
+    value_so_far,
+)
 
 
 @dataclass
@@ -124,7 +134,7 @@ def evaluate_ode(
     check_class_labels(class_labels, images, unet)
     gamma_start, gamma_end = dequantization_start(dequantization, noise_schedule, num_levels)
     if device is None:
-        device = next((p.device for p in unet.parameters()), torch.device("cpu"))
+        device = device_of(unet)
     settings = {
         "num_samples": num_samples,
         "num_importance_samples": num_importance_samples,
@@ -155,8 +165,6 @@ def evaluate_ode(
     rows = Rows(1 + columns, accelerator=accelerator, resume_dir=resume_dir, identity=identity)
     rows.grow(num_samples * n)
     mine = rows.mine(0, num_samples * n)
-    modes = {module: module.training for module in unet.modules()}
-    unet.eval()
 
     def draws(repeat: int, index: torch.Tensor) -> torch.Tensor:
         """Calls, and K log-weights in nats, of some images."""
@@ -183,23 +191,17 @@ def evaluate_ode(
             log_weights.extend(log_prob + rest)
         return torch.stack([solution.num_calls.double(), *log_weights], 1)
 
-    try:
-        with tqdm(total=len(mine), unit="img", disable=not progress_bar or rows.rank > 0, leave=False) as bar:
-            for repeat, index, row in batches(mine, n, batch_size):
-                try:
-                    rows.values[row] = check_rows_finite(draws(repeat, index), index)
-                except SampleError as error:
-                    raise ValueError(f"image {int(index[error.sample])}: {error}") from error
-                rows.keep()
-                bar.update(len(row))
-                bits = bits_of(rows.values[~rows.values.isnan().any(1), 1:])
-                error = float(bits.std() / math.sqrt(len(bits))) if len(bits) > 1 else math.nan
-                bar.set_description(f"{float(bits.mean()):.4f} ± {error:.4f} bits/dim")
+    hidden = not progress_bar or rows.rank > 0
+    with evaluating(unet, rows), tqdm(total=len(mine), unit="img", disable=hidden, leave=False) as bar:
+        for repeat, index, row in batches(mine, n, batch_size):
+            try:
+                rows.values[row] = check_rows_finite(draws(repeat, index), index)
+            except SampleError as error:
+                raise ValueError(f"image {int(index[error.sample])}: {error}") from error
+            rows.keep()
+            bar.update(len(row))
+            bar.set_description(value_so_far(bits_of(rows.values[~rows.values.isnan().any(1), 1:])))
         values = rows.share(0, num_samples * n).view(num_samples, n, -1)
-    finally:
-        rows.keep(now=True)
-        for module, mode in modes.items():
-            module.training = mode
     bits = bits_of(values[..., 1:].flatten(0, 1)).view(num_samples, n)
     per_image, draws_stderr = bits.mean(0), math.nan
     if num_samples > 1:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,32 @@ def check_class_labels(class_labels: torch.Tensor | None, images: torch.Tensor, 
         low, high = int(class_labels.min()), int(class_labels.max())
         if low < 0 or high >= highest:
             raise ValueError(f"class_labels must be within [0, {highest}), got values from {low} to {high}.")
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Where the weights are; the CPU for a network without any."""
+    return next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+
+
+def value_so_far(bits: torch.Tensor) -> str:
+    """What a progress bar says of some bits/dim: their mean and, of two or more, its standard error."""
+    error = f" ± {float(bits.std()) / math.sqrt(len(bits)):.4f}" if len(bits) > 1 else ""
+    return f"{float(bits.mean()):.4f}{error} bits/dim"
+
+
+@contextmanager
+def evaluating(network: nn.Module, rows: Rows) -> Iterator[None]:
+    """`network` in `eval()` mode, module by module put back after; where the work is interrupted, `rows` are kept."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    except BaseException:
+        rows.keep(now=True)  # what went to its end was kept by `share`
+        raise
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def batches(rows: torch.Tensor, num_images: int, batch_size: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:

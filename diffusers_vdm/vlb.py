@@ -24,7 +24,17 @@ from .diffusion import PredictionType, to_high_precision
 from .noise_schedules import NoiseSchedule
 from .objective import Objective, SimpleObjective, SimpleObjectiveOutput, check_times  # noqa: F401
 from .randomness import keyed_generator, keyed_noise, lattice_times, stratified_times
-from .rows import Rows, batches, check_class_labels, check_images, check_rows_finite, identity_of
+from .rows import (
+    Rows,
+    batches,
+    check_class_labels,
+    check_images,
+    check_rows_finite,
+    device_of,
+    evaluating,
+    identity_of,
+    value_so_far,
+)
 
 
 @dataclass
@@ -264,7 +274,7 @@ def evaluate_bound(
     check_images(images, bound.num_levels, bound.unet)
     check_class_labels(class_labels, images, bound.unet)
     if device is None:
-        device = next((p.device for p in bound.parameters()), torch.device("cpu"))
+        device = device_of(bound)
     n, pilot = len(images), max(2, num_samples // 4) if importance_sampling else 0
     if target_stderr_bpd is not None:
         num_samples = max(num_samples, min(_MIN_SAMPLES_TO_STOP, max_samples))
@@ -276,37 +286,33 @@ def evaluate_bound(
     rows = Rows(len(_COLUMNS), accelerator=accelerator, resume_dir=resume_dir, identity=identity)
     bar_class = progress_bar if callable(progress_bar) else tqdm
     hidden = progress_bar is False or rows.rank > 0
-    modes = {module: module.training for module in bound.modules()}
-    bound.eval()
     warp, done = None, 0
     rows.grow(num_samples * n)
     total, running = len(rows.mine(0, num_samples * n)), _Running(rows.values, n)
-    try:
-        with bar_class(total=total, desc="bits/dim", unit="img", disable=hidden, leave=False) as bar:
-            while done < num_samples:
-                stop = pilot if done < pilot < num_samples else num_samples
-                for repeat, index, row in batches(rows.mine(done * n, stop * n), n, batch_size):
-                    draws = _evaluate_rows(bound, images, class_labels, repeat, index, seed, warp, device)
-                    rows.values[row] = check_rows_finite(draws, index)
-                    rows.keep()
-                    bar.update(len(row))
-                    bar.set_description(running.text(repeat, draws))
-                values = rows.share(done * n, stop * n)
-                done = stop
-                if done == pilot:
-                    warp = _importance_warp(values[:, _COLUMNS.index("t")], values[:, _COLUMNS.index("diffusion")])
-                result = _summarise(rows.values[: done * n].view(done, n, -1), bound.num_timesteps)
-                if done == num_samples and target_stderr_bpd is not None and done < max_samples:
-                    # as many as the error asks for, in at most doublings: the first error is a rough one
-                    wanted = math.ceil(done * min(result.stderr_bpd / target_stderr_bpd, 2) ** 2)
-                    if result.stderr_bpd > target_stderr_bpd:
-                        num_samples = min(max(wanted, done + 1), 2 * done, max_samples)
-                        rows.grow(num_samples * n)
-                        bar.total += len(rows.mine(done * n, num_samples * n))
-    finally:
-        rows.keep(now=True)
-        for module, mode in modes.items():
-            module.training = mode
+    with (
+        evaluating(bound, rows),
+        bar_class(total=total, desc="bits/dim", unit="img", disable=hidden, leave=False) as bar,
+    ):
+        while done < num_samples:
+            stop = pilot if done < pilot < num_samples else num_samples
+            for repeat, index, row in batches(rows.mine(done * n, stop * n), n, batch_size):
+                draws = _evaluate_rows(bound, images, class_labels, repeat, index, seed, warp, device)
+                rows.values[row] = check_rows_finite(draws, index)
+                rows.keep()
+                bar.update(len(row))
+                bar.set_description(running.text(repeat, draws))
+            values = rows.share(done * n, stop * n)
+            done = stop
+            if done == pilot:
+                warp = _importance_warp(values[:, _COLUMNS.index("t")], values[:, _COLUMNS.index("diffusion")])
+            result = _summarise(rows.values[: done * n].view(done, n, -1), bound.num_timesteps)
+            if done == num_samples and target_stderr_bpd is not None and done < max_samples:
+                # as many as the error asks for, in at most doublings: the first error is a rough one
+                wanted = math.ceil(done * min(result.stderr_bpd / target_stderr_bpd, 2) ** 2)
+                if result.stderr_bpd > target_stderr_bpd:
+                    num_samples = min(max(wanted, done + 1), 2 * done, max_samples)
+                    rows.grow(num_samples * n)
+                    bar.total += len(rows.mine(done * n, num_samples * n))
     return result
 
 
@@ -324,8 +330,7 @@ class _Running:
         self.sums[repeat] += float(draws[:, :3].sum())
         self.counts[repeat] += len(draws)
         means = torch.tensor([s / c for s, c in zip(self.sums, self.counts, strict=True) if c], dtype=torch.float64)
-        error = f" ± {float(means.std()) / math.sqrt(len(means)):.4f}" if len(means) > 1 else ""
-        return f"{float(means.mean()):.4f}{error} bits/dim"
+        return value_so_far(means)
 
 
 def _evaluate_rows(bound, images, class_labels, repeat, index, seed, warp, device) -> torch.Tensor:
