@@ -153,11 +153,11 @@ def load_model(name: str):
 
 
 def load_data(o: argparse.Namespace, num_levels: int, progress_bar: bool):
-    from diffusers_vdm import training
+    from diffusers_vdm.images import load_digits_split, load_images
 
     if o.dataset_name is None and o.data_dir is None:
         name, start, stop = DIGITS_SPLIT.fullmatch(o.split).groups()
-        data = training.load_digits_split()[name == "test"]
+        data = load_digits_split()[name == "test"]
         if start or stop:
             part = slice(int(start) if start else None, int(stop) if stop else None)
             data = replace(data, images=data.images[part], labels=data.labels[part], name=f"{data.name}, {o.split}")
@@ -166,7 +166,7 @@ def load_data(o: argparse.Namespace, num_levels: int, progress_bar: bool):
     else:
         names = ("resolution", "center_crop", "image_mode", "image_column", "label_column", "cache_dir", "seed")
         try:
-            data = training.load_images(
+            data = load_images(
                 o.dataset_name or o.data_dir,
                 o.split,
                 config_name=o.dataset_config_name,

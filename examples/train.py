@@ -57,7 +57,8 @@ def main(o: argparse.Namespace) -> None:
     from diffusers.training_utils import EMAModel
     from tqdm.auto import tqdm
 
-    from diffusers_vdm import training
+    from diffusers_vdm import checkpoints, training
+    from diffusers_vdm.images import histogram_bpd as histogram_of
     from diffusers_vdm.vlb import SimpleObjective, VariationalBound, evaluate_bound
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = o.allow_tf32
@@ -110,8 +111,10 @@ def main(o: argparse.Namespace) -> None:
     start, logged, loss_sum = 0, 0, 0.0
     if o.resume_from_checkpoint:
         with told_to_the_user():
-            folder = training.find_checkpoint(out, o.resume_from_checkpoint)
-            state = training.restore(folder, objective, optimizer, lr_scheduler, ema, describe(o, train, global_rows))
+            folder = checkpoints.find_checkpoint(out, o.resume_from_checkpoint)
+            state = checkpoints.restore(
+                folder, objective, optimizer, lr_scheduler, ema, describe(o, train, global_rows)
+            )
         start, logged, loss_sum = state["step"], *(state["run"][name] for name in ("logged", "loss_sum"))
         accelerator.print(f"going on from {folder}")
     if start >= total:
@@ -119,12 +122,12 @@ def main(o: argparse.Namespace) -> None:
     if is_main:
         out.mkdir(parents=True, exist_ok=True)
         if start == 0:  # --overwrite_output_dir: nothing of the other run may be taken for this one's
-            training.remove_checkpoints(out)
+            checkpoints.remove_checkpoints(out)
         training.write_atomically(out / "options.json", json.dumps(describe(o, train, global_rows), indent=2))
         training.truncate_metrics(out / "metrics.jsonl", start)
     plain = {k: v for k, v in vars(o).items() if isinstance(v, int | float | str) and k != "hub_token"}
     accelerator.init_trackers("train", plain)
-    histogram_bpd = training.histogram_bpd(train, test)
+    histogram_bpd = histogram_of(train, test)
     accelerator.print(
         f"{train.name} / {test.name}: {len(train)} / {len(test)} images of {tuple(train.images.shape[1:])}\n"
         f"{sum(p.numel() for p in unet.parameters()):,} parameters, {type(noise_schedule).__name__}: "
@@ -192,7 +195,7 @@ def main(o: argparse.Namespace) -> None:
             loss_sum = accelerator.reduce(loss_sum, "mean")
             if is_main:
                 run = describe(o, train, global_rows) | {"logged": logged, "loss_sum": float(loss_sum)}
-                training.save(out, done, objective, optimizer, lr_scheduler, ema, run, o.checkpoints_total_limit)
+                checkpoints.save(out, done, objective, optimizer, lr_scheduler, ema, run, o.checkpoints_total_limit)
         due = [epochs and done % (epochs * epoch) == 0 for epochs in (o.save_images_epochs, o.save_model_epochs)]
         if is_main and any(due) and done < total:
             with training.ema_weights(ema, parameters):

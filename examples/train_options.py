@@ -199,10 +199,10 @@ def check_options(o: argparse.Namespace) -> None:
 
 
 def load_data(o: argparse.Namespace, progress_bar: bool):
-    from diffusers_vdm import training
+    from diffusers_vdm.images import load_digits_split, load_images
 
     if o.digits:
-        return training.load_digits_split()
+        return load_digits_split()
     shared = {
         name: getattr(o, name)
         for name in ("resolution", "center_crop", "image_mode", "image_column", "label_column", "cache_dir", "seed")
@@ -211,7 +211,7 @@ def load_data(o: argparse.Namespace, progress_bar: bool):
     path = o.dataset_name or o.train_data_dir
     try:
         return tuple(
-            training.load_images(path, s, is_folder=bool(o.train_data_dir), progress_bar=progress_bar, **shared)
+            load_images(path, s, is_folder=bool(o.train_data_dir), progress_bar=progress_bar, **shared)
             for s in (o.train_split, o.eval_split)
         )
     except ValueError as error:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_vdm import VariationalBound, VDMPipeline, evaluate_bound, training
+from diffusers_vdm import VariationalBound, VDMPipeline, evaluate_bound
+from diffusers_vdm.images import load_digits_split
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
@@ -164,7 +165,7 @@ def test_ddpm_by_the_same_script(tmp_path):
 
 @pytest.mark.slow
 def test_a_folder_of_colour_images(tmp_path):
-    from test_training import picture, write_folder
+    from test_images import picture, write_folder
 
     rng = np.random.default_rng(0)
     data = write_folder(tmp_path / "data", [picture(rng, (16, 20)) for _ in range(9)])
@@ -210,7 +211,7 @@ def test_wrong_arguments_are_told_before_any_work(arguments, message, tmp_path, 
 def test_a_checkpoint_of_diffusers_has_the_same_likelihood_on_two_processes(tmp_path):
     import torch
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-    from test_training import picture, write_folder
+    from test_images import picture, write_folder
 
     rng = np.random.default_rng(0)
     data = write_folder(tmp_path / "data", [picture(rng) for _ in range(8)])
@@ -237,7 +238,7 @@ def test_every_method_on_two_processes_and_after_an_interruption(tmp_path):
     """Of a checkpoint of diffusers: the same images get the same bits on 1 and 2 processes, and when it is stopped."""
     import torch
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-    from test_training import picture, write_folder
+    from test_images import picture, write_folder
 
     data = write_folder(tmp_path / "data", [picture(np.random.default_rng(0)) for _ in range(8)])
     torch.manual_seed(0)
@@ -329,7 +330,7 @@ def test_mixed_precision(tmp_path, objective):
     measured = metrics(out)[-1]["eval_bpd"]
     assert 2 < measured < 20
     # bits/dim are measured in float32 all the same
-    pipe, data = VDMPipeline.from_pretrained(out), training.load_digits_split()[1]
+    pipe, data = VDMPipeline.from_pretrained(out), load_digits_split()[1]
     steps = 999 if objective == "ddpm" else None
     bound = VariationalBound(pipe.unet, pipe.scheduler.noise_schedule(), num_levels=17, num_timesteps=steps)
     again = evaluate_bound(bound, data.images, num_samples=2, progress_bar=False)

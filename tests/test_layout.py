@@ -15,16 +15,16 @@ PACKAGE = Path(diffusers_vdm.__file__).parent
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 MAX_LINES = 450
 
-# {diffusion, files} → {noise_schedules, randomness} → {rows, objective, dequantization, diffusers_schedulers} →
+# {diffusion, files} → {noise_schedules, randomness} → {rows, images, objective, dequantization, …} →
 # {gamma_scheduler, vlb, ode, codec, step_selection} → schedulers → {pipeline, evaluation, ode_evaluation} →
-# {training, hub, foreign_networks}; a module may import what is before it, but nothing beside it
+# {hub, foreign_networks, checkpoints} → training; a module may import what is before it, but nothing beside it
 CORE = {"gamma_scheduler", "vlb", "ode", "codec", "step_selection"}
 BASE = [
     {"diffusion", "files"},
     {"noise_schedules", "randomness"},
-    {"rows", "objective", "dequantization", "diffusers_schedulers", "official_checkpoint"},
+    {"rows", "images", "objective", "dequantization", "diffusers_schedulers", "official_checkpoint"},
 ]
-UPPER = [{"pipeline", "evaluation", "ode_evaluation"}, {"training", "hub", "foreign_networks"}]
+UPPER = [{"pipeline", "evaluation", "ode_evaluation"}, {"hub", "foreign_networks", "checkpoints"}, {"training"}]
 LAYERS = [*BASE, CORE, {"schedulers"}, *UPPER]
 # unet stands alone: it imports nothing of ours, and only these import it. conversion and plots are leaves: they may
 # import anything, and nothing imports them.

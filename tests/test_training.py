@@ -3,13 +3,12 @@
 import json
 import os
 
-import numpy as np
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
-from PIL import Image
 
 from diffusers_vdm import MonotoneGammaNetwork, VariationalBound, VDMUNet2DModel, training
+from diffusers_vdm.images import ImageSet
 
 
 def tiny_objective(seed=0):
@@ -23,24 +22,7 @@ def tiny_objective(seed=0):
 
 def random_images(n, generator, channels=1):
     images = torch.randint(0, 17, (n, channels, 8, 8), generator=generator, dtype=torch.uint8)
-    return training.ImageSet(images, torch.arange(n), 17, "random")
-
-
-def test_digits_split_is_the_one_of_the_readme():
-    train, test = training.load_digits_split()
-    assert (len(train), len(test), train.num_levels) == (1500, 297, 17)
-    assert train.images.dtype == torch.uint8 and int(train.images.max()) == 16
-    # all 1,797 images of the original, each once
-    from sklearn.datasets import load_digits
-
-    original = sorted(map(bytes, load_digits().images.astype(np.uint8)))
-    assert sorted(bytes(i.numpy()) for i in torch.cat([train.images, test.images])) == original
-    assert round(training.histogram_bpd(train, test), 4) == 2.4185
-
-
-def test_histogram_of_uniform_data_costs_the_logarithm_of_the_levels(generator):
-    data = random_images(20000, generator)
-    assert training.histogram_bpd(data, data) == pytest.approx(np.log2(17), abs=1e-3)
+    return ImageSet(images, torch.arange(n), 17, "random")
 
 
 def test_every_epoch_visits_every_image_once_from_any_step():
@@ -77,97 +59,6 @@ def test_flips_are_what_the_flag_says(generator):
     assert torch.equal(batch.eps, plain.eps)
 
 
-def run_steps(objective, optimizer, ema, scheduler, data, steps):
-    for step in steps:
-        batch = training.keyed_batch(data, step, range(4), 4, seed=0)
-        torch.manual_seed(training.key_to_seed(0, "dropout", step))
-        objective(batch.images, t=batch.t, eps=batch.eps, eps_0=batch.eps_0).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        scheduler.step()
-        ema.step(list(objective.parameters()))
-
-
-def setup_run():
-    objective = tiny_objective()
-    optimizer = torch.optim.AdamW(objective.parameters(), 1e-3)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-    ema = EMAModel(objective.parameters(), use_ema_warmup=True, power=0.75)
-    return objective, optimizer, ema, scheduler
-
-
-RUN = {"options": {"learning_rate": 1e-3, "output_dir": "a"}, "data": {"fingerprint": "x"}, "global_batch_size": 4}
-
-
-def test_a_restored_run_is_the_run_that_was_never_stopped(tmp_path, generator):
-    data = random_images(9, generator)
-    whole = setup_run()
-    run_steps(*whole, data, range(7))
-    first = setup_run()
-    run_steps(*first, data, range(3))
-    objective, optimizer, ema, scheduler = first
-    folder = training.save(tmp_path, 3, objective, optimizer, scheduler, ema, RUN)
-
-    objective, optimizer, ema, scheduler = second = setup_run()
-    with torch.no_grad():  # whatever stands there is replaced
-        for p in objective.parameters():
-            p.add_(1.0)
-    assert training.restore(folder, objective, optimizer, scheduler, ema, RUN)["step"] == 3
-    run_steps(*second, data, range(3, 7))
-    for a, b in zip(whole[0].state_dict().values(), objective.state_dict().values(), strict=True):
-        assert torch.equal(a, b)
-    for a, b in zip(whole[2].shadow_params, ema.shadow_params, strict=True):
-        assert torch.equal(a, b)
-    a, b = training.optimizer_tensors(whole[1]), training.optimizer_tensors(optimizer)
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    assert whole[3].get_last_lr() == scheduler.get_last_lr()
-
-
-def test_another_run_is_refused_and_free_options_are_not(tmp_path, generator):
-    objective, optimizer, ema, scheduler = setup_run()
-    run_steps(objective, optimizer, ema, scheduler, random_images(9, generator), range(1))
-    folder = training.save(tmp_path, 1, objective, optimizer, scheduler, ema, RUN)
-    fresh = setup_run()
-    args = (folder, fresh[0], fresh[1], fresh[3], fresh[2])
-    assert training.restore(*args, RUN | {"options": {"learning_rate": 1e-3, "output_dir": "b"}})["step"] == 1
-    for changed, name in (
-        ({"options": {"learning_rate": 2e-3, "output_dir": "a"}}, "learning_rate: 0.001 → 0.002"),
-        ({"data": {"fingerprint": "y"}}, "data"),
-        ({"global_batch_size": 8}, "global_batch_size: 4 → 8"),
-    ):
-        with pytest.raises(ValueError, match=name):
-            training.restore(*args, RUN | changed)
-    split = {"options": RUN["options"] | {"dropout": 0.1, "train_batch_size": 2}}
-    with pytest.raises(ValueError, match="train_batch_size"):  # the masks of dropout would be others
-        training.restore(*args, RUN | split)
-    with pytest.raises(ValueError, match="averaged weights"):
-        training.restore(folder, fresh[0], fresh[1], fresh[3], None, RUN)
-
-
-def test_checkpoints_are_whole_or_absent(tmp_path):
-    for step in (5, 10, 100):
-        training.save_checkpoint(tmp_path, step, {"model": {"w": torch.ones(2)}}, {}, total_limit=2)
-    assert [p.name for p in training.list_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-100"]
-    # what an interrupted write leaves: the temporary folder, or a folder without the last file
-    (tmp_path / ".checkpoint-200.tmp").mkdir()
-    (tmp_path / "checkpoint-150").mkdir()
-    assert training.find_checkpoint(tmp_path, "latest").name == "checkpoint-100"
-    with pytest.raises(ValueError, match="not a complete checkpoint"):
-        training.load_checkpoint(tmp_path / "checkpoint-150")
-    damaged = tmp_path / "damaged" / "checkpoint-1"
-    training.save_checkpoint(tmp_path / "damaged", 1, {"model": {"w": torch.ones(2)}}, {})
-    (damaged / "model.safetensors").write_bytes(b"\0" * 20)
-    with pytest.raises(ValueError, match=r"model.safetensors is damaged"):
-        training.load_checkpoint(damaged)
-    tensors, state = training.load_checkpoint(tmp_path / "checkpoint-100")
-    assert torch.equal(tensors["model"]["w"], torch.ones(2)) and state["step"] == 100
-    with pytest.raises(ValueError, match="no complete checkpoint"):
-        training.find_checkpoint(tmp_path / "nowhere", "latest")
-    # written again over itself
-    training.save_checkpoint(tmp_path, 100, {"model": {"w": torch.zeros(2)}}, {})
-    assert torch.equal(training.load_checkpoint(tmp_path / "checkpoint-100")[0]["model"]["w"], torch.zeros(2))
-
-
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     training.write_atomically(path, "old")
@@ -202,72 +93,3 @@ def test_metrics_after_the_checkpoint_are_cut(tmp_path):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10, 20]
     training.truncate_metrics(tmp_path / "new.jsonl", 0)
     assert (tmp_path / "new.jsonl").read_text() == ""
-
-
-# ---- images from files -------------------------------------------------------------------------------------------
-
-
-def write_folder(folder, images):
-    """An imagefolder with a train and a test split and two classes."""
-    for split in ("train", "test"):
-        for label in ("a", "b"):
-            (folder / split / label).mkdir(parents=True)
-    for i, image in enumerate(images):
-        image.save(folder / ("train" if i < len(images) - 1 else "test") / "ab"[i % 2] / f"{i:03d}.png")
-    return str(folder)
-
-
-def picture(rng, size=(8, 8), mode="RGB"):
-    channels = {"RGB": 3, "L": 0, "RGBA": 4}[mode]
-    shape = (size[1], size[0], channels) if channels else (size[1], size[0])
-    return Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8), mode=None)
-
-
-def test_a_folder_of_images_is_read_exactly(tmp_path):
-    rng = np.random.default_rng(0)
-    images = [picture(rng) for _ in range(5)]
-    path = write_folder(tmp_path / "data", images)
-    options = {"is_folder": True, "cache_dir": str(tmp_path / "cache"), "progress_bar": False}
-    train = training.load_images(path, "train", **options)
-    assert train.images.shape == (4, 3, 8, 8) and train.num_levels == 256
-    assert sorted(train.labels.tolist()) == [0, 0, 1, 1]
-    expected = sorted(np.asarray(image).transpose(2, 0, 1).tobytes() for image in images[:4])
-    assert sorted(image.numpy().tobytes() for image in train.images) == expected
-    again = training.load_images(path, "train", **options)
-    assert again.fingerprint == train.fingerprint
-    assert training.load_images(path, "test", **options).fingerprint != train.fingerprint
-
-    small = training.load_images(path, "train", resolution=4, center_crop=True, **options)
-    assert small.images.shape == (4, 3, 4, 4)
-    gray = training.load_images(path, "train", image_mode="L", **options)
-    assert gray.images.shape == (4, 1, 8, 8)
-    with pytest.raises(ValueError, match="image_column"):
-        training.load_images(path, "train", image_column="img", **options)
-    with pytest.raises(ValueError, match="label_column"):
-        training.load_images(path, "train", label_column="labels", **options)
-
-
-@pytest.mark.parametrize(
-    ("pictures", "message"),
-    [
-        (lambda rng: [picture(rng), picture(rng), picture(rng, (8, 9)), picture(rng)], "set resolution"),
-        (lambda rng: [picture(rng), picture(rng), picture(rng, mode="L"), picture(rng)], "set image_mode"),
-        (lambda rng: [picture(rng, mode="RGBA")] * 4, "transparency"),
-    ],
-)
-def test_images_that_do_not_fit_are_named(tmp_path, pictures, message):
-    path = write_folder(tmp_path / "data", pictures(np.random.default_rng(0)))
-    with pytest.raises(ValueError, match=message) as error:
-        training.load_images(path, "train", is_folder=True, cache_dir=str(tmp_path / "cache"), progress_bar=False)
-    assert "image " in str(error.value)
-
-
-def test_crops_are_drawn_once_for_each_image():
-    rng = np.random.default_rng(1)
-    wide = picture(rng, (32, 8))
-    crops = [training._pixels(wide, "RGB", False, 8, (0, i)) for i in range(20)]
-    assert all(crop.shape == (3, 8, 8) for crop in crops)
-    assert np.array_equal(crops[3], training._pixels(wide, "RGB", False, 8, (0, 3)))
-    assert len({crop.tobytes() for crop in crops}) > 5
-    array = np.asarray(wide).transpose(2, 0, 1)
-    assert np.array_equal(training._pixels(wide, "RGB", False, 8, None), array[:, :, 12:20])
