@@ -1,0 +1,441 @@
+"""What a training step costs: ours against the arithmetic of plain PyTorch ports, in time, memory and where it goes.
+
+    python benchmarks/train_step.py --output benchmarks/results/train_step_cpu.json
+    python benchmarks/train_step.py --preset cifar10 --batch_size 128 --device cuda
+
+Variants, which take turns in one process so that a noisy machine is the same for all:
+
+    port    the network written out plainly: one op after another, attention as einsum with its whole matrix of
+            weights, the decoder as a log-softmax with an axis of 256 levels against a one-hot tensor; fp32, AdamW
+            with a loop over the parameters
+    fp32    `VariationalBound` of `VDMUNet2DModel`, fused AdamW
+    bf16    the same under bf16 autocast, as `accelerate launch --mixed_precision bf16 examples/train.py` runs it
+
+All train the same objective, the continuous-time bound with learned ends of γ, on the same weights. Before anything is
+timed, the loss and every gradient of `port` and `fp32` are held against each other for the same noise.
+
+Peak memory is that of one step beyond what was there before it (weights, the optimiser's state, the batch), in a
+process of its own for each variant: on a CPU resident memory, with every block above 64 KiB given back when it is
+freed; on a GPU `torch.cuda.max_memory_allocated`. FLOPs are those of forward and backward of the model, nothing
+recomputed, of matrix products and convolutions; utilisation is their rate over that of a square matrix product.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from diffusers_vdm import LearnedLinearGamma, VariationalBound, VDMUNet2DModel
+from diffusers_vdm.unet import UNET_PRESETS
+
+VARIANTS = ("port", "fp32", "bf16")
+NUM_LEVELS = 256
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="cifar10", choices=sorted(UNET_PRESETS))
+    parser.add_argument("--channels", type=int, help="instead of the preset's; 64 unless --preset is given")
+    parser.add_argument(
+        "--blocks", type=int, help="layers_per_block instead of the preset's; 4 unless --preset is given"
+    )
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=9, help="rounds in which each variant makes one step")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compile", action="store_true", help="torch.compile of ours; the port stays as it is")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--no_profile", action="store_true")
+    parser.add_argument("--no_memory", action="store_true")
+    parser.add_argument("--output", type=Path, help="write the numbers there as JSON")
+    parser.add_argument("--peak_of", choices=VARIANTS, help="only measure this variant's peak memory")
+    o = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    if not any(argument.split("=")[0] == "--preset" for argument in given):
+        o.channels, o.blocks = o.channels or 64, o.blocks or 4
+    return o
+
+
+# ---- the port ----------------------------------------------------------------------------------------------------
+
+
+class PlainNetwork(nn.Module):
+    """The function of a one-level [`VDMUNet2DModel`] with its weights, one plain operation after another.
+
+    Raises: `ValueError` for a network of several levels, or with attention elsewhere than in the middle.
+    """
+
+    def __init__(self, unet: VDMUNet2DModel):
+        super().__init__()
+        config = unet.config
+        plain = config.down_block_types == ("DownBlock2D",) and config.up_block_types == ("UpBlock2D",)
+        if not plain or config.mid_block_type != "UNetMidBlock2D" or not config.fourier_exponents:
+            raise ValueError(
+                "the port must be of a network with one level, attention in the middle only and Fourier features, got "
+                f"{config.down_block_types} and {config.up_block_types}; take --preset cifar10, or leave the variant "
+                "port out with --variants fp32 bf16."
+            )
+        self.unet = unet
+
+    def forward(self, z: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        unet = self.unet
+        half = unet.config.block_out_channels[0] // 2
+        rates = torch.exp(-torch.linspace(0, 1, half, device=z.device) * torch.log(torch.tensor(10000.0)).to(z.device))
+        angles = timesteps[:, None] * rates[None]
+        emb = torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)
+        if unet.config.augmentation_flag:
+            emb = torch.cat([emb, torch.zeros_like(emb[:, :1])], dim=1)
+        emb = unet.time_embedding.linear_2(F.silu(unet.time_embedding.linear_1(emb)))
+
+        waves = [z]
+        for wave in (torch.sin, torch.cos):
+            for channel in range(z.shape[1]):
+                for exponent in unet.config.fourier_exponents:
+                    waves.append(wave(z[:, channel : channel + 1] * (2.0**exponent * 2 * torch.pi)))
+        hidden = unet.conv_in(torch.cat(waves, dim=1))
+
+        kept = [hidden]
+        for block in unet.down_blocks[0].resnets:
+            hidden = self.block(block, hidden, emb)
+            kept.append(hidden)
+        hidden = self.block(unet.mid_block.resnets[0], hidden, emb)
+        hidden = self.attention(unet.mid_block.attentions[0], hidden)
+        hidden = self.block(unet.mid_block.resnets[1], hidden, emb)
+        for block in unet.up_blocks[0].resnets:
+            hidden = self.block(block, torch.cat([hidden, kept.pop()], dim=1), emb)
+        out = unet.conv_out(F.silu(unet.conv_norm_out(hidden)))
+        return out + z if unet.config.input_residual else out
+
+    def block(self, block: nn.Module, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        hidden = block.conv1(F.silu(block.norm1(x)))
+        hidden = hidden + block.time_emb_proj(F.silu(emb))[:, :, None, None]
+        hidden = block.conv2(block.dropout(F.silu(block.norm2(hidden))))
+        return hidden + (x if block.conv_shortcut is None else block.conv_shortcut(x))
+
+    def attention(self, attention: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        b, c, h, w = x.shape
+        tokens = attention.group_norm(x).reshape(b, c, h * w).transpose(1, 2)
+        split = (b, h * w, attention.heads, c // attention.heads)
+        query, key, value = (to(tokens).reshape(split) for to in (attention.to_q, attention.to_k, attention.to_v))
+        weights = torch.einsum("bqhd,bkhd->bhqk", query, key) * split[-1] ** -0.5
+        out = torch.einsum("bhqk,bkhd->bqhd", torch.softmax(weights, dim=-1), value).reshape(b, h * w, c)
+        return x + attention.to_out[0](out).transpose(1, 2).reshape(b, c, h, w)
+
+
+class PlainBound(nn.Module):
+    """The continuous-time bound as the equations read, in float32, with a decoder over all levels at once.
+
+    −log₂ p(x) ≤ KL(q(z_1|x) ‖ N(0, I)) − E[log p(x|z_0)] + ½ E[γ′ ‖ε − ε̂‖²], γ(t) = b + |w| t   [VDM eq. 11, §5]
+    """
+
+    def __init__(self, unet: VDMUNet2DModel, schedule: LearnedLinearGamma):
+        super().__init__()
+        self.network, self.noise_schedule = PlainNetwork(unet), schedule
+        self.gamma_min, self.gamma_max = schedule.config.gamma_min, schedule.config.gamma_max
+
+    def forward(
+        self, images: torch.Tensor, t: torch.Tensor, eps: torch.Tensor, eps_0: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss in bits per dimension, and the bound of each image; arguments as in `VariationalBound.forward`."""
+        levels = images.long()
+        x = 2 * ((levels.float() + 0.5) / NUM_LEVELS) - 1
+        gamma_0 = self.noise_schedule.bias
+        slope = self.noise_schedule.weight.abs()
+        gamma_1, gamma_t = gamma_0 + slope, gamma_0 + slope * t
+
+        shape = (-1, 1, 1, 1)
+        z_t = (
+            torch.sqrt(torch.sigmoid(-gamma_t)).view(shape) * x + torch.sqrt(torch.sigmoid(gamma_t)).view(shape) * eps
+        )
+        timesteps = 1000 * (gamma_t - self.gamma_min) / (self.gamma_max - self.gamma_min)
+        squared_error = ((eps - self.network(z_t, timesteps)) ** 2).sum((1, 2, 3))
+        diffusion = 0.5 * slope * squared_error
+
+        variance_1 = torch.sigmoid(gamma_1)
+        prior = 0.5 * ((1 - variance_1) * x**2 + variance_1 - torch.log(variance_1) - 1).sum((1, 2, 3))
+
+        y = x + torch.exp(0.5 * gamma_0) * eps_0
+        values = 2 * ((torch.arange(NUM_LEVELS, device=x.device) + 0.5) / NUM_LEVELS) - 1
+        logits = -0.5 * torch.exp(-gamma_0) * (y[..., None] - values) ** 2
+        one_hot = F.one_hot(levels, NUM_LEVELS).float()
+        reconstruction = -(one_hot * F.log_softmax(logits, dim=-1)).sum((1, 2, 3, 4))
+
+        total = (prior + reconstruction + diffusion) / (x[0].numel() * torch.log(torch.tensor(2.0)).to(x.device))
+        return total.mean(), total
+
+
+# ---- a step of each variant --------------------------------------------------------------------------------------
+
+
+def build(o: argparse.Namespace) -> tuple[VDMUNet2DModel, LearnedLinearGamma]:
+    """The network and γ(t), out of their zero initialisation, where every gradient is something."""
+    overrides = {"dropout": 0.0}
+    if o.channels:
+        overrides |= {"block_out_channels": (o.channels,), "attention_head_dim": o.channels}
+    if o.blocks:
+        overrides |= {"layers_per_block": o.blocks}
+    torch.manual_seed(0)
+    unet = VDMUNet2DModel.from_preset(o.preset, **overrides)
+    with torch.no_grad():
+        for parameter in unet.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return unet.train().to(o.device), LearnedLinearGamma().to(o.device)
+
+
+def draw(o: argparse.Namespace, unet: VDMUNet2DModel, batch_size: int | None = None) -> dict[str, torch.Tensor]:
+    """Images and all noise of a step; images are smooth, as a decoder of noise would be a case of its own."""
+    n, size = batch_size or o.batch_size, unet.config.sample_size
+    generator = torch.Generator().manual_seed(1)
+    coarse = torch.rand((n, unet.config.in_channels, 4, 4), generator=generator)
+    images = F.interpolate(coarse, size=(size, size), mode="bilinear").mul(255).round().to(torch.uint8)
+    batch = {"images": images, "t": (torch.arange(n) + 0.5) / n}
+    batch |= {name: torch.randn(images.shape, generator=generator) for name in ("eps", "eps_0")}
+    return {name: value.to(o.device) for name, value in batch.items()}
+
+
+def make_step(
+    variant: str, unet: VDMUNet2DModel, schedule: LearnedLinearGamma, device: str, compiled: bool = False
+) -> tuple[Callable, Callable]:
+    """`(gradients, step)` of one of `VARIANTS`: each is called with the batch of [`draw`] and returns the loss.
+
+    `gradients` runs forward and backward, `step` the optimiser too; both on the weights that are given here.
+    """
+    parameters = [*unet.parameters(), *schedule.parameters()]
+    if variant == "port":
+        bound = PlainBound(unet, schedule)
+        optimizer = torch.optim.AdamW(parameters, 2e-4, foreach=False, fused=False)
+    else:
+        bound = VariationalBound(unet, schedule, num_levels=NUM_LEVELS)
+        optimizer = torch.optim.AdamW(parameters, 2e-4, fused=True)
+        bound = torch.compile(bound) if compiled else bound
+    kind = torch.device(device).type
+
+    def gradients(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        # as accelerate does: the module under autocast, which leaves losses in float32, and backward outside of it
+        with torch.autocast(kind, torch.bfloat16, enabled=variant == "bf16"):
+            loss = bound(**batch)[0]
+        loss.float().backward()
+        return loss.detach()
+
+    def step(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        loss = gradients(batch)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    return gradients, step
+
+
+# ---- measurements ------------------------------------------------------------------------------------------------
+
+
+def compare(o: argparse.Namespace) -> dict[str, dict]:
+    """Loss and gradients of each variant against the port's: |Δ loss| in bits/dim, |Δg|/|g| over all, and the worst.
+
+    Raises: `ValueError` where fp32 differs by more than rounding does.
+    """
+    unet, schedule = build(o)
+    batch, found = draw(o, unet, min(o.batch_size, 8)), {}
+    for variant in VARIANTS:
+        own_unet, own_schedule = copy.deepcopy(unet), copy.deepcopy(schedule)
+        loss = float(make_step(variant, own_unet, own_schedule, o.device)[0](batch))
+        named = [*own_unet.named_parameters(), *own_schedule.named_parameters()]
+        found[variant] = (loss, {name: p.grad.double() for name, p in named})
+    loss, expected = found.pop("port")
+    told = {}
+    for variant, (own_loss, grads) in found.items():
+        whole = torch.cat([g.flatten() for g in expected.values()]).norm()
+        overall = float(torch.cat([(grads[name] - g).flatten() for name, g in expected.items()]).norm() / whole)
+        # the attention's to_k.bias has no gradient but rounding
+        floor = 1e-6 * whole
+        error = {name: float((grads[name] - g).norm() / g.norm().clamp(min=floor)) for name, g in expected.items()}
+        worst = max(error, key=error.get)
+        told[variant] = {"loss": own_loss, "loss_difference": abs(own_loss - loss), "gradient_error": overall}
+        told[variant] |= {"worst_gradient_error": error[worst], "worst_gradient": worst}
+    same = told["fp32"]
+    if not (same["loss_difference"] < 1e-4 * abs(loss) and same["gradient_error"] < 1e-3):
+        raise ValueError(f"port and ours must agree for the same weights and noise, got {same}; one of them is wrong.")
+    return told
+
+
+def wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def seconds(work: Callable, device: str) -> float:
+    """Wall-clock time of `work()`, the device's queue included."""
+    wait(device)
+    start = time.perf_counter()
+    work()
+    wait(device)
+    return time.perf_counter() - start
+
+
+def alternate(works: dict[str, Callable], repeats: int, device: str, warm_up: int = 2) -> dict[str, list[float]]:
+    """Seconds of each of `works` in each round; in a round each is called once, in the order given."""
+    for work in works.values():
+        for _ in range(warm_up):
+            work()
+    rounds = [{name: seconds(work, device) for name, work in works.items()} for _ in range(repeats)]
+    return {name: [times[name] for times in rounds] for name in works}
+
+
+def ratio(base: list[float], other: list[float]) -> dict[str, float]:
+    """How many times as fast as `base` the other is: of medians, of fastest steps, and of the rounds the extremes."""
+    rounds = [b / o for b, o in zip(base, other, strict=True)]
+    value = statistics.median(base) / statistics.median(other)
+    told = {"of_medians": value, "of_fastest": min(base) / min(other)}
+    return told | {"smallest_round": min(rounds), "largest_round": max(rounds)}
+
+
+def model_flops(o: argparse.Namespace) -> int:
+    """FLOPs of forward and backward of one batch: matrix products and convolutions of the plain network."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    unet, _ = build(o)
+    network, batch = PlainNetwork(unet), draw(o, unet)
+    with FlopCounterMode(display=False) as counter:
+        network(batch["eps"].requires_grad_(), 1000 * batch["t"]).sum().backward()
+    return counter.get_total_flops()
+
+
+def matmul_flops_per_second(dtype: torch.dtype, device: str, size: int = 2048) -> float:
+    """The best of ten square matrix products: what this device does in this type."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    times = alternate({"mm": lambda: a @ b}, 10, device)["mm"]
+    return 2 * size**3 / min(times)
+
+
+def profile(step: Callable, device: str, top: int = 14) -> list[dict]:
+    """Where the time of a step goes: the operations that take most of it themselves, and their share."""
+    on_gpu = device.startswith("cuda")
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] if on_gpu else []
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(3):
+            step()
+        wait(device)
+    name = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, name))
+    total = sum(getattr(event, name) for event in events)
+    return [
+        {"op": e.key, "share": round(getattr(e, name) / total, 4), "calls_per_step": e.count / 3} for e in events[:top]
+    ]
+
+
+def peak_mebibytes(o: argparse.Namespace) -> float:
+    """Peak memory of one step of `--peak_of` beyond what was there before it; to be called in a fresh process."""
+    unet, schedule = build(o)
+    step = make_step(o.peak_of, unet, schedule, o.device, o.compile)[1]
+    step(draw(o, unet, 1))  # threads, kernels and the optimiser's state
+    batch = draw(o, unet)
+    if o.device.startswith("cuda"):
+        wait(o.device)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step(batch)
+        wait(o.device)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    before = resident("VmRSS")
+    step(batch)
+    return resident("VmHWM") - before
+
+
+def resident(which: str) -> float:
+    """A line of this process's status, in MiB (Linux)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(which))
+    return int(line.split()[1]) / 1024
+
+
+def peaks(o: argparse.Namespace) -> dict[str, float]:
+    """Peak memory of each variant, in MiB."""
+    # without this, what malloc keeps of freed memory for later depends on the order in which it was freed
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    found = {}
+    for variant in o.variants:
+        told = subprocess.run(
+            [sys.executable, __file__, *sys.argv[1:], "--peak_of", variant],
+            capture_output=True, text=True, check=True, env=environment,
+        )  # fmt: skip
+        found[variant] = round(float(told.stdout.split()[-1]), 1)
+    return found
+
+
+def report(told: dict) -> str:
+    """The table that is printed."""
+    rows = [f"{'':<6}{'s/step':>9}{'images/s':>10}{'speed':>8}{'peak MiB':>10}{'memory':>8}{'utilisation':>13}"]
+    for name, row in told["variants"].items():
+        cells = [f"{name:<6}{row['seconds']:>9.3f}{row['images_per_second']:>10.1f}"]
+        cells.append(f"{row['speed_over_port']['of_medians']:>7.2f}×" if "speed_over_port" in row else f"{'':>8}")
+        cells.append(f"{row['peak_mebibytes']:>10.1f}" if "peak_mebibytes" in row else f"{'':>10}")
+        cells.append(f"{row['memory_over_port']:>7.2f}×" if "memory_over_port" in row else f"{'':>8}")
+        cells.append(f"{row['utilisation']:>13.1%}" if "utilisation" in row else "")
+        rows.append("".join(cells))
+    for name, row in told["variants"].items():
+        for line in row.get("profile", []):
+            rows.append(f"{name:<6}{line['share']:>7.1%}  {line['op'][:70]} × {line['calls_per_step']:g}")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    o = parse_options()
+    if o.peak_of:
+        print(peak_mebibytes(o))
+        return
+    name = torch.cuda.get_device_name() if o.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
+    told = {"command": " ".join(["python", *sys.argv]), "machine": f"{name}, {platform.machine()}"}
+    told |= {
+        "torch": torch.__version__,
+        "options": {k: v for k, v in vars(o).items() if k not in ("output", "peak_of")},
+    }
+    has_port = "port" in o.variants
+    unet, schedule = build(o)
+    told["parameters"] = sum(p.numel() for p in unet.parameters())
+    if has_port:
+        told["against_port"] = compare(o)
+        told["model_flops_per_step"] = model_flops(o)
+    batch = draw(o, unet)
+    steps = {v: make_step(v, *copy.deepcopy((unet, schedule)), o.device, o.compile)[1] for v in o.variants}
+    works = {v: (lambda step=step: step(batch)) for v, step in steps.items()}
+    times = alternate(works, o.repeats, o.device)
+    memory = {} if o.no_memory else peaks(o)
+    told["variants"] = {}
+    for v in o.variants:
+        middle = statistics.median(times[v])
+        row = {"seconds": middle, "images_per_second": o.batch_size / middle, "seconds_of_rounds": times[v]}
+        if v in memory:
+            row["peak_mebibytes"] = memory[v]
+        if has_port:
+            rate = matmul_flops_per_second(torch.bfloat16 if v == "bf16" else torch.float32, o.device)
+            row |= {"matmul_flops_per_second": rate, "utilisation": told["model_flops_per_step"] / middle / rate}
+        if has_port and v != "port":
+            row["speed_over_port"] = ratio(times["port"], times[v])
+            if v in memory:
+                row["memory_over_port"] = memory[v] / memory["port"]
+        if not o.no_profile:
+            row["profile"] = profile(works[v], o.device)
+        told["variants"][v] = row
+    print(report(told))
+    if has_port:
+        print(json.dumps(told["against_port"], indent=1))
+    if o.output:
+        o.output.parent.mkdir(parents=True, exist_ok=True)
+        o.output.write_text(json.dumps(told, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
