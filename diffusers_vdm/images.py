@@ -3,21 +3,40 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
+import math
+import os
+import struct
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
+import PIL
 import torch
-from PIL import Image
+from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
-from .randomness import keyed_generator
+from .image_files import check_image_mode, check_label, decode, find_columns, missing_label, open_dataset, row_name
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+# of the files of `decoded_cache`; a new number where the same arguments give other pixels
+CACHE_VERSION = 1
+MODE_OF = {1: "L", 3: "RGB"}  # by the number of channels
+# images a thread decodes ahead of the one that is waited for
+LOOK_AHEAD = 16
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images as integers, decoded once and kept in memory.
+    """Images as integers, decoded once and kept in memory, or in a file that is mapped into it.
 
     `images` are uint8 levels in [0, num_levels) of shape `(N, C, H, W)`, `labels` are int64 classes of shape `(N,)` or
     `None`, `name` tells where they come from, to be recorded with every number.
@@ -32,11 +51,25 @@ class ImageSet:
         return len(self.images)
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """`(C, H, W)` of one image."""
+        return tuple(self.images.shape[1:])
+
+    @property
+    def num_classes(self) -> int | None:
+        """One more than the largest class, `None` without classes."""
+        return None if self.labels is None else int(self.labels.max()) + 1
+
+    @cached_property
     def fingerprint(self) -> str:
-        """Hash of every pixel in order, so that a number can be told to be of the same data."""
-        digest = hashlib.blake2b(repr(tuple(self.images.shape)).encode(), digest_size=8)
+        """Hash of every pixel in order, so that a number can be told to be of the same data; taken once."""
+        digest = _new_digest(tuple(self.images.shape))
         digest.update(self.images.contiguous().numpy())
         return digest.hexdigest()
+
+
+def _new_digest(shape: tuple[int, ...]) -> Any:
+    return hashlib.blake2b(repr(shape).encode(), digest_size=8)
 
 
 def load_digits_split() -> tuple[ImageSet, ImageSet]:
@@ -68,97 +101,194 @@ def load_images(
     seed: int = 0,
     num_workers: int = 2,
     progress_bar: bool = True,
+    decoded_cache: bool = False,
 ) -> ImageSet:
     """A data set of images, from the Hub, a local copy of one, or a folder of image files.
 
     Args:
-        path (`str`): name on the Hub, or folder.
+        path (`str`): name on the Hub, or folder, of parquet files or of images.
         split, config_name (`str`): split, slices allowed (`"train[:2000]"`), and configuration of the data set.
         is_folder (`bool`, defaults to `False`): read `path` with the `imagefolder` builder.
         resolution (`int`, *optional*): side of the square images; smaller sides are resized to it and the rest is
             cropped. Without it images stay as they are and must all have one size.
         center_crop (`bool`, defaults to `False`): crop the middle; else a place drawn once for each image.
         image_mode (`"RGB"` or `"L"`, *optional*): convert to it; else all images must have the mode of the first one,
-            which must be one of these two.
-        image_column, label_column (`str`, *optional*): columns; found by their type if not given.
+            which must be one of these two. See [`image_files.decode`] for what is refused always.
+        image_column, label_column (`str`, *optional*): columns; found by their type if not given. A class column that
+            was found and holds no class at all is none; `label_column=""` takes no classes.
         cache_dir (`str`, *optional*): datasets' cache.
         seed (`int`, defaults to 0): key of the crops.
         num_workers (`int`, defaults to 2): decoding threads.
         progress_bar (`bool`, defaults to `True`): show a tqdm bar while decoding.
+        decoded_cache (`bool`, defaults to `False`): decode into a file below `cache_dir`, or take the one that is
+            there, and map it into memory: decoded once, shared by all processes of a machine, no larger in memory than
+            what is in use. Its name is a hash of all that makes the pixels, `datasets`' fingerprint of the files
+            included.
 
-    Returns: [`ImageSet`] with 256 levels.
-    Raises: `ValueError` for an empty split, missing columns, images that differ in size or mode, naming the image.
+    Returns: [`ImageSet`] with 256 levels. Writing to images of a decoded cache changes this process's copy alone.
+    Raises: `ValueError` for data that are not there, missing columns and classes, images that cannot be read, differ
+        in size or mode, or are no 8-bit grayscale or RGB, naming the image.
     """
     import datasets
 
-    if is_folder:
-        data = datasets.load_dataset("imagefolder", data_dir=path, split=split, cache_dir=cache_dir)
-    else:
-        data = datasets.load_dataset(path, config_name, split=split, cache_dir=cache_dir)
+    check_image_mode(image_mode)
+    data = open_dataset(path, split, config_name, is_folder, cache_dir, streaming=False)
     if len(data) == 0:
         raise ValueError(f"split {split!r} of {path!r} is empty; there is nothing to train on.")
-    image_column = _column(data, image_column, "image_column", datasets.Image)
-    if label_column is None:
-        label_column = next((n for n, f in data.features.items() if isinstance(f, datasets.ClassLabel)), None)
-    elif label_column not in data.features:
-        raise ValueError(f"label_column {label_column!r} is not in the data set, which has {list(data.features)}.")
-    mode = image_mode or data[0][image_column].mode
+    found = label_column is None
+    image_column, label_column, declared_mode = find_columns(data, image_column, label_column)
+    rows = data.cast_column(image_column, datasets.Image(decode=False))
+    declared_mode = image_mode or declared_mode
 
-    def read(i: int) -> np.ndarray:
+    def read(i: int, shape: tuple[int, ...] | None) -> np.ndarray:
+        row, mode = None, declared_mode or (shape and MODE_OF[shape[0]])
+        crop_key = None if center_crop else (seed, i)
         try:
-            image = data[i][image_column]
-            return _pixels(image, mode, image_mode is not None, resolution, None if center_crop else (seed, i))
+            row = rows[i][image_column]
+            pixels = decode(row, mode, declared_mode is not None, resolution, crop_key)
+            if shape and pixels.shape != shape:
+                raise ValueError(f"size {pixels.shape[1:]}, but the first image has {shape[1:]}; set resolution.")
+            return pixels
         except (ValueError, OSError) as error:
-            raise ValueError(f"image {i} of {path!r} ({split}): {error}") from error
+            raise ValueError(f"image {i} of {path!r} ({split}{row_name(row)}): {error}") from error
 
-    first = read(0)
-    images = torch.empty((len(data), *first.shape), dtype=torch.uint8)
+    def decoded() -> tuple[tuple[int, ...], torch.Tensor | None, Iterable[np.ndarray]]:
+        shape = read(0, None).shape
+        labels = None if label_column is None else _labels(data, label_column, found, f"{path!r} ({split}")
+        results = _in_order(lambda i: read(i, shape), len(data), num_workers)
+        return (len(data), *shape), labels, tqdm(results, total=len(data), desc="decoding", disable=not progress_bar)
+
+    name = f"{path}, {split}"
+    if decoded_cache:
+        pixels_of = {
+            "version": CACHE_VERSION, "pillow": PIL.__version__, "data": data._fingerprint, "name": name,
+            "columns": [image_column, label_column], "found": found, "mode": declared_mode, "resolution": resolution,
+            "crop": None if resolution is None else "center" if center_crop else seed,
+        }  # fmt: skip
+        folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser() / "decoded_images"
+        return _stored(folder, pixels_of, name, decoded)
+    shape, labels, results = decoded()
+    images = torch.empty(shape, dtype=torch.uint8)
+    for image, pixels in zip(images, results, strict=True):
+        image.copy_(torch.from_numpy(pixels))
+    return ImageSet(images, labels, 256, name)
+
+
+def _labels(data: Any, column: str, found: bool, where: str) -> torch.Tensor | None:
+    """int64 classes `(N,)`; `None` if the column was found by its type and holds none at all."""
+    labels, i = [], 0
+    try:
+        for i, label in enumerate(data[column][:]):  # noqa: B007
+            labels.append(check_label(label, column))
+        if found and max(labels) < 0:
+            return None
+        if min(labels) < 0:
+            i = labels.index(-1)
+            raise missing_label(column)
+    except ValueError as error:
+        raise ValueError(f"image {i} of {where}): {error}") from error
+    return torch.tensor(labels, dtype=torch.int64)
+
+
+def _in_order(function: Callable[[int], T], count: int, num_workers: int) -> Iterator[T]:
+    """`map(function, range(count))` on threads, in order, with no more started than what is soon to be taken."""
+    pending = deque()
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        decoded = pool.map(read, range(len(data)))
-        for i, pixels in enumerate(tqdm(decoded, total=len(data), desc="decoding", disable=not progress_bar)):
-            if pixels.shape != first.shape:
-                raise ValueError(
-                    f"image {i} of {path!r} has shape {pixels.shape[1:]}, the first one {first.shape[1:]}; "
-                    "set resolution."
-                )
-            images[i] = torch.from_numpy(pixels)
-    labels = None if label_column is None else torch.tensor(data[label_column][:], dtype=torch.int64)
-    return ImageSet(images, labels, 256, f"{path}, {split}")
+        try:
+            for i in range(count):
+                pending.append(pool.submit(function, i))
+                if len(pending) >= LOOK_AHEAD * max(1, num_workers):
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
 
 
-def _column(data: Any, name: str | None, argument: str, feature_type: type) -> str:
-    found = [column for column, feature in data.features.items() if isinstance(feature, feature_type)]
-    if name is None and found:
-        return found[0]
-    if name is None or name not in found:
-        raise ValueError(f"{argument} must name a column of images, got {name!r}; there are {found or 'none'}.")
-    return name
+# ---- the decoded cache -------------------------------------------------------------------------------------------
 
 
-def _pixels(
-    image: Image.Image, mode: str, convert: bool, resolution: int | None, crop_key: tuple | None
-) -> np.ndarray:
-    """uint8 array `(C, H, W)` of a PIL image, resized and cropped."""
-    if mode not in ("L", "RGB"):
-        raise ValueError(
-            f"images must be 8-bit grayscale ('L') or RGB, got mode {mode!r}; set image_mode to convert them, knowing "
-            "that transparency and 16-bit depth are lost, and that bits/dim are then of the converted images."
-        )
-    if image.mode != mode:
-        if not convert:
-            raise ValueError(f"mode {image.mode!r}, but the first image has {mode!r}; set image_mode to convert all.")
-        image = image.convert(mode)
-    if resolution is not None and image.size != (resolution, resolution):
-        scale = resolution / min(image.size)
-        width, height = (max(resolution, round(side * scale)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-        left, top = (width - resolution) // 2, (height - resolution) // 2
-        if crop_key is not None:
-            share = torch.rand(2, generator=keyed_generator(*crop_key)).tolist()
-            left, top = int(share[0] * (width - resolution + 1)), int(share[1] * (height - resolution + 1))
-        image = image.crop((left, top, left + resolution, top + resolution))
-    pixels = np.array(image)
-    return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
+def _stored(
+    folder: Path,
+    pixels_of: dict[str, Any],
+    name: str,
+    decoded: Callable[[], tuple[tuple[int, ...], torch.Tensor | None, Iterable[np.ndarray]]],
+) -> ImageSet:
+    """The images of the file in `folder` that belongs to `pixels_of`; written first, by one process, if need be."""
+    from filelock import FileLock
+
+    key = json.dumps(pixels_of, sort_keys=True)
+    path = folder / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.safetensors"
+    data = _read_cache(path, name)
+    if data is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):  # a process that dies lets go of it
+            data = _read_cache(path, name, warn=False)  # what another process wrote while this one waited
+            if data is None:
+                _write_cache(path, *decoded(), {"pixels_of": key})
+                data = _read_cache(path, name)
+    if data is None:
+        raise OSError(f"the decoded images of {name} cannot be read from {path}, where they were written just now.")
+    return data
+
+
+def _read_cache(path: Path, name: str, warn: bool = True) -> ImageSet | None:
+    """The images of a file, mapped into memory; `None` if there is none, or, with a warning, if it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:  # compares the size of the file with its header
+            metadata, images = file.metadata(), file.get_tensor("images")
+            labels = file.get_tensor("labels").clone() if "labels" in file.keys() else None
+    except (SafetensorError, OSError) as error:
+        if warn:
+            logger.warning(f"the decoded images in {path} are damaged ({error}); {name} is decoded again.")
+        return None
+    data = ImageSet(images, labels, 256, name)
+    vars(data)["fingerprint"] = metadata["fingerprint"]  # a property that is taken once; never of a part of the set
+    return data
+
+
+def _write_cache(
+    path: Path,
+    shape: tuple[int, ...],
+    labels: torch.Tensor | None,
+    results: Iterable[np.ndarray],
+    metadata: dict[str, str],
+) -> None:
+    """Writes a safetensors file row by row, beside `path`, and renames it when it is whole."""
+    digest = _new_digest(shape)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(_header(shape, labels is not None, metadata | {"fingerprint": "0" * 16}))
+            if labels is not None:
+                file.write(labels.numpy().tobytes())
+            for pixels in results:
+                digest.update(pixels)
+                file.write(pixels)
+            file.seek(0)
+            file.write(_header(shape, labels is not None, metadata | {"fingerprint": digest.hexdigest()}))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # a full disk needs the space
+        raise
+
+
+def _header(shape: tuple[int, ...], has_labels: bool, metadata: dict[str, str]) -> bytes:
+    """Of a safetensors file with `labels`, first for their alignment, and `images`."""
+    start, stop = 0, 8 * shape[0] * has_labels
+    header: dict[str, Any] = {"__metadata__": metadata}
+    if has_labels:
+        header["labels"] = {"dtype": "I64", "shape": [shape[0]], "data_offsets": [0, stop]}
+    start, stop = stop, stop + math.prod(shape)
+    header["images"] = {"dtype": "U8", "shape": list(shape), "data_offsets": [start, stop]}
+    content = json.dumps(header).encode()
+    content += b" " * (-len(content) % 8)
+    return struct.pack("<Q", len(content)) + content
 
 
 def histogram_bpd(train: ImageSet, test: ImageSet) -> float:

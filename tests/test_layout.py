@@ -15,14 +15,15 @@ PACKAGE = Path(diffusers_vdm.__file__).parent
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 MAX_LINES = 450
 
-# {diffusion, files} → {noise_schedules, randomness} → {rows, images, objective, dequantization, …} →
-# {gamma_scheduler, vlb, ode, codec, step_selection} → schedulers → {pipeline, evaluation, ode_evaluation} →
-# {hub, foreign_networks, checkpoints} → training; a module may import what is before it, but nothing beside it
-CORE = {"gamma_scheduler", "vlb", "ode", "codec", "step_selection"}
+# {diffusion, files} → {noise_schedules, randomness} → {rows, image_files, objective, dequantization, …} →
+# {gamma_scheduler, vlb, ode, codec, step_selection, images, image_stream} → schedulers →
+# {pipeline, evaluation, ode_evaluation} → {hub, foreign_networks, checkpoints} → training; a module may import what is
+# before it, but nothing beside it
+CORE = {"gamma_scheduler", "vlb", "ode", "codec", "step_selection", "images", "image_stream"}
 BASE = [
     {"diffusion", "files"},
     {"noise_schedules", "randomness"},
-    {"rows", "images", "objective", "dequantization", "diffusers_schedulers", "official_checkpoint"},
+    {"rows", "image_files", "objective", "dequantization", "diffusers_schedulers", "official_checkpoint"},
 ]
 UPPER = [{"pipeline", "evaluation", "ode_evaluation"}, {"hub", "foreign_networks", "checkpoints"}, {"training"}]
 LAYERS = [*BASE, CORE, {"schedulers"}, *UPPER]
