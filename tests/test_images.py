@@ -198,7 +198,7 @@ def parquet_folder(folder, rows, shards=1, name="train", **features):
     """A folder of parquet files, as on the Hub; `rows` are (PNG bytes, label)."""
     folder.mkdir(exist_ok=True, parents=True)
     columns = {
-        "image": [{"bytes": content, "path": f"{i:03d}.png"} for i, (content, _) in enumerate(rows)],
+        "image": [content and {"bytes": content, "path": f"{i:03d}.png"} for i, (content, _) in enumerate(rows)],
         "label": [label for _, label in rows],
     }
     kinds = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])} | features
