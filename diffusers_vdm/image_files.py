@@ -146,6 +146,8 @@ def decode(
         image = Image.open(BytesIO(_content(row)))
         depth = _deep_layout(image)  # known until the pixels are loaded
         image.load()
+        if image.getexif().get(_ORIENTATION) is not None:
+            image = ImageOps.exif_transpose(image)
     except Exception as error:  # Pillow raises whatever a damaged file leads it to
         raise ValueError(
             f"cannot be decoded ({_one_line(error)}); the file is damaged or missing, replace it or leave it out."
@@ -162,8 +164,6 @@ def decode(
                 f"mode {image.mode!r} with transparent pixels (alpha {alpha}): what lies under them is arbitrary; "
                 "composite the files on a background of your choice."
             )
-    if image.getexif().get(_ORIENTATION) is not None:
-        image = ImageOps.exif_transpose(image)
     return _pixels(image, mode or image.mode, convert, resolution, crop_key)
 
 

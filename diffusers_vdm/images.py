@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -48,6 +49,10 @@ class ImageSet:
     name: str
 
     def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def num_images(self) -> int:
         return len(self.images)
 
     @property
@@ -258,6 +263,12 @@ def _write_cache(
     metadata: dict[str, str],
 ) -> None:
     """Writes a safetensors file row by row, beside `path`, and renames it when it is whole."""
+    size, free = math.prod(shape), shutil.disk_usage(path.parent).free
+    if size > free:
+        raise OSError(
+            f"the decoded images need {size / 1e9:.3g} GB, but {path.parent} has {free / 1e9:.3g} GB free; set "
+            "cache_dir to a larger disk, or do without decoded_cache."
+        )
     digest = _new_digest(shape)
     temporary = path.with_name(f".{path.name}.tmp")
     try:

@@ -430,6 +430,14 @@ def test_an_interrupted_write_leaves_nothing_that_is_taken_for_a_cache(stored, t
     assert len(stored()) == 9 and len(list(folder.iterdir())) == 2  # the file and its lock
 
 
+def test_a_disk_that_is_too_small_is_told_before_anything_is_decoded(stored, tmp_path, monkeypatch):
+    full = type("usage", (), {"free": 9 * 3 * 8 * 10 - 1})
+    monkeypatch.setattr(images_module.shutil, "disk_usage", lambda folder: full)
+    with pytest.raises(OSError, match="2.16e-06 GB.*cache_dir"):
+        stored()
+    assert not cache_files(tmp_path) and not list((tmp_path / "cache").rglob("*.tmp"))
+
+
 def _decode_in_a_process(path, cache, queue):
     counted, real = [], images_module.decode
     images_module.decode = lambda *arguments: counted.append(1) or real(*arguments)
