@@ -402,6 +402,7 @@ def main() -> None:
         "torch": torch.__version__,
         "options": {k: v for k, v in vars(o).items() if k not in ("output", "peak_of")},
     }
+    told["load_average_before"] = os.getloadavg()[0]
     has_port = "port" in o.variants
     unet, schedule = build(o)
     told["parameters"] = sum(p.numel() for p in unet.parameters())

@@ -276,14 +276,17 @@ class ImageAttnProcessor:
     ) -> torch.Tensor:
         residual = hidden_states
         tokens = hidden_states.flatten(2)
-        tokens = (tokens if attn.group_norm is None else attn.group_norm(tokens)).transpose(1, 2)
+        # contiguous once, or each of the three layers would make a copy of its own and keep it for its backward pass
+        tokens = (tokens if attn.group_norm is None else attn.group_norm(tokens)).transpose(1, 2).contiguous()
         query, key, value = (to(tokens).unflatten(2, (attn.heads, -1)) for to in (attn.to_q, attn.to_k, attn.to_v))
         out = dispatch_attention_fn(query, key, value, backend=self._attention_backend)
         out = attn.to_out[1](attn.to_out[0](out.flatten(2).to(query.dtype)))
         out = out.transpose(1, 2).reshape(residual.shape)
         if attn.residual_connection:
-            out = out + residual
-        return out / attn.rescale_output_factor
+            # A sum has the memory format of its first term. That of the tokens, channels last, makes the backward pass
+            # of the next GroupNorm many times as long on a CPU; as formats round differently, only training changes.
+            out = residual + out if attn.training else out + residual
+        return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
 
 
 def fourier_features(z: torch.Tensor, exponents: tuple[float, ...]) -> torch.Tensor:
