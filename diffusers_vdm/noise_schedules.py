@@ -4,8 +4,7 @@
 (schedulers.py) is the sampler that reads it. γ is worked out in float64 whatever the type of the parameters, and no
 cast of a pipeline to half precision can touch those.
 
-Papers: VDM = Kingma et al. 2021 (arXiv 2107.00630); DDPM = Ho et al. 2020 (arXiv 2006.11239); PCHIP = Fritsch &
-Butland 1984.
+Papers: VDM = Kingma et al. 2021 (arXiv 2107.00630); DDPM = Ho et al. 2020 (arXiv 2006.11239).
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from .diffusion import gammas_from_betas, linear_betas, prior_kl_nats, to_high_precision
+from .pchip import pchip, pchip_slopes
 
 # bits/dim above which sampling starts from noise that training never saw
 PRIOR_KL_WARNING_BPD = 0.01
@@ -153,6 +153,11 @@ class NoiseSchedule(ModelMixin, ConfigMixin):
                 stacklevel=3,  # past the no_grad wrapper, at the caller
             )
         return summary
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters; float32 without any, where diffusers' own property fails."""
+        return next((p.dtype for p in self.parameters()), torch.float32)
 
     def _device(self) -> torch.device:
         return next((p.device for p in self.parameters()), torch.device("cpu"))
@@ -351,7 +356,7 @@ class TableGamma(NoiseSchedule):
         check_gamma_table(gammas)
         # plain attributes, not buffers: no cast and no state dict can change them
         self._gammas = gammas
-        self._knot_slopes = _pchip_slopes(gammas)
+        self._knot_slopes = pchip_slopes(gammas)
 
     def ends(self):
         return self._gammas[0], self._gammas[-1]
@@ -361,16 +366,7 @@ class TableGamma(NoiseSchedule):
         return self._gammas.clone() if num_knots is None else super().table(num_knots)
 
     def gamma_and_slope(self, t, scale_shape_grad=None):
-        gammas, slopes = self._gammas.to(t), self._knot_slopes.to(t)
-        n = len(gammas) - 1
-        k = (t * n).floor().clamp(0, n - 1).long()
-        r = t * n - k
-        left, right, d_left, d_right = gammas[k], gammas[k + 1], slopes[k], slopes[k + 1]
-        rise = right - left
-        # the Hermite cubic around the left knot: γ = left + r (d_left + r (c₂ + r c₃)), with slopes per knot distance
-        c2, c3 = 3 * rise - 2 * d_left - d_right, d_left + d_right - 2 * rise
-        gamma = torch.where(r == 1, right, left + r * (d_left + r * (c2 + r * c3)))
-        return gamma, n * (d_left + r * (2 * c2 + 3 * r * c3))
+        return pchip(self._gammas.to(t), self._knot_slopes.to(t), t)
 
 
 class BetaGamma(TableGamma):
@@ -432,17 +428,6 @@ def check_gamma_table(gammas: torch.Tensor) -> None:
             f"gammas must increase (gamma = −log SNR grows with the noise), got {gammas[i].item():.9g} at index {i} "
             f"and {gammas[i + 1].item():.9g} after it."
         )
-
-
-def _pchip_slopes(values: torch.Tensor) -> torch.Tensor:
-    """Slopes at equidistant knots of increasing values, per knot distance [Fritsch & Butland 1984]."""
-    rise = values[1:] - values[:-1]
-    if len(rise) == 1:
-        return rise.expand(2)
-    inside = 2 / (1 / rise[:-1] + 1 / rise[1:])
-    first = ((3 * rise[0] - rise[1]) / 2).clamp(min=0)
-    last = ((3 * rise[-1] - rise[-2]) / 2).clamp(min=0)
-    return torch.cat([first[None], inside, last[None]])
 
 
 def _learned_ends(bias: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,17 +15,21 @@ PACKAGE = Path(diffusers_vdm.__file__).parent
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 MAX_LINES = 450
 
-# {diffusion, files} → {noise_schedules, randomness} → {rows, image_files, objective, dequantization, …} →
+# {diffusion, files, pchip} → {noise_schedules, randomness} → {rows, image_files, objective, dequantization, …} →
 # {gamma_scheduler, vlb, ode, codec, step_selection, images, image_stream} → schedulers →
 # {pipeline, evaluation, ode_evaluation} → {hub, foreign_networks, checkpoints} → training; a module may import what is
 # before it, but nothing beside it
 CORE = {"gamma_scheduler", "vlb", "ode", "codec", "step_selection", "images", "image_stream"}
 BASE = [
-    {"diffusion", "files"},
+    {"diffusion", "files", "pchip"},
     {"noise_schedules", "randomness"},
     {"rows", "image_files", "objective", "dequantization", "diffusers_schedulers", "official_checkpoint"},
 ]
-UPPER = [{"pipeline", "evaluation", "ode_evaluation"}, {"hub", "foreign_networks", "checkpoints"}, {"training"}]
+UPPER = [
+    {"pipeline", "evaluation", "ode_evaluation"},
+    {"hub", "foreign_networks", "checkpoints", "cost"},
+    {"training"},
+]
 LAYERS = [*BASE, CORE, {"schedulers"}, *UPPER]
 # unet stands alone: it imports nothing of ours, and only these import it. conversion and plots are leaves: they may
 # import anything, and nothing imports them.

@@ -572,3 +572,21 @@ def test_the_base_class_says_what_is_missing():
     for method in (lambda s: s.ends(), lambda s: s.gamma_and_slope(times(2))):
         with pytest.raises(NotImplementedError, match="NoiseSchedule must define"):
             method(NoiseSchedule())
+
+
+def test_a_schedule_without_parameters_moves_with_its_pipeline():
+    from diffusers_vdm import LinearBetaScheduler, VDMPipeline, VDMScheduler, VDMUNet2DModel
+
+    # diffusers' own dtype property fails for a module without parameters
+    for schedule in (FixedLinearGamma(), TableGamma([-5.0, 0.0, 5.0]), LinearBetaGamma(50)):
+        assert schedule.dtype == torch.float32
+        gamma = schedule(torch.tensor(0.3, dtype=torch.float64))
+        with torch.random.fork_rng():
+            unet = VDMUNet2DModel(
+                sample_size=8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=2,
+                down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), attention_head_dim=8,
+            )  # fmt: skip
+        cls = LinearBetaScheduler if isinstance(schedule, LinearBetaGamma) else VDMScheduler
+        pipe = VDMPipeline(unet, cls.from_noise_schedule(schedule), schedule).to("cpu", torch.bfloat16)
+        assert pipe.unet.dtype == torch.bfloat16
+        assert torch.equal(pipe.noise_schedule(torch.tensor(0.3, dtype=torch.float64)), gamma)
