@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import mmap
 import os
 import re
 import shutil
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.training_utils import EMAModel
+from diffusers.utils import logging
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from .files import write_atomically
 
+logger = logging.get_logger(__name__)
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+# ---- folders -----------------------------------------------------------------------------------------------------
 
 
 def save_checkpoint(
@@ -26,55 +32,129 @@ def save_checkpoint(
     tensors: dict[str, dict[str, torch.Tensor]],
     state: dict[str, Any],
     total_limit: int | None = None,
+    milestone_steps: int | None = None,
 ) -> Path:
     """Writes `output_dir/checkpoint-{step}` as safetensors and JSON: under another name first, then renamed.
 
-    Each group of `tensors` is a file, `state` is anything that JSON holds, and with `total_limit` only so many of the
-    newest checkpoints are kept, at least one. Returns the folder.
+    Each group of `tensors` is a file, `state` is anything that JSON holds. With `total_limit` only so many of the
+    newest checkpoints are kept, at least one, and those at multiples of `milestone_steps` besides. Every file is on
+    the disk before the name is. Returns the folder.
+
+    Raises: `OSError` where it cannot be written, a full disk; what was there before is still there then.
     """
     output_dir = Path(output_dir)
     final, temporary = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for name, group in tensors.items():
-        path = temporary / f"{name}.safetensors"
-        save_file({key: value.detach().cpu().contiguous() for key, value in group.items()}, path)
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    write_atomically(temporary / "state.json", json.dumps({**state, "step": step}, indent=2))
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(temporary, final)
+    for left_over in output_dir.glob(".checkpoint-*"):  # of a process that was killed
+        shutil.rmtree(left_over, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        digests = {}
+        for name, group in tensors.items():
+            path = temporary / f"{name}.safetensors"
+            save_file({key: value.detach().cpu().contiguous() for key, value in group.items()}, path)
+            _sync(path)
+            digests[path.name] = _digest(path)
+        write_atomically(temporary / "state.json", json.dumps({**state, "step": step, "files": digests}, indent=2))
+        _sync(temporary)
+        if final.exists():
+            _remove(final)
+        os.rename(temporary, final)
+        _sync(output_dir)
+    except SafetensorError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"{final} could not be written: {error}") from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs the space
+        raise
     if total_limit is not None:
-        remove_checkpoints(output_dir, keep=max(1, total_limit))
+        remove_checkpoints(output_dir, keep=max(1, total_limit), milestone_steps=milestone_steps)
     return final
 
 
-def remove_checkpoints(output_dir: str | os.PathLike, keep: int = 0) -> None:
-    """Removes the complete checkpoints of a run but for the `keep` newest."""
+def remove_checkpoints(output_dir: str | os.PathLike, keep: int = 0, milestone_steps: int | None = None) -> None:
+    """Removes the complete checkpoints but for the `keep` newest and those at multiples of `milestone_steps`."""
     complete = list_checkpoints(output_dir)
     for folder in complete[: len(complete) - keep]:
-        shutil.rmtree(folder)
+        if not (milestone_steps and _step(folder) % milestone_steps == 0):
+            _remove(folder)
 
 
 def list_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     folders = [p for p in Path(output_dir).glob("checkpoint-*") if _CHECKPOINT.fullmatch(p.name)]
-    return sorted((p for p in folders if (p / "state.json").is_file()), key=lambda p: int(p.name.split("-")[1]))
+    return sorted((p for p in folders if (p / "state.json").is_file()), key=_step)
 
 
 def load_checkpoint(folder: str | os.PathLike) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
-    """What [`save_checkpoint`] wrote: `(tensors, state)`; `ValueError` for a folder that is not one."""
+    """What [`save_checkpoint`] wrote: `(tensors, state)`.
+
+    Raises: `ValueError` for a folder that is not a checkpoint, and for one of which a file is not as it was written.
+    """
     folder = Path(folder)
     if not (folder / "state.json").is_file():
         raise ValueError(f"{folder} is not a complete checkpoint: it has no state.json.")
     tensors, path = {}, folder / "state.json"
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted(folder.glob("*.safetensors")):
+        for name, digest in state["files"].items():
+            path = folder / Path(name).name
+            if _digest(path) != digest:
+                raise ValueError("its content is not what was written")
             tensors[path.stem] = load_file(path)
-    except (ValueError, SafetensorError) as error:
-        raise ValueError(f"{path} is damaged ({error}); go on from an older checkpoint, by its folder.") from error
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
+        reason = "it is missing" if isinstance(error, FileNotFoundError) else error
+        raise ValueError(f"{path} is damaged ({reason}); go on from an older checkpoint, by its folder.") from error
     return tensors, state
+
+
+def load_latest(
+    output_dir: str | os.PathLike,
+) -> tuple[Path, dict[str, dict[str, torch.Tensor]], dict[str, Any]] | None:
+    """The newest checkpoint that is not damaged, `(folder, tensors, state)`; `None` where there was never one.
+
+    A damaged one is named in the log and the one before is taken. Raises `ValueError` if all are damaged.
+    """
+    folders = list_checkpoints(output_dir)
+    for folder in reversed(folders):
+        try:
+            return folder, *load_checkpoint(folder)
+        except ValueError as error:
+            logger.warning(str(error).split(";")[0] + "; the checkpoint before it is used.")
+    if folders:
+        raise ValueError(f"every checkpoint in {output_dir} is damaged; start anew with --overwrite_output_dir.")
+    return None
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.split("-")[1])
+
+
+def _remove(folder: Path) -> None:
+    """Away under its name at once, so that what an interruption leaves is not taken for a checkpoint."""
+    doomed = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        digest.update(content)
+    return digest.hexdigest()
+
+
+# ---- optimisers --------------------------------------------------------------------------------------------------
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -92,84 +172,72 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def save(
-    output_dir: str | os.PathLike,
-    step: int,
-    objective: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
-    ema: EMAModel | None,
-    run: dict[str, Any],
-    total_limit: int | None = None,
-) -> Path:
-    """Writes all that a run needs to go on; `run` is its description, compared when it does."""
-    tensors = {"model": objective.state_dict(), "optimizer": optimizer_tensors(optimizer)}
-    rates = {name: value for name, value in lr_scheduler.state_dict().items() if name != "lr_lambdas"}
-    state: dict[str, Any] = {"run": run, "lr_scheduler": rates}
-    if ema is not None:
-        tensors["ema"] = {str(i): p for i, p in enumerate(ema.shadow_params)}
-        state["ema_step"] = ema.optimization_step
-    return save_checkpoint(output_dir, step, tensors, state, total_limit)
+def rate_state(lr_scheduler: torch.optim.lr_scheduler.LRScheduler) -> dict[str, Any]:
+    """Where a schedule of learning rates stands, as JSON can hold it; its functions are made anew."""
+    return {name: value for name, value in lr_scheduler.state_dict().items() if name != "lr_lambdas"}
 
 
-def find_checkpoint(output_dir: str | os.PathLike, name: str) -> Path:
-    """The folder that `"latest"` or a path stands for. Raises `ValueError` where there is none."""
-    if name != "latest":
-        return Path(name)
-    complete = list_checkpoints(output_dir)
-    if not complete:
-        raise ValueError(f"resume_from_checkpoint='latest', but there is no complete checkpoint in {output_dir}.")
-    return complete[-1]
+def load_rate_state(lr_scheduler: torch.optim.lr_scheduler.LRScheduler, state: dict[str, Any]) -> None:
+    """Puts back what [`rate_state`] took, in the schedule and in its optimiser."""
+    lr_scheduler.load_state_dict({**lr_scheduler.state_dict(), **state})
+    for group, rate in zip(lr_scheduler.optimizer.param_groups, state["_last_lr"], strict=True):
+        group["lr"] = rate
 
+
+# ---- the same run ------------------------------------------------------------------------------------------------
 
 # options that a resumed run may change: they say where to and how often, not what is trained
-_FREE_OPTIONS = {
+FREE_OPTIONS = frozenset({
     "output_dir", "overwrite_output_dir", "logging_steps", "eval_steps", "eval_batch_size", "eval_samples",
     "max_eval_images", "num_images", "ddpm_num_inference_steps", "checkpointing_steps", "checkpoints_total_limit",
-    "resume_from_checkpoint", "logger", "logging_dir", "push_to_hub", "hub_model_id", "hub_token", "hub_private_repo",
-    "cache_dir", "dataloader_num_workers", "num_threads", "gradient_checkpointing", "train_batch_size",
-    "gradient_accumulation_steps", "save_images_epochs", "save_model_epochs",
-}  # fmt: skip
+    "milestone_steps", "resume_from_checkpoint", "allow_changed", "logger", "logging_dir", "push_to_hub",
+    "hub_model_id", "hub_token", "hub_private_repo", "cache_dir", "dataloader_num_workers", "num_threads",
+    "gradient_checkpointing", "train_batch_size", "gradient_accumulation_steps", "save_images_epochs",
+    "save_model_epochs", "max_nonfinite_steps", "decoded_cache", "dry_run",
+})  # fmt: skip
 
 
-def restore(
-    folder: str | os.PathLike,
-    objective: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler,
-    ema: EMAModel | None,
-    run: dict[str, Any],
-) -> dict[str, Any]:
-    """Puts a checkpoint of [`save`] back and returns its state, with `step` and the saved `run`.
+def check_same_run(before: dict[str, Any], now: dict[str, Any], allowed: Collection[str] = ()) -> str | None:
+    """`ValueError` if two descriptions of a run differ in what is trained: options, data, global batch.
 
-    Raises: `ValueError` if the run is another one: other data, another global batch, other options that matter.
+    A description holds `"options"`, `"data"`, `"global_batch_size"` and `"num_processes"`. `allowed` names options, or
+    `"data"`, that may differ nevertheless; [`FREE_OPTIONS`] always may.
+
+    Returns: what is to be told of a global batch that is split in another way, `None` if it is not.
     """
-    tensors, state = load_checkpoint(folder)
-    before, now = state["run"], run
-    fixed = set(now["options"]) - _FREE_OPTIONS
-    if now["options"].get("dropout"):  # its masks are drawn for each batch of each process
-        fixed |= {"train_batch_size", "gradient_accumulation_steps"}
+    fixed = (set(now["options"]) & set(before["options"])) - FREE_OPTIONS
     if str(now["options"].get("lr_scheduler")).startswith("constant"):  # else the rates depend on where they end
         fixed -= {"max_train_steps", "num_epochs"}
-    differences = {name for name in fixed if now["options"].get(name) != before["options"].get(name)}
-    for name in ("data", "global_batch_size"):
-        if before[name] != now[name]:
-            differences.add(name)
-    if differences:
-        told = "; ".join(
-            f"{k}: {before['options'].get(k, before.get(k))!r} → {now['options'].get(k, now.get(k))!r}"
-            for k in sorted(differences)
+    pairs = {name: (before["options"][name], now["options"][name]) for name in fixed}
+    pairs |= {name: (before[name], now[name]) for name in ("data", "global_batch_size")}
+    differ = {
+        k: v
+        for k, v in sorted(pairs.items())
+        if _plain(v[0]) != _plain(v[1]) and k not in set(allowed) - {"global_batch_size"}
+    }
+    told = [f"{name}: {a!r} → {b!r}" for name, (a, b) in differ.items()]
+    if told:
+        raise ValueError(
+            f"this is not the same run: {'; '.join(told)}. Start a new one in another output_dir, or name what may "
+            "differ by allow_changed."
         )
-        raise ValueError(f"this is not the run of {folder}: {told}. Start a new one in another output_dir.")
-    if ("ema" in tensors) != (ema is not None):
-        raise ValueError(f"{folder} {'has' if 'ema' in tensors else 'lacks'} averaged weights; use_ema must agree.")
-    objective.load_state_dict(tensors["model"])
-    load_optimizer_tensors(optimizer, tensors["optimizer"])
-    lr_scheduler.load_state_dict({**lr_scheduler.state_dict(), **state["lr_scheduler"]})
-    for group, rate in zip(optimizer.param_groups, state["lr_scheduler"]["_last_lr"], strict=True):
-        group["lr"] = rate
-    if ema is not None:
-        for i, shadow in enumerate(ema.shadow_params):
-            shadow.copy_(tensors["ema"][str(i)])
-        ema.optimization_step = state["ema_step"]
-    return state
+    splits = [
+        f"{run['num_processes']} × {run['options']['train_batch_size']}"
+        f" × {run['options']['gradient_accumulation_steps']} (processes × batch × accumulation)"
+        for run in (before, now)
+    ]
+    if splits[0] == splits[1]:
+        return None
+    masks = "; the masks of dropout are others from here on" if now["options"].get("dropout") else ""
+    return f"{splits[0]} → {splits[1]}: the same data order, global batch and noise{masks}"
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
+
+
+def check_allowed(names: Iterable[str], options: Collection[str]) -> None:
+    """`ValueError` unless each of `names` is an option or `"data"`; the global batch is never free to change."""
+    unknown = sorted(set(names) - set(options) - {"data"})
+    if unknown:
+        raise ValueError(f"allow_changed must name options, or data; there is no {unknown[0]!r}.")

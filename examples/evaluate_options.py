@@ -8,7 +8,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from train_options import add_options, check_ranges
+from train_options import check_ranges, option_parser
 
 # name, default, help, as in train_options.py
 OPTIONS: dict[str, list[tuple]] = {
@@ -66,12 +66,7 @@ METHOD_OF = {
 
 def parse_options(description: str, arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked; wrong arguments end the program before any work starts."""
-    parser = argparse.ArgumentParser(
-        usage="evaluate.py --model MODEL [options], see --help",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_options(parser, OPTIONS)
+    parser = option_parser("evaluate.py --model MODEL [options], see --help", description, OPTIONS)
     add = parser.add_argument
     add(
         "--resume",

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ON_OFF = argparse.BooleanOptionalAction
-# name, default, help. A type stands for an option without a default; a tuple for choices, the first the default
+# name, default, help. A type stands for an option without a default, a list of one for several values; a tuple for
+# choices, the first the default
 OPTIONS: dict[str, list[tuple]] = {
     "data": [
         ("dataset_name", str, "data set on the Hub, or a local copy of one; the bundled digits if nothing is given"),
@@ -23,13 +24,19 @@ OPTIONS: dict[str, list[tuple]] = {
         ("resolution", int, "resize and crop to squares of this side; all images must have one size without it"),
         ("center_crop", False, "crop the middle instead of a place drawn once for each image"),
         ("random_flip", False, "flip half of the images, telling the network where it has the flag for it"),
+        ("random_rotation", False, "turn three in four by 90, 180 or 270 degrees, telling it likewise"),
         ("cache_dir", str, "cache of data sets"),
-        ("dataloader_num_workers", 2, "threads that decode the images"),
+        ("dataloader_num_workers", 2, "threads that decode the images and make the batches"),
+        ("decoded_cache", True, "decode once into a file of cache_dir, which all processes and later runs map"),
+        ("streaming", False, "read while training, for data that do not fit on the disk"),
+        ("shuffle_buffer", 10_000, "images of a block of --streaming within which they are shuffled"),
+        ("num_train_images", int, "images of --train_split, where --streaming does not know it"),
     ],
     "model": [
         ("preset", str, "network by name, see diffusers_vdm.UNET_PRESETS; digits if not given"),
         ("model_config_name_or_path", str, "config of a VDMUNet2DModel, instead of --preset"),
         ("class_conditional", False, "condition on the classes, with a null class"),
+        ("label_dropout", 0.1, "share of the classes that is withheld, which trains the null class"),
         ("dropout", float, "dropout of the network, defaults to what its preset says"),
         ("objective", ("vdm", "ddpm"), "the variational bound, or DDPM's unweighted squared error"),
         ("schedule", (None, "learned", "learned_linear", "fixed_linear", "linear_beta"), "γ(t); learned for vdm"),
@@ -56,11 +63,18 @@ OPTIONS: dict[str, list[tuple]] = {
         ("max_grad_norm", 1.0, "clip gradients to this norm"),
         ("use_ema", True, "average the weights; what is evaluated and saved are the averages"),
         ("ema_max_decay", 0.9999, "decay of the average, after warm-up"),
+        (
+            "ema_decays",
+            [float],
+            "several at once, instead of it: all are measured and saved, the first as the pipeline",
+        ),
         ("ema_inv_gamma", 1.0, "of the warm-up 1 - (1 + step/inv_gamma)^-power"),
         ("ema_power", 0.75, "of the warm-up"),
         ("mixed_precision", ("no", "bf16", "fp16"), "of the network; γ and losses stay in float32 and better"),
+        ("channels_last", False, "memory format of the network: faster convolutions on many GPUs"),
         ("allow_tf32", False, "TF32 matrix products; they move bits/dim"),
         ("gradient_checkpointing", False, "less memory, more time"),
+        ("max_nonfinite_steps", 20, "stop after so many steps in a row whose gradients are not finite, all skipped"),
         ("seed", 0, "key of all randomness"),
         ("num_threads", int, "CPU threads of a process; all cores, shared by the processes, if not given"),
     ],
@@ -78,8 +92,11 @@ OPTIONS: dict[str, list[tuple]] = {
         ("save_model_epochs", int, "also save the pipeline every so many epochs"),
         ("checkpointing_steps", 1000, "steps between checkpoints, 0 for none"),
         ("checkpoints_total_limit", 2, "keep the newest"),
-        ("resume_from_checkpoint", str, "'latest' in output_dir, or a folder"),
-        ("logger", ("none", "tensorboard", "wandb"), "tracker beside metrics.jsonl"),
+        ("milestone_steps", int, "keep the checkpoints at its multiples besides"),
+        ("resume_from_checkpoint", str, "'latest' in output_dir (a new run if there is none yet), or a folder"),
+        ("allow_changed", [str], "options that may differ from those of the run that is resumed, or data"),
+        ("dry_run", False, "print the plan (parameters, FLOPs, memory, steps, noise schedule) and end"),
+        ("logger", ("tensorboard", "none", "wandb", "trackio"), "tracker beside metrics.jsonl"),
         ("logging_dir", "logs", "its folder in output_dir"),
         ("push_to_hub", False, "upload the pipeline and the pictures in the end"),
         ("hub_model_id", str, "repository, defaults to the name of output_dir"),
@@ -87,6 +104,22 @@ OPTIONS: dict[str, list[tuple]] = {
         ("hub_private_repo", False, "make it a private one"),
     ],
 }
+
+_DDPM = {"objective": "ddpm", "adam_beta2": 0.999, "adam_weight_decay": 0.0, "random_flip": True,
+         "lr_warmup_steps": 5000}  # fmt: skip
+_LONG = {"train_batch_size": 128, "lr_scheduler": "constant_with_warmup", "checkpointing_steps": 10_000,
+         "eval_steps": 10_000}  # fmt: skip
+# what a preset says of training; its network is in diffusers_vdm.UNET_PRESETS. Steps, batch and rates of cifar10 are
+# those of google-research/vdm, of ddpm-cifar10 those of the DDPM paper, app. B (its LSUN and CelebA-HQ: ddpm-ffhq128)
+PRESETS: dict[str, dict] = {
+    "cifar10": _LONG | {"max_train_steps": 10_000_000},
+    "cifar10-aug": _LONG | {"max_train_steps": 10_000_000, "random_flip": True, "random_rotation": True},
+    "imagenet32": _LONG | {"max_train_steps": 2_000_000},
+    "imagenet64": _LONG | {"max_train_steps": 2_000_000},
+    "ddpm-cifar10": _LONG | _DDPM | {"max_train_steps": 800_000},
+    "ddpm-ffhq128": _LONG | _DDPM | {"max_train_steps": 500_000, "train_batch_size": 64, "learning_rate": 2e-5,
+                                     "resolution": 128},
+}  # fmt: skip
 
 
 def add_options(parser: argparse.ArgumentParser, groups: dict[str, list[tuple]]) -> None:
@@ -96,6 +129,8 @@ def add_options(parser: argparse.ArgumentParser, groups: dict[str, list[tuple]])
         for name, default, text in rows:
             if isinstance(default, bool):
                 section.add_argument(f"--{name}", action=ON_OFF, default=default, help=f"{text} (default: {default})")
+            elif isinstance(default, list):
+                section.add_argument(f"--{name}", type=default[0], nargs="+", help=text)
             elif isinstance(default, tuple):
                 section.add_argument(f"--{name}", choices=[c for c in default if c], default=default[0], help=text)
             elif isinstance(default, type):
@@ -106,14 +141,20 @@ def add_options(parser: argparse.ArgumentParser, groups: dict[str, list[tuple]])
                 )
 
 
+def option_parser(usage: str, description: str, groups: dict[str, list[tuple]]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        usage=usage, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_options(parser, groups)
+    return parser
+
+
 def parse_options(description: str, arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked; wrong arguments end the program before any work starts."""
-    parser = argparse.ArgumentParser(
-        usage="train.py [options], see --help",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_options(parser, OPTIONS)
+    parser = option_parser("train.py [options], see --help", description, OPTIONS)
+    given = parser.parse_args(arguments)
+    preset = PRESETS.get(given.preset, {})
+    parser.set_defaults(**{k: v for k, v in preset.items() if not (k == "max_train_steps" and given.num_epochs)})
     options = parser.parse_args(arguments)
     try:
         check_options(options)
@@ -145,9 +186,11 @@ def check_options(o: argparse.Namespace) -> None:
     from diffusers.optimization import SchedulerType
 
     from diffusers_vdm import UNET_PRESETS
+    from diffusers_vdm.checkpoints import check_allowed
 
     o.digits = o.dataset_name is None and o.train_data_dir is None
-    ignored = [n for n in ("resolution", "image_mode", "image_column", "label_column") if o.digits and getattr(o, n)]
+    of_a_data_set = ("resolution", "image_mode", "image_column", "label_column", "streaming", "num_train_images")
+    ignored = [name for name in of_a_data_set if o.digits and getattr(o, name)]
     if ignored:
         raise ValueError(f"--{ignored[0]} is of a data set; name one by --dataset_name or --train_data_dir")
     if o.schedule == "linear_beta" and o.gamma_min is not None:
@@ -155,6 +198,9 @@ def check_options(o: argparse.Namespace) -> None:
     o.schedule = o.schedule or ("learned" if o.objective == "vdm" else "linear_beta")
     o.gamma_min = (-7.5 if o.digits else -13.3) if o.gamma_min is None else o.gamma_min
     o.learning_rate = (4e-3 if o.digits else 2e-4) if o.learning_rate is None else o.learning_rate
+    if o.ema_decays is None:
+        o.ema_decays = [o.ema_max_decay]
+    o.ema_decays = o.ema_decays if o.use_ema else []
     if o.max_train_steps is None and o.num_epochs is None:
         o.max_train_steps, o.num_epochs = (2500, None) if o.digits else (None, 100)
     if o.preset is None and o.model_config_name_or_path is None:
@@ -170,19 +216,23 @@ def check_options(o: argparse.Namespace) -> None:
     ):  # fmt: skip
         if bad:
             raise ValueError(message)
+    check_allowed(o.allow_changed or (), vars(o))
     check_choice("preset", o.preset, UNET_PRESETS)
     check_choice("lr_scheduler", o.lr_scheduler, [member.value for member in SchedulerType])
     positive = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_epochs", "learning_rate",
                 "max_grad_norm", "logging_steps", "eval_batch_size", "eval_samples", "num_images", "num_timesteps",
                 "ddpm_num_inference_steps", "save_images_epochs", "save_model_epochs", "checkpoints_total_limit",
                 "resolution", "max_eval_images", "num_threads", "adam_epsilon", "ema_inv_gamma", "ema_power",
-                "dataloader_num_workers")  # fmt: skip
+                "dataloader_num_workers", "shuffle_buffer", "num_train_images", "milestone_steps",
+                "max_nonfinite_steps")  # fmt: skip
     ranges = {
         "lr_warmup_steps": (0, math.inf), "eval_steps": (0, math.inf), "checkpointing_steps": (0, math.inf),
         "adam_weight_decay": (0, math.inf), "adam_beta1": (0, 1 - 1e-9), "adam_beta2": (0, 1 - 1e-9),
-        "dropout": (0, 1 - 1e-9), "ema_max_decay": (0, 1), "ddpm_num_steps": (21, math.inf),
+        "dropout": (0, 1 - 1e-9), "label_dropout": (0, 1), "ema_max_decay": (0, 1), "ddpm_num_steps": (21, math.inf),
     }  # fmt: skip
     check_ranges(o, ranges, positive)
+    if len(set(o.ema_decays)) < len(o.ema_decays) or not all(0 <= decay <= 1 for decay in o.ema_decays):
+        raise ValueError(f"--ema_decays must be different numbers within [0, 1], got {o.ema_decays}")
     if o.train_data_dir and not Path(o.train_data_dir).is_dir():
         raise ValueError(f"--train_data_dir {o.train_data_dir} is not a folder")
     folder = Path(o.output_dir)
@@ -198,35 +248,12 @@ def check_options(o: argparse.Namespace) -> None:
         )
 
 
-def load_data(o: argparse.Namespace, progress_bar: bool):
-    from diffusers_vdm.images import load_digits_split, load_images
-
-    if o.digits:
-        return load_digits_split()
-    shared = {
-        name: getattr(o, name)
-        for name in ("resolution", "center_crop", "image_mode", "image_column", "label_column", "cache_dir", "seed")
-    }
-    shared |= {"config_name": o.dataset_config_name, "num_workers": o.dataloader_num_workers}
-    path = o.dataset_name or o.train_data_dir
-    try:
-        return tuple(
-            load_images(path, s, is_folder=bool(o.train_data_dir), progress_bar=progress_bar, **shared)
-            for s in (o.train_split, o.eval_split)
-        )
-    except ValueError as error:
-        if "nknown split" not in str(error):
-            raise
-        advice = "set --train_split and --eval_split, slices allowed: 'train[1000:]' and 'train[:1000]'"
-        raise ValueError(f"{error} {advice}") from error
-
-
 def build(o: argparse.Namespace, data):
     """The network and γ(t)."""
     from diffusers_vdm import noise_schedules as S
     from diffusers_vdm.unet import VDMUNet2DModel, unet_preset
 
-    size, channels = tuple(data.images.shape[2:]), data.images.shape[1]
+    size, channels = tuple(data.shape[1:]), data.shape[0]
     config = unet_preset(o.preset) if o.preset else dict(VDMUNet2DModel.load_config(o.model_config_name_or_path))
     config |= {"in_channels": channels, "out_channels": channels}
     config["sample_size"] = size[0] if size[0] == size[1] else size
@@ -234,9 +261,9 @@ def build(o: argparse.Namespace, data):
         config["fourier_exponents"] = [math.log2(data.num_levels) - 2, math.log2(data.num_levels) - 1]
     o.dropout = config["dropout"] = config.get("dropout", 0.0) if o.dropout is None else o.dropout
     if o.class_conditional:
-        if data.labels is None:
-            raise SystemExit("--class_conditional: this data set has no classes; name them by --label_column")
-        config |= {"num_class_embeds": int(data.labels.max()) + 1, "null_class": True}
+        if data.num_classes is None:
+            raise ValueError("--class_conditional: this data set has no classes; name them by --label_column")
+        config |= {"num_class_embeds": data.num_classes, "null_class": True}
     unet = VDMUNet2DModel.from_config(config)
     if o.gradient_checkpointing:
         unet.enable_gradient_checkpointing()

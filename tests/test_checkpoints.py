@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from diffusers.training_utils import EMAModel
+from diffusers.utils import logging
+from safetensors import SafetensorError
 from test_training import random_images, tiny_objective
 
 from diffusers_vdm import checkpoints, training
@@ -16,84 +17,152 @@ def run_steps(objective, optimizer, ema, scheduler, data, steps):
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
-        ema.step(list(objective.parameters()))
+        ema.step()
 
 
 def setup_run():
     objective = tiny_objective()
     optimizer = torch.optim.AdamW(objective.parameters(), 1e-3)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-    ema = EMAModel(objective.parameters(), use_ema_warmup=True, power=0.75)
+    ema = training.WeightAverages(list(objective.parameters()), [0.999, 0.5])
     return objective, optimizer, ema, scheduler
 
 
-RUN = {"options": {"learning_rate": 1e-3, "output_dir": "a"}, "data": {"fingerprint": "x"}, "global_batch_size": 4}
+RUN = {
+    "options": {"learning_rate": 1e-3, "output_dir": "a", "train_batch_size": 4, "gradient_accumulation_steps": 1},
+    "data": {"fingerprint": "x"},
+    "global_batch_size": 4,
+    "num_processes": 1,
+}
 
 
-def test_a_restored_run_is_the_run_that_was_never_stopped(tmp_path, generator):
+def test_what_comes_back_is_what_was_saved(tmp_path, generator):
     data = random_images(9, generator)
-    whole = setup_run()
-    run_steps(*whole, data, range(7))
-    first = setup_run()
-    run_steps(*first, data, range(3))
-    objective, optimizer, ema, scheduler = first
-    folder = checkpoints.save(tmp_path, 3, objective, optimizer, scheduler, ema, RUN)
-
-    objective, optimizer, ema, scheduler = second = setup_run()
-    with torch.no_grad():  # whatever stands there is replaced
-        for p in objective.parameters():
-            p.add_(1.0)
-    assert checkpoints.restore(folder, objective, optimizer, scheduler, ema, RUN)["step"] == 3
-    run_steps(*second, data, range(3, 7))
-    for a, b in zip(whole[0].state_dict().values(), objective.state_dict().values(), strict=True):
-        assert torch.equal(a, b)
-    for a, b in zip(whole[2].shadow_params, ema.shadow_params, strict=True):
-        assert torch.equal(a, b)
-    a, b = checkpoints.optimizer_tensors(whole[1]), checkpoints.optimizer_tensors(optimizer)
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    assert whole[3].get_last_lr() == scheduler.get_last_lr()
-
-
-def test_another_run_is_refused_and_free_options_are_not(tmp_path, generator):
     objective, optimizer, ema, scheduler = setup_run()
-    run_steps(objective, optimizer, ema, scheduler, random_images(9, generator), range(1))
-    folder = checkpoints.save(tmp_path, 1, objective, optimizer, scheduler, ema, RUN)
-    fresh = setup_run()
-    args = (folder, fresh[0], fresh[1], fresh[3], fresh[2])
-    assert checkpoints.restore(*args, RUN | {"options": {"learning_rate": 1e-3, "output_dir": "b"}})["step"] == 1
-    for changed, name in (
-        ({"options": {"learning_rate": 2e-3, "output_dir": "a"}}, "learning_rate: 0.001 → 0.002"),
-        ({"data": {"fingerprint": "y"}}, "data"),
-        ({"global_batch_size": 8}, "global_batch_size: 4 → 8"),
+    run_steps(objective, optimizer, ema, scheduler, data, range(3))
+    groups = {"model": objective.state_dict(), "optimizer": checkpoints.optimizer_tensors(optimizer)} | ema.tensors()
+    folder = checkpoints.save_checkpoint(tmp_path, 3, groups, {"run": RUN, "sums": [[0.1, 1.0]]})
+    tensors, state = checkpoints.load_checkpoint(folder)
+    assert state["step"] == 3 and state["run"] == RUN and state["sums"] == [[0.1, 1.0]]
+    assert tensors.keys() == groups.keys()
+    for name, group in groups.items():
+        assert all(torch.equal(tensors[name][key], value) for key, value in group.items())
+    # an optimiser and averages that go on from it are the ones that were never stopped
+    second = setup_run()
+    with torch.no_grad():  # whatever stands there is replaced
+        for p in second[0].parameters():
+            p.add_(1.0)
+    second[0].load_state_dict(tensors["model"])
+    checkpoints.load_optimizer_tensors(second[1], tensors["optimizer"])
+    second[2].load(tensors)
+    checkpoints.load_rate_state(second[3], checkpoints.rate_state(scheduler))
+    assert second[1].param_groups[0]["lr"] == optimizer.param_groups[0]["lr"] != 1e-3
+    for run in ((objective, optimizer, ema, scheduler), second):
+        run_steps(*run, data, range(3, 7))
+    assert all(torch.equal(a, b) for a, b in zip(objective.parameters(), second[0].parameters(), strict=True))
+    for decay in (0.999, 0.5):
+        pairs = zip(ema.models[decay].shadow_params, second[2].models[decay].shadow_params, strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def changed(**options):
+    return RUN | {"options": RUN["options"] | options}
+
+
+def test_another_run_is_refused_and_free_options_are_not():
+    assert checkpoints.check_same_run(RUN, changed(output_dir="b", new_option=3)) is None
+    for other, name in (
+        (changed(learning_rate=2e-3), "learning_rate: 0.001 → 0.002"),
+        (RUN | {"data": {"fingerprint": "y"}}, "data"),
+        (RUN | {"global_batch_size": 8}, "global_batch_size: 4 → 8"),
     ):
         with pytest.raises(ValueError, match=name):
-            checkpoints.restore(*args, RUN | changed)
-    split = {"options": RUN["options"] | {"dropout": 0.1, "train_batch_size": 2}}
-    with pytest.raises(ValueError, match="train_batch_size"):  # the masks of dropout would be others
-        checkpoints.restore(*args, RUN | split)
-    with pytest.raises(ValueError, match="averaged weights"):
-        checkpoints.restore(folder, fresh[0], fresh[1], fresh[3], None, RUN)
+            checkpoints.check_same_run(RUN, other)
+    assert checkpoints.check_same_run(RUN, changed(learning_rate=2e-3), ["learning_rate"]) is None
+    with pytest.raises(ValueError, match="global_batch_size"):  # the order of the data hangs on it
+        checkpoints.check_same_run(RUN, RUN | {"global_batch_size": 8}, ["global_batch_size"])
+    for rate, refused in (("cosine", True), ("constant_with_warmup", False)):
+        a, b = (changed(max_train_steps=n, lr_scheduler=rate) for n in (5, 9))
+        if refused:  # the rates on the way depend on where they end
+            with pytest.raises(ValueError, match="max_train_steps: 5 → 9"):
+                checkpoints.check_same_run(a, b)
+        else:
+            assert checkpoints.check_same_run(a, b) is None
+    with pytest.raises(ValueError, match="'learning_rat'"):
+        checkpoints.check_allowed(["learning_rat"], RUN["options"])
+
+
+def test_another_split_of_the_batch_is_told():
+    two = changed(train_batch_size=2) | {"num_processes": 2}
+    told = checkpoints.check_same_run(RUN, two)
+    assert "1 × 4 × 1" in told and "2 × 2 × 1" in told and "dropout" not in told
+    two["options"]["dropout"] = 0.1
+    assert "masks of dropout are others" in checkpoints.check_same_run(changed(dropout=0.1), two)
+
+
+def save(folder, step, value=1.0, **options):
+    return checkpoints.save_checkpoint(folder, step, {"model": {"w": torch.full((2,), value)}}, {}, **options)
+
+
+def names(folder):
+    return [p.name for p in checkpoints.list_checkpoints(folder)]
 
 
 def test_checkpoints_are_whole_or_absent(tmp_path):
     for step in (5, 10, 100):
-        checkpoints.save_checkpoint(tmp_path, step, {"model": {"w": torch.ones(2)}}, {}, total_limit=2)
-    assert [p.name for p in checkpoints.list_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-100"]
+        save(tmp_path, step, total_limit=2)
+    assert names(tmp_path) == ["checkpoint-10", "checkpoint-100"]
     # what an interrupted write leaves: the temporary folder, or a folder without the last file
     (tmp_path / ".checkpoint-200.tmp").mkdir()
     (tmp_path / "checkpoint-150").mkdir()
-    assert checkpoints.find_checkpoint(tmp_path, "latest").name == "checkpoint-100"
+    assert checkpoints.load_latest(tmp_path)[0].name == "checkpoint-100"
     with pytest.raises(ValueError, match="not a complete checkpoint"):
         checkpoints.load_checkpoint(tmp_path / "checkpoint-150")
-    damaged = tmp_path / "damaged" / "checkpoint-1"
-    checkpoints.save_checkpoint(tmp_path / "damaged", 1, {"model": {"w": torch.ones(2)}}, {})
-    (damaged / "model.safetensors").write_bytes(b"\0" * 20)
-    with pytest.raises(ValueError, match=r"model.safetensors is damaged"):
-        checkpoints.load_checkpoint(damaged)
-    tensors, state = checkpoints.load_checkpoint(tmp_path / "checkpoint-100")
-    assert torch.equal(tensors["model"]["w"], torch.ones(2)) and state["step"] == 100
-    with pytest.raises(ValueError, match="no complete checkpoint"):
-        checkpoints.find_checkpoint(tmp_path / "nowhere", "latest")
-    # written again over itself
-    checkpoints.save_checkpoint(tmp_path, 100, {"model": {"w": torch.zeros(2)}}, {})
+    assert checkpoints.load_latest(tmp_path / "nowhere") is None
+    # written again over itself, and the left-overs go
+    save(tmp_path, 100, 0.0)
     assert torch.equal(checkpoints.load_checkpoint(tmp_path / "checkpoint-100")[0]["model"]["w"], torch.zeros(2))
+    assert not list(tmp_path.glob(".checkpoint*"))
+
+
+def test_milestones_stay(tmp_path):
+    for step in range(1, 10):
+        save(tmp_path, step, total_limit=2, milestone_steps=4)
+    assert names(tmp_path) == ["checkpoint-4", "checkpoint-8", "checkpoint-9"]
+
+
+@pytest.mark.parametrize("damage", ["zeros", "cut", "bit", "missing", "state"])
+def test_damage_is_named_and_the_one_before_is_taken(tmp_path, damage, caplog):
+    for step in (1, 2):
+        save(tmp_path, step, float(step))
+    victim = tmp_path / "checkpoint-2" / ("state.json" if damage == "state" else "model.safetensors")
+    content = bytearray(victim.read_bytes())
+    if damage == "bit":
+        content[-1] ^= 1
+    changed = {"zeros": b"\0" * 20, "cut": content[:-1], "state": content[:-9], "bit": content}.get(damage)
+    victim.write_bytes(changed) if changed is not None else victim.unlink()
+    with pytest.raises(ValueError, match=rf"{victim.name} is damaged"):
+        checkpoints.load_checkpoint(victim.parent)
+    logging.enable_propagation()
+    try:
+        folder, tensors, state = checkpoints.load_latest(tmp_path)
+    finally:
+        logging.disable_propagation()
+    assert folder.name == "checkpoint-1" and state["step"] == 1 and float(tensors["model"]["w"][0]) == 1.0
+    assert f"{victim.name} is damaged" in caplog.text
+    (tmp_path / "checkpoint-1" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="every checkpoint in"):
+        checkpoints.load_latest(tmp_path)
+
+
+def test_a_full_disk_leaves_the_checkpoints_before(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1"]
+    assert checkpoints.load_latest(tmp_path)[0].name == "checkpoint-1"

@@ -1,0 +1,42 @@
+"""The images that train.py trains on, and the held-out ones."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+
+def load_data(o: argparse.Namespace, progress_bar: bool):
+    """The images to train on and the held-out ones."""
+    from diffusers_vdm.image_stream import ImageStream
+    from diffusers_vdm.images import ImageSet, load_digits_split, load_images
+
+    if o.digits:
+        return load_digits_split()
+    shared = {
+        name: getattr(o, name)
+        for name in ("resolution", "center_crop", "image_mode", "image_column", "label_column", "cache_dir", "seed")
+    }
+    shared |= {"config_name": o.dataset_config_name, "num_workers": o.dataloader_num_workers,
+               "is_folder": bool(o.train_data_dir)}  # fmt: skip
+    path = o.dataset_name or o.train_data_dir
+    try:
+        if not o.streaming:
+            shared |= {"progress_bar": progress_bar, "decoded_cache": o.decoded_cache}
+            return tuple(load_images(path, split, **shared) for split in (o.train_split, o.eval_split))
+        stream = ImageStream(
+            path, o.train_split, buffer_size=o.shuffle_buffer, num_images=o.num_train_images, **shared
+        )
+        held_out = ImageStream(path, o.eval_split, buffer_size=o.shuffle_buffer, **shared)
+    except ValueError as error:
+        if "nknown split" not in str(error):
+            raise
+        slices = "" if o.streaming else ", slices allowed: 'train[1000:]' and 'train[:1000]'"
+        advice = f"set --train_split and --eval_split{slices}"
+        raise ValueError(f"{error} {advice}") from error
+    count = min(held_out.num_images or math.inf, o.max_eval_images or math.inf)
+    if count == math.inf:
+        raise ValueError(f"--max_eval_images must say how many of {held_out.name} to take: nobody declared its number")
+    if not stream.num_images and (o.num_epochs or o.save_images_epochs or o.save_model_epochs):
+        raise ValueError(f"--num_train_images must tell the length of an epoch of {stream.name}: nobody declared it")
+    return stream, ImageSet(*held_out.batch(range(count)), 256, f"{held_out.name}, {count} images")

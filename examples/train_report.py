@@ -1,0 +1,170 @@
+"""What train.py tells: the plan, what a run is, its numbers, samples and pictures."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+
+
+def describe(o: argparse.Namespace, data, global_rows: int, num_processes: int) -> dict:
+    """What a run is: its options, its data, and what it ran on."""
+    import accelerate
+    import diffusers
+
+    import diffusers_vdm
+
+    modules = (torch, diffusers, accelerate, diffusers_vdm)
+    return {
+        "options": vars(o) | {"hub_token": None},
+        "data": {"name": data.name, "images": data.num_images, "fingerprint": data.fingerprint},
+        "global_batch_size": global_rows,
+        "num_processes": num_processes,
+        "versions": {module.__name__: module.__version__ for module in modules},
+    }
+
+
+def plan(run, test) -> str:
+    """What will be trained, on what, and what it costs; tells `run` the FLOPs, for the utilisation."""
+    from diffusers_vdm.cost import matmul_flops_per_second, training_cost
+    from diffusers_vdm.images import ImageSet, histogram_bpd
+
+    o, accelerator, data, schedule = run.o, run.accelerator, run.data, run.noise_schedule
+    world, images = accelerator.num_processes, data.num_images
+    cost = training_cost(run.unet, data.shape, num_averages=len(o.ema_decays), mixed_precision=o.mixed_precision)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(o.mixed_precision, torch.float32)
+    run.flops_per_image = cost.flops_per_image
+    run.flops_per_second = world * matmul_flops_per_second(accelerator.device, dtype)
+    if isinstance(data, ImageSet):
+        run.histogram_bpd = histogram_bpd(data, test)
+    hours = run.total * run.global_rows * cost.flops_per_image / run.flops_per_second / 3600
+    lines = {
+        "data": f"{data.name}: {images or 'unknown many'} images of {data.shape}; held out, {test.name}: {len(test)}",
+        "network": f"{type(run.unet).__name__}, {cost.num_parameters:,} parameters, predicts {o.prediction_type}",
+        "noise schedule": f"{type(schedule).__name__}, {schedule.describe()}",
+        "objective": {"vdm": "variational bound, ", "ddpm": "unweighted squared error"}[o.objective]
+        + ("" if o.objective == "ddpm" else f"T = {o.num_timesteps}" if o.num_timesteps else "continuous time"),
+        "batch": f"{run.global_rows} = {world} × {o.train_batch_size} × {o.gradient_accumulation_steps} (processes × "
+        "batch × accumulation)" + (f", {images / run.global_rows:.1f} steps an epoch" if images else ""),
+        "steps": f"{run.total}"
+        + (f", or {run.total * run.global_rows / images:.1f} epochs" if images else "")
+        + f"; {o.lr_scheduler} from "
+        f"{o.learning_rate:g}; averages {o.ema_decays or 'none'}",
+        "FLOPs": f"{cost.flops_per_image * run.global_rows:.3g} a step; matrix products here in {dtype}: "
+        f"{run.flops_per_second:.3g} a second, so {hours:.3g} h at least",
+        "memory": f"about {cost.memory_bytes(o.train_batch_size) / 2**30:.2f} GiB a process, "
+        f"{cost.fixed_bytes / 2**30:.2f} of them for weights, gradients, moments and averages",
+        "baseline": f"histogram of each training pixel: {run.histogram_bpd:.4f} bits/dim held out",
+    }
+    return "\n".join(f"{name + ':':<16}{text}" for name, text in lines.items())
+
+
+def evaluation_metrics(result, decay: float | None, decays: list[float]) -> dict:
+    """The numbers of an evaluation, with all that a bits/dim must be quoted with; of other averages only the bound."""
+    error = None if math.isnan(result.stderr_bpd) else result.stderr_bpd
+    if decay is not None and decay != decays[0]:
+        return {f"eval_bpd_ema_{decay}": result.bpd, f"eval_bpd_stderr_ema_{decay}": error}
+    return {
+        "eval_bpd": result.bpd,
+        "eval_bpd_stderr": error,
+        **{f"eval_{term}_bpd": getattr(result, f"{term}_bpd") for term in ("prior", "reconstruction", "diffusion")},
+        **{f"eval_{name}": getattr(result, name) for name in ("num_images", "num_samples", "num_timesteps")},
+        "eval_weights": "raw" if decay is None else "ema",
+        "eval_ema_decay": decay,
+    }
+
+
+def is_finished(out: Path, total: int) -> bool:
+    """Whether all that is due at the last step is there."""
+    from diffusers_vdm.training import read_metrics
+
+    lines = read_metrics(out / "metrics.jsonl")
+    return (
+        bool(lines) and lines[-1]["step"] == total and "eval_bpd" in lines[-1] and (out / "model_index.json").exists()
+    )
+
+
+def make_pipeline(run):
+    """The pipeline of the weights as they are."""
+    from diffusers_vdm import LinearBetaScheduler, VDMPipeline, VDMScheduler
+
+    o = run.o
+    cls = LinearBetaScheduler if o.schedule == "linear_beta" else VDMScheduler
+    scheduler = cls.from_noise_schedule(run.noise_schedule, prediction_type=o.prediction_type)
+    learned = run.noise_schedule if o.schedule.startswith("learned") else None
+    return VDMPipeline(run.unet.eval(), scheduler, learned, num_levels=run.data.num_levels)
+
+
+def save_pipelines(run) -> None:
+    """The first average as the pipeline in output_dir, the others in folders ema_DECAY in it."""
+    if not run.accelerator.is_main_process:
+        return
+    for decay in run.o.ema_decays or [None]:
+        folder = run.out if decay in (None, run.o.ema_decays[0]) else run.out / f"ema_{decay}"
+        with run.averages.lent(decay):
+            make_pipeline(run).save_pretrained(folder)
+
+
+def draw(run, name: str, animation: str | None = None) -> None:
+    """Samples as a grid, drawn by all processes, and the way there as a GIF of about 40 frames."""
+    from diffusers_vdm import plots
+    from diffusers_vdm.randomness import keyed_generator
+
+    o, accelerator = run.o, run.accelerator
+    frames, steps = [], o.ddpm_num_inference_steps
+    if o.schedule == "linear_beta":
+        steps = min(steps, o.ddpm_num_steps)  # the levels that the network knows
+
+    def everyone(tensor: torch.Tensor) -> torch.Tensor:
+        return accelerator.gather(tensor.contiguous())[: o.num_images].cpu()
+
+    def keep_frame(pipe, i, t, tensors):
+        if i % max(1, steps // 40) == 0 or i == steps - 1:
+            frames.append(plots.image_grid(everyone(tensors["latents"]) / 2 + 0.5))
+        return {}
+
+    share = math.ceil(o.num_images / accelerator.num_processes)  # all processes draw as many, the last some too many
+    first = share * accelerator.process_index
+    generators = [keyed_generator(o.seed, "sample", i) for i in range(first, first + share)]
+    with run.averages.lent():
+        pipeline = make_pipeline(run)
+        pipeline.set_progress_bar_config(disable=not accelerator.is_main_process, leave=False)
+        on_step = keep_frame if animation else None
+        samples = pipeline(share, steps, generators, output_type="pt", callback_on_step_end=on_step).images
+    samples = everyone(samples)
+    if accelerator.is_main_process:
+        plots.image_grid(samples).save(run.out / name)
+        if animation:
+            plots.save_animation([*frames, plots.image_grid(samples)], run.out / animation)
+
+
+def finish(run, test, result) -> None:
+    """Draws the pictures, prints the table; all processes must call it."""
+    from diffusers_vdm import plots
+
+    o, out = run.o, run.out
+    draw(run, "samples.png", "denoising.gif")
+    if not run.accelerator.is_main_process:
+        return
+    with run.averages.lent():
+        plots.plot_schedule(run.noise_schedule, out / "schedule.png")
+    terms = {n: getattr(result, f"{n}_bpd") for n in ("diffusion", "reconstruction", "prior")}
+    plots.plot_loss_by_gamma(result.gamma_t, result.mse, out / "loss_by_gamma.png", terms_bpd=terms)
+
+    uniform = math.log2(run.data.num_levels)
+    table = [("every level alike", f"{uniform:.4f}"), ("histogram of each training pixel", f"{run.histogram_bpd:.4f}")]
+    error = "" if math.isnan(result.stderr_bpd) else f" ± {result.stderr_bpd:.4f}"
+    steps = "continuous time" if result.num_timesteps is None else f"T = {result.num_timesteps}"
+    table += [(f"this model, {steps}", f"{result.bpd:.4f}" + error)]
+    table += [(f"  {term}", f"{value:.4f}") for term, value in terms.items()]
+    print(f"\nbits/dim on {result.num_images} held-out images, {result.num_samples} draws each")
+    for row in table:
+        print(f"  {row[0]:<36}{row[1]:>18}")
+    print(f"pipeline, metrics and pictures are in {out}")
+    if o.push_to_hub:
+        repo = o.hub_model_id or out.name
+        with run.averages.lent():
+            make_pipeline(run).push_to_hub(repo, token=o.hub_token, private=o.hub_private_repo)
+        print(f"pushed to {repo}")

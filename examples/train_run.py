@@ -1,0 +1,218 @@
+"""What train.py trains: the objective, its optimiser and averages, and a checkpoint that holds all of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from train_report import describe
+
+
+class Clock:
+    """Seconds of training, without what is done between steps, and how long of them was waited for data."""
+
+    def __init__(self):
+        self.seconds, self.waited, self.steps, self._mark = 0.0, 0.0, 0, None
+
+    def go(self) -> None:
+        self._mark = time.perf_counter() if self._mark is None else self._mark
+
+    def pause(self) -> None:
+        if self._mark is not None:
+            self.seconds, self._mark = self.seconds + time.perf_counter() - self._mark, None
+
+
+class Run:
+    """What is trained and all that a checkpoint holds of it."""
+
+    def __init__(self, o: argparse.Namespace, accelerator, data, unet, noise_schedule):
+        from diffusers.optimization import get_scheduler
+
+        from diffusers_vdm import training
+        from diffusers_vdm.vlb import SimpleObjective, VariationalBound
+
+        self.o, self.accelerator, self.data = o, accelerator, data
+        self.unet, self.noise_schedule = unet, noise_schedule
+        self.out, world = Path(o.output_dir), accelerator.num_processes
+        shared = {"num_levels": data.num_levels, "prediction_type": o.prediction_type}
+        # a DDPM knows the T levels of its betas, so that its bound has the T − 1 steps between them
+        bound_steps = o.num_timesteps if o.schedule != "linear_beta" or o.objective == "vdm" else o.ddpm_num_steps - 1
+        # apart from the objective, which accelerate puts under autocast: bits/dim are measured in float32
+        self.bound = VariationalBound(unet, noise_schedule, num_timesteps=bound_steps, **shared)
+        self.objective = self.bound if o.objective == "vdm" else SimpleObjective(unet, noise_schedule, **shared)
+        if o.objective == "vdm":
+            self.objective = VariationalBound(unet, noise_schedule, num_timesteps=o.num_timesteps, **shared)
+        self.global_rows = o.train_batch_size * o.gradient_accumulation_steps * world
+        self.total = o.max_train_steps or math.ceil(o.num_epochs * data.num_images / self.global_rows)
+        self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
+        groups = [{"params": list(unet.parameters())}]
+        if any(p.requires_grad for p in noise_schedule.parameters()):  # decay would pull γ to a shape of its own
+            groups.append({"params": list(noise_schedule.parameters()), "weight_decay": 0.0})
+        optimizer = torch.optim.AdamW(
+            groups, o.learning_rate, (o.adam_beta1, o.adam_beta2), o.adam_epsilon, o.adam_weight_decay, fused=True
+        )
+        steps = {"num_warmup_steps": o.lr_warmup_steps, "num_training_steps": self.total}
+        self.lr_scheduler = get_scheduler(o.lr_scheduler, optimizer, **steps)
+        self.wrapped, self.optimizer = accelerator.prepare(self.objective, optimizer)
+        self.averages = training.WeightAverages(self.parameters, o.ema_decays, o.ema_inv_gamma, o.ema_power)
+        self.finite, self.meter = training.FiniteSteps(accelerator.device), training.LossMeter(accelerator.device)
+        self.step, self.sums = 0, []
+        self.flops_per_image = self.flops_per_second = 0  # the plan tells
+
+    def description(self) -> dict:
+        return describe(self.o, self.data, self.global_rows, self.accelerator.num_processes)
+
+    def batches(self):
+        """The micro-batches of this process from the next step on, made ahead by threads."""
+        from diffusers_vdm import training
+
+        o, rank, world = self.o, self.accelerator.process_index, self.accelerator.num_processes
+
+        def make(key: tuple[int, int]):
+            step, micro = key
+            first = (micro * world + rank) * o.train_batch_size
+            rows = range(first, first + o.train_batch_size)
+            augmentations = (o.random_flip, o.random_rotation, o.label_dropout)
+            batch = training.keyed_batch(self.data, step, rows, self.global_rows, o.seed, *augmentations)
+            inputs = {"images": batch.images, "t": batch.t, "eps": batch.eps}
+            if o.objective == "vdm":
+                inputs["eps_0"] = batch.eps_0
+            if (o.random_flip or o.random_rotation) and getattr(self.unet.config, "augmentation_flag", False):
+                inputs["augmentation_flags"] = batch.augmented
+            if self.unet.config.num_class_embeds is not None:
+                null = torch.full_like(batch.labels, self.unet.config.num_class_embeds)
+                inputs["class_labels"] = torch.where(batch.withheld, null, batch.labels)
+            if self.accelerator.device.type == "cuda":
+                inputs = {name: tensor.pin_memory() for name, tensor in inputs.items()}
+            return training.key_to_seed(o.seed, "dropout", step, first), inputs
+
+        micros = range(o.gradient_accumulation_steps)
+        keys = ((step, micro) for step in range(self.step, self.total) for micro in micros)
+        # a stream decodes with threads of its own, and gives its images one batch after another
+        return training.prefetched(make, keys, 1 if o.streaming else o.dataloader_num_workers)
+
+    def train_step(self, batches) -> float:
+        """One optimiser step; returns the seconds that it waited for data."""
+        waited = 0.0
+        for _ in range(self.o.gradient_accumulation_steps):
+            clock = time.perf_counter()
+            seed, inputs = next(batches)
+            waited += time.perf_counter() - clock
+            inputs = {k: v.to(self.accelerator.device, non_blocking=True) for k, v in inputs.items()}
+            torch.manual_seed(seed)
+            with self.accelerator.accumulate(self.wrapped):
+                loss = self.wrapped(**inputs).loss
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients:
+                    norm = self.accelerator.clip_grad_norm_(self.parameters, self.o.max_grad_norm)
+                    self.finite.step(self.optimizer, norm, has_scaler=self.accelerator.scaler is not None)
+                    self.optimizer.zero_grad()
+            self.meter.add(loss)
+        self.lr_scheduler.step()
+        self.averages.step()
+        self.step += 1
+        return waited
+
+    def evaluate(self, test, num_samples: int, num_images: int | None, decay: float | None):
+        from diffusers_vdm.vlb import evaluate_bound
+
+        labels = test.labels[:num_images] if self.unet.config.num_class_embeds is not None else None
+        with self.averages.lent(decay):
+            return evaluate_bound(
+                self.bound,
+                test.images[:num_images],
+                class_labels=labels,
+                num_samples=num_samples,
+                batch_size=self.o.eval_batch_size,
+                accelerator=self.accelerator,
+            )
+
+    def gather(self) -> None:
+        """The losses of all processes since the last line of metrics; all must call it."""
+        self.sums = self.meter.gather(self.accelerator)
+
+    def losses(self) -> dict:
+        """What a line of metrics says of them, and of the step."""
+        mean = self.meter.mean(self.sums)
+        return {
+            "train_bpd" if self.o.objective == "vdm" else "train_mse": None if math.isnan(mean) else mean,
+            "learning_rate": self.lr_scheduler.get_last_lr()[0],
+            "skipped_steps": int(self.finite.skipped),
+        }
+
+    def speed(self, clock: Clock) -> dict:
+        """Images per second, their FLOPs as a share of what the devices can do, and the share of waiting for data."""
+        if not clock.seconds:
+            return {}
+        images = clock.steps * self.global_rows / clock.seconds
+        share = images * self.flops_per_image / self.flops_per_second if self.flops_per_second else None
+        return {"images_per_second": images, "flop_utilisation": share, "data_wait": clock.waited / clock.seconds}
+
+    def check_finite(self) -> None:
+        """`ValueError` after too many steps in a row that had to be skipped."""
+        from diffusers_vdm import checkpoints
+
+        in_row = int(self.finite.in_row)
+        if in_row >= self.o.max_nonfinite_steps:
+            last = checkpoints.list_checkpoints(self.out)
+            raise ValueError(
+                f"the gradients of {in_row} steps in a row, up to step {self.step}, were not finite; all were "
+                f"skipped. The last checkpoint is {last[-1] if last else 'none'}; go on from it with a lower "
+                "--learning_rate (and --allow_changed learning_rate)"
+            )
+
+    def save(self) -> None:
+        """Writes a checkpoint, with the losses as they were gathered."""
+        from diffusers_vdm import checkpoints
+
+        if not self.accelerator.is_main_process:
+            return
+        tensors = {"model": self.objective.state_dict(), "optimizer": checkpoints.optimizer_tensors(self.optimizer)}
+        rates = checkpoints.rate_state(self.lr_scheduler)
+        state = {"run": self.description(), "lr_scheduler": rates, "sums": self.sums}
+        state |= {name: float(getattr(self.finite, name)) for name in ("skipped", "in_row")}
+        if self.o.streaming:
+            state["stream"] = self.data.state_dict()
+        if self.accelerator.scaler is not None:
+            state["scaler"] = self.accelerator.scaler.state_dict()
+        limits = (self.o.checkpoints_total_limit, self.o.milestone_steps)
+        checkpoints.save_checkpoint(self.out, self.step, tensors | self.averages.tensors(), state, *limits)
+
+    def resume(self) -> None:
+        """Goes on from the checkpoint that was asked for; from the start if there is none yet."""
+        from accelerate.utils import broadcast_object_list
+
+        from diffusers_vdm import checkpoints
+
+        name, allowed = self.o.resume_from_checkpoint, self.o.allow_changed or ()
+        found = [None]
+        if name == "latest" and self.accelerator.is_main_process:  # one process decides which one is the newest
+            found = [checkpoints.load_latest(self.out)]
+        folder = Path(name) if name != "latest" else broadcast_object_list([found[0] and str(found[0][0])])[0]
+        options = self.out / "options.json"
+        if folder is None:
+            if options.is_file():
+                checkpoints.check_same_run(json.loads(options.read_text()), self.description(), allowed)
+            return self.accelerator.print(f"there is no checkpoint in {self.out} yet: a new run")
+        tensors, state = found[0][1:] if found[0] else checkpoints.load_checkpoint(folder)
+        told = checkpoints.check_same_run(state["run"], self.description(), allowed)
+        self.accelerator.print(f"going on from {folder}" + (f"\n{told}" if told else ""))
+        self.averages.load(tensors)
+        try:
+            self.objective.load_state_dict(tensors["model"])
+        except RuntimeError as error:
+            raise ValueError(f"{folder} is of another model: {str(error).splitlines()[1].strip()}") from error
+        checkpoints.load_optimizer_tensors(self.optimizer, tensors["optimizer"])
+        checkpoints.load_rate_state(self.lr_scheduler, state["lr_scheduler"])
+        if self.accelerator.scaler is not None and "scaler" in state:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.o.streaming and "stream" in state:
+            self.data.load_state_dict(state["stream"])
+        self.meter.load(state["sums"], self.accelerator.process_index, self.accelerator.num_processes)
+        self.finite.skipped.fill_(state["skipped"])
+        self.finite.in_row.fill_(state["in_row"])
+        self.step = state["step"]
