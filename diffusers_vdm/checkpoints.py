@@ -74,7 +74,7 @@ def save_checkpoint(
 def remove_checkpoints(output_dir: str | os.PathLike, keep: int = 0, milestone_steps: int | None = None) -> None:
     """Removes the complete checkpoints but for the `keep` newest and those at multiples of `milestone_steps`."""
     complete = list_checkpoints(output_dir)
-    for folder in complete[: len(complete) - keep]:
+    for folder in complete[: max(0, len(complete) - keep)]:
         if not (milestone_steps and _step(folder) % milestone_steps == 0):
             _remove(folder)
 

@@ -166,3 +166,10 @@ def test_a_full_disk_leaves_the_checkpoints_before(tmp_path, monkeypatch):
         save(tmp_path, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1"]
     assert checkpoints.load_latest(tmp_path)[0].name == "checkpoint-1"
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 5])
+def test_no_more_are_removed_than_the_limit_says(tmp_path, limit):
+    for step in range(1, 7):
+        save(tmp_path, step, total_limit=limit)
+        assert len(names(tmp_path)) == min(step, limit)
