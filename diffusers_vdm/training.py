@@ -294,12 +294,19 @@ class StopRequest:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Within the context a request raises [`Stopped`], for work that can be thrown away."""
+        """Within the context a request raises [`Stopped`], for work that can be thrown away.
+
+        Each process raises by itself; what the others then miss of it, in a collective, is a `Stopped` as well.
+        """
         self._at_once = True
         try:
             if self.signal is not None:
                 raise Stopped(self.signal)
             yield
+        except Exception as error:
+            if self.signal is not None and not isinstance(error, Stopped):
+                raise Stopped(self.signal) from error
+            raise
         finally:
             self._at_once = False
 

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from . import diffusion
 from .diffusion import PredictionType, to_high_precision
+from .importance import importance_warp, second_moments
 from .noise_schedules import NoiseSchedule
 from .objective import Objective, SimpleObjective, SimpleObjectiveOutput, check_times  # noqa: F401
 from .randomness import keyed_generator, keyed_noise, lattice_times, stratified_times
@@ -101,6 +102,7 @@ class VariationalBound(Objective):
         class_labels: torch.Tensor | None = None,
         augmentation_flags: torch.Tensor | None = None,
         t: torch.Tensor | None = None,
+        t_density: torch.Tensor | None = None,
         eps: torch.Tensor | None = None,
         eps_0: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
@@ -112,6 +114,8 @@ class VariationalBound(Objective):
             class_labels, augmentation_flags (`torch.Tensor` of shape `(B,)`, *optional*): handed to the network.
             t (`torch.Tensor` of shape `(B,)`, *optional*): times in [0, 1], defaults to [`stratified_times`]. With
                 `num_timesteps` they are rounded up to a multiple of 1/T.
+            t_density (`torch.Tensor` of shape `(B,)`, *optional*): density that `t` was drawn with, uniform if not
+                given; the diffusion term is divided by it [`importance.py`].
             eps, eps_0 (`torch.Tensor` of shape `(B, ...)`, *optional*): noise of z_t and of z_0.
             generator (`torch.Generator`, *optional*): for what is not given, drawn in the order t, eps, eps_0.
 
@@ -151,6 +155,8 @@ class VariationalBound(Objective):
         )
         diffusion_bpd = weight.to(x.dtype) * squared_error / nats_per_bpd
         squared_loss_slope.append(2 * diffusion_bpd.detach().to(t.dtype))
+        if t_density is not None:
+            diffusion_bpd = diffusion_bpd / t_density.to(diffusion_bpd)
 
         z_0 = diffusion.q_sample(x, eps_0, gamma_0)
         log_prob = diffusion.decoder_log_prob_nats(images, z_0, gamma_0, self.num_levels, self._max_gamma_0())
@@ -304,7 +310,7 @@ def evaluate_bound(
             values = rows.share(done * n, stop * n)
             done = stop
             if done == pilot:
-                warp = _importance_warp(values[:, _COLUMNS.index("t")], values[:, _COLUMNS.index("diffusion")])
+                warp = _measured_warp(values[:, _COLUMNS.index("t")], values[:, _COLUMNS.index("diffusion")])
             result = _summarise(rows.values[: done * n].view(done, n, -1), bound.num_timesteps)
             if done == num_samples and target_stderr_bpd is not None and done < max_samples:
                 # as many as the error asks for, in at most doublings: the first error is a rough one
@@ -348,22 +354,12 @@ def _evaluate_rows(bound, images, class_labels, repeat, index, seed, warp, devic
     return torch.stack([*columns, t, density], 1)
 
 
-def _importance_warp(t: torch.Tensor, loss: torch.Tensor) -> Callable:
-    """u → (t, density of t) with a density in proportion to √E[loss²], piecewise constant, a tenth of it uniform."""
+def _measured_warp(t: torch.Tensor, loss: torch.Tensor) -> Callable:
+    """[`importance_warp`] by the losses at some times."""
     bins = max(1, min(64, len(t) // 16))
-    which = (t * bins).long().clamp(max=bins - 1)
-    second = torch.zeros(bins, dtype=t.dtype).index_add_(0, which, loss.square())
-    count = torch.zeros(bins, dtype=t.dtype).index_add_(0, which, torch.ones_like(loss))
+    second, count = second_moments(t, loss, bins)
     level = (second / count).sqrt()
-    level = torch.where(count > 0, level, level.nanmean())
-    density = 0.9 * level / level.mean() + 0.1 if float(level.mean()) > 0 else torch.ones_like(level)
-    edges = torch.cat([torch.zeros(1, dtype=t.dtype), (density / bins).cumsum(0)])
-
-    def warp(u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        k = (torch.searchsorted(edges, u, right=True) - 1).clamp(0, bins - 1)
-        return ((k + (u - edges[k]) / (edges[k + 1] - edges[k])) / bins).clamp(0, 1), density[k]
-
-    return warp
+    return importance_warp(torch.where(count > 0, level, level.nanmean()))
 
 
 def _summarise(values: torch.Tensor, num_timesteps: int | None) -> BoundEvaluation:

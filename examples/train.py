@@ -93,13 +93,13 @@ def main(o: argparse.Namespace) -> None:
             except training.Stopped:  # within work that can be thrown away, before the next step
                 run.save()
                 finished = False
-            accelerator.end_training()
-            if not finished:
+            if finished:
+                accelerator.end_training()
+            else:
                 accelerator.print(
                     f"\nstopped by {stop.signal} after step {run.step} of {run.total}, which is saved; the same "
                     "command with --resume_from_checkpoint latest goes on"
                 )
-                accelerator.wait_for_everyone()
 
 
 def loop(run: Run, test, stop) -> bool:
@@ -124,6 +124,9 @@ def loop(run: Run, test, stop) -> bool:
             "images": not at_end and is_due(run.step, o.save_images_epochs and o.save_images_epochs * epoch),
             "pipeline": at_end or is_due(run.step, o.save_model_epochs and o.save_model_epochs * epoch),
         }
+        shared = accelerator.num_processes > 1 and (due["evaluation"] or due["images"])
+        if new and shared and o.checkpointing_steps:  # it may end in the midst, where processes cannot agree on more
+            due["checkpoint"] = True
         due["log"] = due["evaluation"] or is_due(run.step, o.logging_steps)
         stopping = new and stop.agreed()
         if stopping or any(due.values()):
@@ -133,6 +136,8 @@ def loop(run: Run, test, stop) -> bool:
             run.save()
         if stopping:
             bar.close()
+            accelerator.wait_for_everyone()  # a launcher may end the rest with the first of them
+            accelerator.end_training()
             return False
         if due["log"] or accelerator.device.type == "cpu":  # elsewhere to look at it would be to wait for it
             run.check_finite()

@@ -53,7 +53,9 @@ OPTIONS: dict[str, list[tuple]] = {
         ("gradient_accumulation_steps", 1, "batches of an optimiser step"),
         ("max_train_steps", int, "optimiser steps; 2500 for the digits"),
         ("num_epochs", int, "passes over the data, instead of --max_train_steps; 100, but for the digits"),
+        ("importance_sampling", False, "draw t where the loss is large; for schedules that are not learned"),
         ("learning_rate", float, "peak learning rate; the paper's 2e-4, for the digits 4e-3"),
+        ("gamma_learning_rate", float, "of γ's parameters; as --learning_rate if not given"),
         ("lr_scheduler", "cosine", "one of diffusers' schedules, counted in optimiser steps"),
         ("lr_warmup_steps", 100, "steps of linear warm-up"),
         ("adam_beta1", 0.9, "of AdamW"),
@@ -211,6 +213,8 @@ def check_options(o: argparse.Namespace) -> None:
         (o.max_train_steps and o.num_epochs, "give --max_train_steps or --num_epochs, not both"),
         (o.objective == "ddpm" and o.schedule.startswith("learned"), "--objective ddpm cannot train γ: its minimiser "
          "is one γ for all t; use --schedule linear_beta or fixed_linear"),
+        (o.objective == "ddpm" and o.importance_sampling, "--importance_sampling is of the bound, whose terms differ; "
+         "not of --objective ddpm"),
         (o.objective == "ddpm" and o.num_timesteps, "--num_timesteps is of the bound; --objective ddpm has none"),
         (not o.gamma_min < o.gamma_max, f"--gamma_min {o.gamma_min} must be below --gamma_max {o.gamma_max}"),
     ):  # fmt: skip
@@ -220,6 +224,7 @@ def check_options(o: argparse.Namespace) -> None:
     check_choice("preset", o.preset, UNET_PRESETS)
     check_choice("lr_scheduler", o.lr_scheduler, [member.value for member in SchedulerType])
     positive = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_epochs", "learning_rate",
+                "gamma_learning_rate",
                 "max_grad_norm", "logging_steps", "eval_batch_size", "eval_samples", "num_images", "num_timesteps",
                 "ddpm_num_inference_steps", "save_images_epochs", "save_model_epochs", "checkpoints_total_limit",
                 "resolution", "max_eval_images", "num_threads", "adam_epsilon", "ema_inv_gamma", "ema_power",

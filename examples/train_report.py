@@ -37,8 +37,7 @@ def plan(run, test) -> str:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(o.mixed_precision, torch.float32)
     run.flops_per_image = cost.flops_per_image
     run.flops_per_second = world * matmul_flops_per_second(accelerator.device, dtype)
-    if isinstance(data, ImageSet):
-        run.histogram_bpd = histogram_bpd(data, test)
+    run.histogram_bpd = histogram_bpd(data, test) if isinstance(data, ImageSet) else None
     hours = run.total * run.global_rows * cost.flops_per_image / run.flops_per_second / 3600
     lines = {
         "data": f"{data.name}: {images or 'unknown many'} images of {data.shape}; held out, {test.name}: {len(test)}",
@@ -56,8 +55,9 @@ def plan(run, test) -> str:
         f"{run.flops_per_second:.3g} a second, so {hours:.3g} h at least",
         "memory": f"about {cost.memory_bytes(o.train_batch_size) / 2**30:.2f} GiB a process, "
         f"{cost.fixed_bytes / 2**30:.2f} of them for weights, gradients, moments and averages",
-        "baseline": f"histogram of each training pixel: {run.histogram_bpd:.4f} bits/dim held out",
     }
+    if run.histogram_bpd is not None:
+        lines["baseline"] = f"histogram of each training pixel: {run.histogram_bpd:.4f} bits/dim held out"
     return "\n".join(f"{name + ':':<16}{text}" for name, text in lines.items())
 
 
@@ -154,7 +154,9 @@ def finish(run, test, result) -> None:
     plots.plot_loss_by_gamma(result.gamma_t, result.mse, out / "loss_by_gamma.png", terms_bpd=terms)
 
     uniform = math.log2(run.data.num_levels)
-    table = [("every level alike", f"{uniform:.4f}"), ("histogram of each training pixel", f"{run.histogram_bpd:.4f}")]
+    table = [("every level alike", f"{uniform:.4f}")]
+    if run.histogram_bpd is not None:
+        table += [("histogram of each training pixel", f"{run.histogram_bpd:.4f}")]
     error = "" if math.isnan(result.stderr_bpd) else f" ± {result.stderr_bpd:.4f}"
     steps = "continuous time" if result.num_timesteps is None else f"T = {result.num_timesteps}"
     table += [(f"this model, {steps}", f"{result.bpd:.4f}" + error)]

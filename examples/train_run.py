@@ -33,6 +33,7 @@ class Run:
         from diffusers.optimization import get_scheduler
 
         from diffusers_vdm import training
+        from diffusers_vdm.importance import ImportanceTimes
         from diffusers_vdm.vlb import SimpleObjective, VariationalBound
 
         self.o, self.accelerator, self.data = o, accelerator, data
@@ -51,7 +52,8 @@ class Run:
         self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
         groups = [{"params": list(unet.parameters())}]
         if any(p.requires_grad for p in noise_schedule.parameters()):  # decay would pull γ to a shape of its own
-            groups.append({"params": list(noise_schedule.parameters()), "weight_decay": 0.0})
+            rate = o.gamma_learning_rate or o.learning_rate
+            groups.append({"params": list(noise_schedule.parameters()), "weight_decay": 0.0, "lr": rate})
         optimizer = torch.optim.AdamW(
             groups, o.learning_rate, (o.adam_beta1, o.adam_beta2), o.adam_epsilon, o.adam_weight_decay, fused=True
         )
@@ -60,6 +62,7 @@ class Run:
         self.wrapped, self.optimizer = accelerator.prepare(self.objective, optimizer)
         self.averages = training.WeightAverages(self.parameters, o.ema_decays, o.ema_inv_gamma, o.ema_power)
         self.finite, self.meter = training.FiniteSteps(accelerator.device), training.LossMeter(accelerator.device)
+        self.times = ImportanceTimes(accelerator.device) if o.importance_sampling else None
         self.step, self.sums = 0, []
         self.flops_per_image = self.flops_per_second = 0  # the plan tells
 
@@ -103,15 +106,22 @@ class Run:
             seed, inputs = next(batches)
             waited += time.perf_counter() - clock
             inputs = {k: v.to(self.accelerator.device, non_blocking=True) for k, v in inputs.items()}
+            if self.times is not None:
+                inputs["t"], inputs["t_density"] = self.times.warp(inputs["t"])
             torch.manual_seed(seed)
             with self.accelerator.accumulate(self.wrapped):
-                loss = self.wrapped(**inputs).loss
+                output = self.wrapped(**inputs)
+                loss = output.loss
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(self.parameters, self.o.max_grad_norm)
                     self.finite.step(self.optimizer, norm, has_scaler=self.accelerator.scaler is not None)
                     self.optimizer.zero_grad()
             self.meter.add(loss)
+            if self.times is not None:
+                self.times.add(inputs["t"], output.diffusion * inputs["t_density"])
+        if self.times is not None:
+            self.times.step(self.accelerator)
         self.lr_scheduler.step()
         self.averages.step()
         self.step += 1
@@ -172,6 +182,8 @@ class Run:
         if not self.accelerator.is_main_process:
             return
         tensors = {"model": self.objective.state_dict(), "optimizer": checkpoints.optimizer_tensors(self.optimizer)}
+        if self.times is not None:
+            tensors["importance"] = {"sums": self.times.sums}
         rates = checkpoints.rate_state(self.lr_scheduler)
         state = {"run": self.description(), "lr_scheduler": rates, "sums": self.sums}
         state |= {name: float(getattr(self.finite, name)) for name in ("skipped", "in_row")}
@@ -210,6 +222,8 @@ class Run:
         checkpoints.load_rate_state(self.lr_scheduler, state["lr_scheduler"])
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.times is not None:
+            self.times.sums.copy_(tensors["importance"]["sums"])
         if self.o.streaming and "stream" in state:
             self.data.load_state_dict(state["stream"])
         self.meter.load(state["sums"], self.accelerator.process_index, self.accelerator.num_processes)

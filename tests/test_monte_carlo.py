@@ -15,7 +15,7 @@ from torch import nn
 
 from diffusers_vdm import FixedLinearGamma, LearnedLinearGamma, VariationalBound, evaluate_bound
 from diffusers_vdm.randomness import key_to_seed, keyed_generator, keyed_noise, lattice_times
-from diffusers_vdm.vlb import _importance_warp
+from diffusers_vdm.vlb import _measured_warp
 
 pytestmark = pytest.mark.usefixtures("untouched_global_rng")
 LN2 = math.log(2)
@@ -284,7 +284,7 @@ def test_first_quarter_is_plain_and_the_rest_has_the_density_it_is_divided_by():
 def test_the_warp_is_the_inverse_of_a_distribution(num_images):
     t = torch.rand(num_images, generator=generator(1), dtype=F64)
     loss = (0.01 + torch.exp(-(((t - 0.7) / 0.1) ** 2))) * torch.rand(num_images, generator=generator(2), dtype=F64)
-    warp = _importance_warp(t, loss)
+    warp = _measured_warp(t, loss)
     u = torch.linspace(0, 1, 200_001, dtype=F64)[:-1]
     out, density = warp(u)
     assert out[0] == 0 and 1 - 1e-3 < out[-1] <= 1
@@ -305,7 +305,7 @@ def test_the_warp_is_the_inverse_of_a_distribution(num_images):
 def test_the_warp_of_no_loss_is_no_warp():
     u = torch.rand(100, generator=generator(), dtype=F64)
     for t, loss in ((u, torch.zeros_like(u)), (u[:5], u[:5])):
-        out, density = _importance_warp(t, loss)(u)
+        out, density = _measured_warp(t, loss)(u)
         torch.testing.assert_close(out, u, rtol=0, atol=1e-14)
         assert (density == 1).all()
 
