@@ -166,12 +166,11 @@ class WeightAverages:
             return
         ema = self.models[next(iter(self.models)) if decay is None else decay]
         raw = [parameter.detach().clone() for parameter in self.parameters]
-        ema.copy_to(self.parameters)
+        _copy(ema.shadow_params, self.parameters)
         try:
             yield
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(self.parameters, raw)
+            _copy(raw, self.parameters)
 
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
         """The averages as groups of a checkpoint."""
@@ -195,6 +194,12 @@ class WeightAverages:
             ema.optimization_step = int(group["step"])
             for i, shadow in enumerate(ema.shadow_params):
                 shadow.copy_(group[str(i)])
+
+
+@torch.no_grad()
+def _copy(source: Sequence[torch.Tensor], target: Sequence[torch.Tensor]) -> None:
+    for a, b in zip(source, target, strict=True):  # one by one: sharded tensors know no `foreach` of it
+        b.copy_(a)
 
 
 class FiniteSteps:

@@ -51,12 +51,20 @@ def set_up(o: argparse.Namespace):
             f"{os.environ['WORLD_SIZE']} processes were launched, but each would run alone and write into one folder; "
             "on a CPU, set ACCELERATE_USE_CPU=1 and launch with --multi_gpu --num_processes N"
         )
+    kind = accelerator.distributed_type.value
+    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
+        raise SystemExit(
+            f"train.py keeps whole weights and averages on every process, got {kind}; launch with --multi_gpu, "
+            "or shard VariationalBound in your own loop, as the README shows"
+        )
     if accelerator.device.type == "cpu":  # `accelerate launch` leaves one thread, unless told otherwise
         torch.set_num_threads(o.num_threads or max(1, os.cpu_count() // accelerator.num_processes))
     return accelerator
 
 
 def main(o: argparse.Namespace) -> None:
+    from tqdm.auto import tqdm
+
     from diffusers_vdm import checkpoints, training
     from diffusers_vdm.files import write_atomically
 
@@ -87,9 +95,11 @@ def main(o: argparse.Namespace) -> None:
         plain = {k: v for k, v in vars(o).items() if isinstance(v, int | float | str) and k != "hub_token"}
         accelerator.init_trackers("train", plain)
         accelerator.wait_for_everyone()
+        bar = {"total": run.total, "initial": run.step, "desc": "training", "disable": not is_main}
         with training.StopRequest(accelerator.num_processes) as stop:
             try:
-                finished = loop(run, test, stop)
+                with tqdm(**bar) as bar:
+                    finished = loop(run, test, stop, bar)
             except training.Stopped:  # within work that can be thrown away, before the next step
                 run.save()
                 finished = False
@@ -102,20 +112,18 @@ def main(o: argparse.Namespace) -> None:
                 )
 
 
-def loop(run: Run, test, stop) -> bool:
+def loop(run: Run, test, stop, bar) -> bool:
     """All steps, and what is due after each; whether it came to the end.
 
     What is due at a step comes after its checkpoint and changes nothing in it: a run that goes on there does it again.
     """
-    from tqdm.auto import tqdm
-
     from diffusers_vdm import training
 
     o, accelerator, is_main = run.o, run.accelerator, run.accelerator.is_main_process
     epoch = math.ceil((run.data.num_images or 0) / run.global_rows)
     run.objective.train()
     batches, clock, shown, result = run.batches(), Clock(), {}, None
-    new, bar = False, tqdm(total=run.total, initial=run.step, desc="training", disable=not is_main)
+    new = False
     while True:
         at_end = run.step == run.total
         due = {
@@ -135,7 +143,6 @@ def loop(run: Run, test, stop) -> bool:
         if due["checkpoint"] or stopping:
             run.save()
         if stopping:
-            bar.close()
             accelerator.wait_for_everyone()  # a launcher may end the rest with the first of them
             accelerator.end_training()
             return False
@@ -170,7 +177,6 @@ def loop(run: Run, test, stop) -> bool:
             run.meter.sums.zero_()
             clock = Clock()
         if at_end:
-            bar.close()
             return True
         clock.go()
         clock.waited += run.train_step(batches)

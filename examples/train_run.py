@@ -213,11 +213,11 @@ class Run:
         tensors, state = found[0][1:] if found[0] else checkpoints.load_checkpoint(folder)
         told = checkpoints.check_same_run(state["run"], self.description(), allowed)
         self.accelerator.print(f"going on from {folder}" + (f"\n{told}" if told else ""))
-        self.averages.load(tensors)
         try:
             self.objective.load_state_dict(tensors["model"])
         except RuntimeError as error:
             raise ValueError(f"{folder} is of another model: {str(error).splitlines()[1].strip()}") from error
+        self.averages.load(tensors)
         checkpoints.load_optimizer_tensors(self.optimizer, tensors["optimizer"])
         checkpoints.load_rate_state(self.lr_scheduler, state["lr_scheduler"])
         if self.accelerator.scaler is not None and "scaler" in state:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -220,3 +221,72 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(tmp_path, opt
     one, other = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "changed"))
     losses = [line["train_bpd"] for line in one]
     assert losses == pytest.approx([line["train_bpd"] for line in other], rel=1e-5) and len(losses) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits of another process are Linux's")
+def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path, options):
+    whole, full = tmp_path / "whole", tmp_path / "full"
+    finish(whole, options)
+    (process,) = start(full, options)
+    assert wait_for(lambda: list_checkpoints(full), [process])
+    # no file of that process may grow any more, as on a disk that is full
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (4096, 4096))
+    assert process.wait(100) == 1
+    told = full.with_suffix(".0.log").read_text().splitlines()[-1]
+    assert "train.py: " in told and ("could not be written" in told or "File too large" in told)
+    assert "Traceback" not in full.with_suffix(".0.log").read_text()
+    assert not list(full.glob(".checkpoint-*")) and list_checkpoints(full)
+    finish(full, options)
+    assert state_of(whole) == state_of(full)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_checkpoint_of_another_model_or_run_is_refused(tmp_path, options):
+    out = tmp_path / "run"
+    few = [*options, "--max_train_steps", "3", "--eval_steps", "0"]
+    finish(out, few)
+    before = state_of(out)
+    other = tmp_path / "other"
+    VDMUNet2DModel.from_preset(
+        "digits", block_out_channels=(16,), layers_per_block=1, norm_num_groups=2, attention_head_dim=8
+    ).save_config(other)
+    wider = ["--model_config_name_or_path", str(other), *few[2:]]
+    for arguments, message in (
+        (wider, "model_config_name_or_path: "),
+        ([*wider, "--allow_changed", "model_config_name_or_path"], "is of another model: size mismatch"),
+        ([*few, "--learning_rate", "1"], "learning_rate: 0.004 → 1.0"),
+        ([*few, "--max_train_steps", "2", "--allow_changed", "max_train_steps"], "past the 2 that are asked for"),
+        ([*few, "--allow_changed", "learning_rat"], "there is no 'learning_rat'"),
+        ([*few, "--ema_decays", "0.5", "--allow_changed", "ema_decays"], "must agree"),
+    ):
+        (process,) = start(out, arguments)
+        assert process.wait(100) in (1, 2)
+        log = out.with_suffix(".0.log").read_text()
+        assert message in log.splitlines()[-1] and "Traceback" not in log, log[-500:]
+        assert state_of(out) == before
+    # a run that was killed before its first checkpoint: its folder is not taken for another run's
+    early = tmp_path / "early"
+    early.mkdir()
+    (early / "options.json").write_text((out / "options.json").read_text())
+    (process,) = start(early, [*few, "--seed", "1"])
+    assert process.wait(100) == 1 and "seed: 0 → 1" in early.with_suffix(".0.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_run_whose_gradients_are_not_finite_stops_and_keeps_what_was_good(tmp_path, options):
+    out = tmp_path / "run"
+    # the first step of such a rate is the last one that can be computed
+    wild = [*options, "--learning_rate", "1e30", "--lr_warmup_steps", "0", "--max_nonfinite_steps", "7",
+            "--checkpointing_steps", "1"]  # fmt: skip
+    (process,) = start(out, wild)
+    assert process.wait(200) == 1
+    log = out.with_suffix(".0.log").read_text()
+    assert "the gradients of 7 steps in a row" in log.splitlines()[-1] and "checkpoint-" in log.splitlines()[-1]
+    assert "Traceback" not in log
+    assert [line["skipped_steps"] for line in read_metrics(out / "metrics.jsonl")] == [3, 7][
+        : len(read_metrics(out / "metrics.jsonl"))
+    ]
