@@ -55,7 +55,7 @@ OPTIONS: dict[str, list[tuple]] = {
         ("num_epochs", int, "passes over the data, instead of --max_train_steps; 100, but for the digits"),
         ("importance_sampling", False, "draw t where the loss is large; for schedules that are not learned"),
         ("learning_rate", float, "peak learning rate; the paper's 2e-4, for the digits 4e-3"),
-        ("gamma_learning_rate", float, "of γ's parameters; as --learning_rate if not given"),
+        ("gamma_learning_rate", float, "of γ's parameters; 10 × --learning_rate if not given"),
         ("lr_scheduler", "cosine", "one of diffusers' schedules, counted in optimiser steps"),
         ("lr_warmup_steps", 100, "steps of linear warm-up"),
         ("adam_beta1", 0.9, "of AdamW"),
@@ -200,6 +200,7 @@ def check_options(o: argparse.Namespace) -> None:
     o.schedule = o.schedule or ("learned" if o.objective == "vdm" else "linear_beta")
     o.gamma_min = (-7.5 if o.digits else -13.3) if o.gamma_min is None else o.gamma_min
     o.learning_rate = (4e-3 if o.digits else 2e-4) if o.learning_rate is None else o.learning_rate
+    o.gamma_learning_rate = 10 * o.learning_rate if o.gamma_learning_rate is None else o.gamma_learning_rate
     if o.ema_decays is None:
         o.ema_decays = [o.ema_max_decay]
     o.ema_decays = o.ema_decays if o.use_ema else []

@@ -52,8 +52,8 @@ class Run:
         self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
         groups = [{"params": list(unet.parameters())}]
         if any(p.requires_grad for p in noise_schedule.parameters()):  # decay would pull γ to a shape of its own
-            rate = o.gamma_learning_rate or o.learning_rate
-            groups.append({"params": list(noise_schedule.parameters()), "weight_decay": 0.0, "lr": rate})
+            own = {"weight_decay": 0.0, "lr": o.gamma_learning_rate}
+            groups.append({"params": list(noise_schedule.parameters()), **own})
         optimizer = torch.optim.AdamW(
             groups, o.learning_rate, (o.adam_beta1, o.adam_beta2), o.adam_epsilon, o.adam_weight_decay, fused=True
         )

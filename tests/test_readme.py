@@ -53,7 +53,9 @@ def test_the_commands_parse():
 @pytest.mark.slow
 def test_the_code_runs(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
+    sharded = blocks.pop(2)  # runs in tests/test_fsdp.py, in two processes
+    assert "fully_shard" in sharded
     monkeypatch.chdir(tmp_path)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (2, 3, 32, 32), generator=generator, dtype=torch.uint8)
