@@ -39,6 +39,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffusers_vdm import LearnedLinearGamma, VariationalBound, VDMUNet2DModel
+from diffusers_vdm.cost import matmul_flops_per_second, training_cost
 from diffusers_vdm.unet import UNET_PRESETS
 
 VARIANTS = ("port", "fp32", "bf16")
@@ -301,24 +302,6 @@ def ratio(base: list[float], other: list[float]) -> dict[str, float]:
     return told | {"smallest_round": min(rounds), "largest_round": max(rounds)}
 
 
-def model_flops(o: argparse.Namespace) -> int:
-    """FLOPs of forward and backward of one batch: matrix products and convolutions of the plain network."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    unet, _ = build(o)
-    network, batch = PlainNetwork(unet), draw(o, unet)
-    with FlopCounterMode(display=False) as counter:
-        network(batch["eps"].requires_grad_(), 1000 * batch["t"]).sum().backward()
-    return counter.get_total_flops()
-
-
-def matmul_flops_per_second(dtype: torch.dtype, device: str, size: int = 2048) -> float:
-    """The best of ten square matrix products: what this device does in this type."""
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    times = alternate({"mm": lambda: a @ b}, 10, device)["mm"]
-    return 2 * size**3 / min(times)
-
-
 def profile(step: Callable, device: str, top: int = 14) -> list[dict]:
     """Where the time of a step goes: the operations that take most of it themselves, and their share."""
     on_gpu = device.startswith("cuda")
@@ -408,7 +391,8 @@ def main() -> None:
     told["parameters"] = sum(p.numel() for p in unet.parameters())
     if has_port:
         told["against_port"] = compare(o)
-        told["model_flops_per_step"] = model_flops(o)
+        shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+        told["model_flops_per_step"] = o.batch_size * training_cost(unet, shape).flops_per_image
     batch = draw(o, unet)
     steps = {v: make_step(v, *copy.deepcopy((unet, schedule)), o.device, o.compile)[1] for v in o.variants}
     works = {v: (lambda step=step: step(batch)) for v, step in steps.items()}
@@ -421,7 +405,7 @@ def main() -> None:
         if v in memory:
             row["peak_mebibytes"] = memory[v]
         if has_port:
-            rate = matmul_flops_per_second(torch.bfloat16 if v == "bf16" else torch.float32, o.device)
+            rate = matmul_flops_per_second(o.device, torch.bfloat16 if v == "bf16" else torch.float32)
             row |= {"matmul_flops_per_second": rate, "utilisation": told["model_flops_per_step"] / middle / rate}
         if has_port and v != "port":
             row["speed_over_port"] = ratio(times["port"], times[v])

@@ -106,37 +106,6 @@ def test_training_leaves_all_that_the_readme_promises_and_sampling_reads_it(tmp_
     assert done.returncode == 2 and "holds another run" in done.stderr
 
 
-def weights(folder):
-    return [
-        (p.name, p.read_bytes()) for p in sorted(Path(folder).glob("*/*.safetensors")) if "checkpoint" not in str(p)
-    ]
-
-
-def numbers(folder):
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in metrics(folder)]
-
-
-@pytest.mark.slow
-def test_a_resumed_run_is_bit_for_bit_the_whole_run(tmp_path):
-    extra = ["--dropout", 0.1, "--gradient_accumulation_steps", 2]
-    run("train.py", "--output_dir", tmp_path / "whole", *SMALL.split(), *extra)
-    out = tmp_path / "part"
-    run("train.py", "--output_dir", out, *SMALL.split(), *extra)
-    # as if it had been killed after the first checkpoint
-    for p in out.glob("checkpoint-6/*"):
-        p.unlink()
-    (out / "checkpoint-6").rmdir()
-    for p in out.glob("*/*.safetensors"):
-        if "checkpoint" not in str(p):
-            p.unlink()
-    run("train.py", "--output_dir", out, "--resume_from_checkpoint", "latest", *SMALL.split(), *extra)
-    assert weights(out) == weights(tmp_path / "whole") != []
-    assert numbers(out) == numbers(tmp_path / "whole")
-    changed = [*SMALL.split(), *extra, "--learning_rate", 1]
-    done = run("train.py", "--output_dir", out, "--resume_from_checkpoint", "latest", *changed, check=False)
-    assert done.returncode != 0 and "learning_rate" in done.stderr
-
-
 @pytest.mark.slow
 def test_two_processes_compute_what_one_does(tmp_path):
     one = SMALL + " --dropout 0"  # whose masks are drawn for each process
