@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from PIL import Image
@@ -64,6 +65,37 @@ def plot_schedule(noise_schedule: NoiseSchedule, path: str | os.PathLike, title:
     right.set(xlabel="t", ylabel="share of the power")
     for axes in (left, right):
         axes.legend(frameon=False)
+    _save(figure, path, title)
+
+
+def plot_training(lines: Sequence[dict[str, Any]], path: str | os.PathLike, title: str = "") -> None:
+    """The loss and the held-out bits/dim, with their errors, over the steps of `metrics.jsonl`, and the speed.
+
+    The first tenth of the steps, where everything falls, may run out of the picture.
+    """
+    if not lines:
+        raise ValueError("lines must not be empty: there is nothing to draw of a run without metrics.")
+    figure, (left, right) = _figure(2)
+    for name, label in (("train_bpd", "loss"), ("train_mse", "loss (unweighted squared error)")):
+        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+        if points:
+            left.plot(*zip(*points, strict=True), label=label, linewidth=1)
+            later = [y for step, y in points if step >= lines[-1]["step"] / 10] or [points[-1][1]]
+            left.set_ylim(0.97 * min(later), 1.1 * max(later))
+    held_out = [line for line in lines if line.get("eval_bpd") is not None]
+    if held_out:
+        steps, bits = ([line[name] for line in held_out] for name in ("step", "eval_bpd"))
+        errors = [line.get("eval_bpd_stderr") or 0.0 for line in held_out]
+        axes = left if any("train_bpd" in line for line in lines) else left.twinx()
+        axes.errorbar(steps, bits, errors, fmt="o-", color="C1", label="held out, bits/dim", markersize=4)
+        if axes is not left:
+            axes.legend(frameon=False, loc="center right")
+    left.set(xlabel="step")
+    left.legend(frameon=False)
+    speeds = [(line["step"], line["images_per_second"]) for line in lines if line.get("images_per_second")]
+    if speeds:
+        right.plot(*zip(*speeds, strict=True), linewidth=1)
+    right.set(xlabel="step", ylabel="images per second", ylim=(0, None))
     _save(figure, path, title)
 
 

@@ -5,9 +5,9 @@
     accelerate launch examples/train.py --preset cifar10 --dataset_name uoft-cs/cifar10 --mixed_precision bf16
     accelerate launch examples/train.py --preset ddpm-ffhq128 --train_data_dir faces --dry_run      # what it will cost
 
-In --output_dir: the pipeline with its EMA weights, metrics.jsonl, options.json, samples.png, schedule.png,
-loss_by_gamma.png, denoising.gif, and checkpoints. A run that was stopped or killed goes on, bit for bit, by the same
-command with --resume_from_checkpoint latest. Options are named as in diffusers' train_unconditional.py.
+In --output_dir: the pipeline with its EMA weights, metrics.jsonl, options.json, samples.png, training.png,
+schedule.png, loss_by_gamma.png, denoising.gif, and checkpoints. A run that was stopped or killed goes on, bit for bit,
+by the same command with --resume_from_checkpoint latest. Options are named as in diffusers' train_unconditional.py.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def loop(run: Run, test, stop, bar) -> bool:
             if due["pipeline"]:
                 save_pipelines(run)
             if at_end:
-                finish(run, test, result)
+                finish(run, result, metrics)
             run.objective.train()
         if due["log"]:
             name = "train_bpd" if o.objective == "vdm" else "train_mse"

@@ -140,9 +140,10 @@ def draw(run, name: str, animation: str | None = None) -> None:
             plots.save_animation([*frames, plots.image_grid(samples)], run.out / animation)
 
 
-def finish(run, test, result) -> None:
+def finish(run, result, metrics: dict) -> None:
     """Draws the pictures, prints the table; all processes must call it."""
     from diffusers_vdm import plots
+    from diffusers_vdm.training import read_metrics
 
     o, out = run.o, run.out
     draw(run, "samples.png", "denoising.gif")
@@ -150,6 +151,8 @@ def finish(run, test, result) -> None:
         return
     with run.averages.lent():
         plots.plot_schedule(run.noise_schedule, out / "schedule.png")
+    lines = read_metrics(out / "metrics.jsonl")
+    plots.plot_training([*lines, {"step": run.step} | metrics], out / "training.png")
     terms = {n: getattr(result, f"{n}_bpd") for n in ("diffusion", "reconstruction", "prior")}
     plots.plot_loss_by_gamma(result.gamma_t, result.mse, out / "loss_by_gamma.png", terms_bpd=terms)
 

@@ -44,10 +44,11 @@ def test_training_leaves_all_that_the_readme_promises_and_sampling_reads_it(tmp_
     out = tmp_path / "run"
     done = run("train.py", "--output_dir", out, *SMALL.split())
     assert "histogram of each training pixel" in done.stdout and "this model, continuous time" in done.stdout
-    for name in ("model_index.json", "options.json", "metrics.jsonl", "samples.png", "schedule.png",
-                 "loss_by_gamma.png", "denoising.gif", "noise_schedule", "unet", "scheduler"):  # fmt: skip
+    pictures = ("samples.png", "schedule.png", "loss_by_gamma.png", "training.png")
+    for name in ("model_index.json", "options.json", "metrics.jsonl", "denoising.gif", "noise_schedule", "unet",
+                 "scheduler", *pictures):  # fmt: skip
         assert (out / name).exists(), name
-    for name in ("samples.png", "schedule.png", "loss_by_gamma.png"):
+    for name in pictures:
         with Image.open(out / name) as picture:
             assert min(picture.size) > 50
     with Image.open(out / "denoising.gif") as animation:
