@@ -20,11 +20,10 @@ from pathlib import Path
 import diffusers
 import torch
 
-from diffusers_vdm import VDMPipeline, VDMScheduler
+from diffusers_vdm import VDMPipeline, VDMScheduler, ode
 from diffusers_vdm.diffusers_schedulers import EXPORTABLE
 from diffusers_vdm.diffusion import decode
 from diffusers_vdm.files import write_atomically
-from diffusers_vdm.ode import eps_model, solve
 from diffusers_vdm.randomness import keyed_generator
 
 
@@ -84,12 +83,12 @@ def main() -> None:
         print(row, flush=True)
     ode_calls = []
     row = {"sampler": "ours, adaptive ODE"}
-    gamma_0, gamma_1 = (float(end) for end in ours.noise_schedule().ends())
-    model = eps_model(pipe.unet, ours.noise_schedule(), ours.config.prediction_type)
+    schedule, known = ours.noise_schedule(), {"prediction_type": ours.config.prediction_type}
     for tolerance, column in ((1e-2, "loose"), (1e-3, "tight")):
-        solution = solve(model, noise(2), gamma_1, gamma_0, rtol=tolerance, atol=tolerance)
-        gamma = torch.tensor(gamma_0, dtype=torch.float64)
-        images = decode(solution.z, gamma, pipe.config.num_levels).float().cpu() / (pipe.config.num_levels - 1)
+        solution = ode.sample(pipe.unet, schedule, noise(2), rtol=tolerance, atol=tolerance, **known)
+        images = decode(solution.z, schedule.ends()[0], pipe.config.num_levels).float().cpu() / (
+            pipe.config.num_levels - 1
+        )
         row[column] = energy_distance(images, reference) / floor
         ode_calls.append(
             {"tolerance": tolerance, "mean_num_calls": float(solution.num_calls.double().mean()), "ratio": row[column]}

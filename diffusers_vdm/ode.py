@@ -181,6 +181,23 @@ def solve(
     return OdeSolution(y.reshape(z.shape).to(z.dtype), None, None, calls)
 
 
+def sample(
+    unet: nn.Module,
+    noise_schedule: NoiseSchedule,
+    z_1: torch.Tensor,
+    *,
+    prediction_type: PredictionType = "epsilon",
+    class_labels: torch.Tensor | None = None,
+    **tolerances: float,
+) -> OdeSolution:
+    """z_0 from noise `z_1` along the probability-flow ODE, over the whole of `noise_schedule`: γ(1) down to γ(0).
+
+    `tolerances` are `rtol`, `atol` and `max_steps` of [`solve`]. [`decode`] of diffusion.py makes images of z_0.
+    """
+    gamma_0, gamma_1 = (float(end) for end in noise_schedule.ends())
+    return solve(eps_model(unet, noise_schedule, prediction_type, class_labels), z_1, gamma_1, gamma_0, **tolerances)
+
+
 def _velocity(z: torch.Tensor, eps_hat: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
     sigma = diffusion.expand_like(diffusion.sigma(gamma), z)
     return 0.5 * sigma * (eps_hat.to(z.dtype) - sigma * z)

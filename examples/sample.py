@@ -71,8 +71,7 @@ def solve_ode(pipe, generators: list, labels: list[int] | None, rtol: float, dec
     """Images by the probability-flow ODE, every one with steps of its own: `(B, C, H, W)` in [0, 1]."""
     import torch
 
-    from diffusers_vdm import diffusion
-    from diffusers_vdm.ode import eps_model, solve
+    from diffusers_vdm import diffusion, ode
 
     size, channels = pipe.unet.config.sample_size, pipe.unet.config.in_channels
     shape = (channels, *((size, size) if isinstance(size, int) else size))
@@ -80,11 +79,10 @@ def solve_ode(pipe, generators: list, labels: list[int] | None, rtol: float, dec
     scheduler = as_ours(pipe.scheduler)
     schedule = scheduler.noise_schedule()
     labels = None if labels is None else torch.tensor(labels, device=pipe.device)
-    model = eps_model(pipe.unet, schedule, scheduler.config.prediction_type, labels)
-    gamma_0, gamma_1 = (float(end) for end in schedule.ends())
-    z_0 = solve(model, z, gamma_1, gamma_0, rtol=rtol, atol=rtol).z
-    gamma, levels = torch.tensor(gamma_0, dtype=torch.float64), pipe.config.num_levels
-    return diffusion.decode(z_0, gamma, levels, draw=decode == "sample", generator=generators).float() / (levels - 1)
+    known = {"prediction_type": scheduler.config.prediction_type, "class_labels": labels}
+    z_0 = ode.sample(pipe.unet, schedule, z, rtol=rtol, atol=rtol, **known).z
+    gamma_0, levels = schedule.ends()[0].detach().cpu(), pipe.config.num_levels
+    return diffusion.decode(z_0, gamma_0, levels, draw=decode == "sample", generator=generators).float() / (levels - 1)
 
 
 def main(options: argparse.Namespace) -> None:
