@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shutil
 import signal
 import sys
@@ -26,6 +25,7 @@ from pathlib import Path
 
 from evaluate_options import load_data, load_model, parse_options
 from evaluate_report import claim, curve, draw, tell
+from processes import check_processes, set_threads
 
 DECODERS = {"vdm": "softmax over the levels at γ_0", "ddpm": "discretised Gaussian at index 0"}
 
@@ -190,13 +190,11 @@ def main(o: argparse.Namespace) -> None:
     from diffusers_vdm.rows import fingerprint
 
     accelerator = accelerate.Accelerator(mixed_precision="no")
-    if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
-        raise SystemExit("several processes were launched, but each runs alone; set ACCELERATE_USE_CPU=1 on a CPU")
+    check_processes(accelerator)
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda number, _: sys.exit(128 + number))  # what is done is saved on the way out
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = o.allow_tf32
-    if accelerator.device.type == "cpu":
-        torch.set_num_threads(o.num_threads or max(1, os.cpu_count() // accelerator.num_processes))
+    set_threads(accelerator, o.num_threads)
     try:
         e = Evaluation(o, accelerator)
         if accelerator.is_main_process:

@@ -15,11 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from processes import check_processes, set_threads
 from train_data import load_data
 from train_options import build, parse_options
 from train_report import draw, evaluation_metrics, finish, is_finished, plan, save_pipelines
@@ -46,19 +46,14 @@ def set_up(o: argparse.Namespace):
         log_with=None if o.logger == "none" or o.dry_run else o.logger,
         project_dir=str(Path(o.output_dir) / o.logging_dir),
     )
-    if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
-        raise SystemExit(
-            f"{os.environ['WORLD_SIZE']} processes were launched, but each would run alone and write into one folder; "
-            "on a CPU, set ACCELERATE_USE_CPU=1 and launch with --multi_gpu --num_processes N"
-        )
+    check_processes(accelerator)
     kind = accelerator.distributed_type.value
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
         raise SystemExit(
             f"train.py keeps whole weights and averages on every process, got {kind}; launch with --multi_gpu, "
             "or shard VariationalBound in your own loop, as the README shows"
         )
-    if accelerator.device.type == "cpu":  # `accelerate launch` leaves one thread, unless told otherwise
-        torch.set_num_threads(o.num_threads or max(1, os.cpu_count() // accelerator.num_processes))
+    set_threads(accelerator, o.num_threads)
     return accelerator
 
 

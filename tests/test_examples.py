@@ -305,3 +305,13 @@ def test_mixed_precision(tmp_path, objective):
     bound = VariationalBound(pipe.unet, pipe.scheduler.noise_schedule(), num_levels=17, num_timesteps=steps)
     again = evaluate_bound(bound, data.images, num_samples=2, progress_bar=False)
     assert measured == pytest.approx(again.bpd, rel=1e-5)
+
+
+def test_a_launch_of_fewer_processes_than_asked_for_is_told(tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    launch = "-m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no"
+    command = [sys.executable, *launch.split(), "--dynamo_backend", "no", str(ROOT / "examples" / "train.py")]
+    command += ["--output_dir", str(tmp_path / "out")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode != 0 and "--num_processes 2, but accelerate started 1" in done.stderr
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
