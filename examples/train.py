@@ -115,7 +115,7 @@ def loop(run: Run, test, stop, bar) -> bool:
     from diffusers_vdm import training
 
     o, accelerator, is_main = run.o, run.accelerator, run.accelerator.is_main_process
-    epoch = math.ceil((run.data.num_images or 0) / run.global_rows)
+    epoch = math.ceil((run.num_images or 0) / run.global_rows)
     run.objective.train()
     batches, clock, shown, result = run.batches(), Clock(), {}, None
     new = False

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 
-def describe(o: argparse.Namespace, data, global_rows: int, num_processes: int) -> dict:
+def describe(o: argparse.Namespace, data, num_images: int | None, global_rows: int, num_processes: int) -> dict:
     """What a run is: its options, its data, and what it ran on."""
     import accelerate
     import diffusers
@@ -19,7 +19,7 @@ def describe(o: argparse.Namespace, data, global_rows: int, num_processes: int) 
     modules = (torch, diffusers, accelerate, diffusers_vdm)
     return {
         "options": vars(o) | {"hub_token": None},
-        "data": {"name": data.name, "images": data.num_images, "fingerprint": data.fingerprint},
+        "data": {"name": data.name, "images": num_images, "fingerprint": data.fingerprint},
         "global_batch_size": global_rows,
         "num_processes": num_processes,
         "versions": {module.__name__: module.__version__ for module in modules},

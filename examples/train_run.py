@@ -39,6 +39,7 @@ class Run:
         self.o, self.accelerator, self.data = o, accelerator, data
         self.unet, self.noise_schedule = unet, noise_schedule
         self.out, world = Path(o.output_dir), accelerator.num_processes
+        self.num_images = data.num_images  # as declared: a stream may learn it on the way
         shared = {"num_levels": data.num_levels, "prediction_type": o.prediction_type}
         # a DDPM knows the T levels of its betas, so that its bound has the T − 1 steps between them
         bound_steps = o.num_timesteps if o.schedule != "linear_beta" or o.objective == "vdm" else o.ddpm_num_steps - 1
@@ -67,7 +68,7 @@ class Run:
         self.flops_per_image = self.flops_per_second = 0  # the plan tells
 
     def description(self) -> dict:
-        return describe(self.o, self.data, self.global_rows, self.accelerator.num_processes)
+        return describe(self.o, self.data, self.num_images, self.global_rows, self.accelerator.num_processes)
 
     def batches(self):
         """The micro-batches of this process from the next step on, made ahead by threads."""

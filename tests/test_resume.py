@@ -12,7 +12,10 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_vdm import VDMUNet2DModel
@@ -290,3 +293,29 @@ def test_a_run_whose_gradients_are_not_finite_stops_and_keeps_what_was_good(tmp_
     assert [line["skipped_steps"] for line in read_metrics(out / "metrics.jsonl")] == [3, 7][
         : len(read_metrics(out / "metrics.jsonl"))
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_on_a_stream_goes_on_in_its_order(tmp_path, options):
+    """Three shards in blocks of seven; 4 × 2 images a step, so that the stop is in the second epoch."""
+    data = tmp_path / "data" / "data"
+    data.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name, count in (("train-00000-of-00003", 9), ("train-00001-of-00003", 11), ("train-00002-of-00003", 5),
+                        ("test-00000-of-00001", 10)):  # fmt: skip
+        rows = {"image": [Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)) for _ in range(count)]}
+        features = datasets.Features({"image": datasets.Image()})
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(data / f"{name}.parquet")
+    plain = [option for option in options if option != "--class_conditional"]
+    stream = [*plain, "--dataset_name", str(data.parent), "--streaming", "--shuffle_buffer", "7", "--cache_dir",
+              str(tmp_path / "cache"), "--max_train_steps", "9"]  # fmt: skip
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(whole, stream)
+    (process,) = start(killed, stream)
+    assert wait_for(lambda: (killed / "checkpoint-6").exists(), [process])
+    process.kill()
+    process.wait()
+    finish(killed, stream)
+    assert "going on from" in killed.with_suffix(".0.log").read_text()
+    assert state_of(whole) == state_of(killed)
