@@ -55,6 +55,8 @@ def save_checkpoint(
             _sync(path)
             digests[path.name] = _digest(path)
         write_atomically(temporary / "state.json", json.dumps({**state, "step": step, "files": digests}, indent=2))
+        for path in temporary.glob("*.safetensors"):  # written for the owner alone, unlike the JSON
+            shutil.copymode(temporary / "state.json", path)
         _sync(temporary)
         if final.exists():
             _remove(final)

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,12 +24,15 @@ from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
+from diffusers.utils import logging
 from torch import nn
 
 from .files import write_atomically
 from .image_stream import ImageStream
 from .images import ImageSet
 from .randomness import key_to_seed, keyed_generator  # noqa: F401
+
+logger = logging.get_logger(__name__)
 
 # ---- keyed batches -----------------------------------------------------------------------------------------------
 
@@ -292,6 +296,7 @@ class StopRequest:
         again = time.monotonic() - self._since > 5
         if self.signal is None:
             self.signal, self._since = signal.Signals(number).name, time.monotonic()
+            print(f"\n{self.signal}: saving and stopping after this step", file=sys.stderr, flush=True)
         if self._at_once:
             raise Stopped(self.signal)
         if again and number == signal.SIGINT:
@@ -337,9 +342,13 @@ def append_metrics(path: str | os.PathLike, metrics: dict[str, Any]) -> None:
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, without one that was cut short by a kill; none if there is no such file."""
-    path = Path(path)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+    path, metrics = Path(path), []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            metrics.append(json.loads(line))
+        except ValueError:
+            logger.warning(f"{path}: a line that is no JSON is left out: {line[:40]!r}")
+    return metrics
 
 
 def truncate_metrics(path: str | os.PathLike, step: int) -> None:

@@ -84,7 +84,8 @@ def main(o: argparse.Namespace) -> None:
             out.mkdir(parents=True, exist_ok=True)
             if run.step == 0:  # --overwrite_output_dir: nothing of the other run may be taken for this one's
                 checkpoints.remove_checkpoints(out)
-                (out / "model_index.json").unlink(missing_ok=True)
+                for old in [out / "model_index.json", *out.glob("samples-*.png"), *out.glob("ema_*/model_index.json")]:
+                    old.unlink(missing_ok=True)
             write_atomically(out / "options.json", json.dumps(run.description(), indent=2))
             training.truncate_metrics(out / "metrics.jsonl", run.step)
         plain = {k: v for k, v in vars(o).items() if isinstance(v, int | float | str) and k != "hub_token"}
@@ -153,14 +154,15 @@ def loop(run: Run, test, stop, bar) -> bool:
                     for decay in o.ema_decays or [None]:
                         samples = (o.eval_samples, None) if at_end else (1, o.max_eval_images)
                         evaluated = run.evaluate(test, *samples, decay)
-                        result = evaluated if decay in (None, o.ema_decays[0]) else result
+                        result = evaluated if decay in (None, *o.ema_decays[:1]) else result
                         metrics |= evaluation_metrics(evaluated, decay, o.ema_decays)
                 if due["images"]:
                     draw(run, f"samples-{run.step}.png")
             if due["pipeline"]:
                 save_pipelines(run)
             if at_end:
-                finish(run, result, metrics)
+                with stop.at_once():
+                    finish(run, result, metrics)
             run.objective.train()
         if due["log"]:
             name = "train_bpd" if o.objective == "vdm" else "train_mse"
@@ -184,4 +186,7 @@ def is_due(step: int, every: int | None) -> bool:
 
 
 if __name__ == "__main__":
-    main(parse_options(__doc__))
+    try:
+        main(parse_options(__doc__))
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command with --resume_from_checkpoint latest goes on") from None

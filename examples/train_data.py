@@ -8,6 +8,13 @@ import math
 
 def load_data(o: argparse.Namespace, progress_bar: bool):
     """The images to train on and the held-out ones."""
+    train, test = _load(o, progress_bar)
+    if o.random_rotation and train.shape[1] != train.shape[2]:
+        raise ValueError(f"--random_rotation needs square images, got {train.shape}; set --resolution")
+    return train, test
+
+
+def _load(o: argparse.Namespace, progress_bar: bool):
     from diffusers_vdm.image_stream import ImageStream
     from diffusers_vdm.images import ImageSet, load_digits_split, load_images
 
@@ -32,8 +39,7 @@ def load_data(o: argparse.Namespace, progress_bar: bool):
         if "nknown split" not in str(error):
             raise
         slices = "" if o.streaming else ", slices allowed: 'train[1000:]' and 'train[:1000]'"
-        advice = f"set --train_split and --eval_split{slices}"
-        raise ValueError(f"{error} {advice}") from error
+        raise ValueError(f"{str(error).rstrip('.')}; set --train_split and --eval_split{slices}") from error
     count = min(held_out.num_images or math.inf, o.max_eval_images or math.inf)
     if count == math.inf:
         raise ValueError(f"--max_eval_images must say how many of {held_out.name} to take: nobody declared its number")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib.util
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +17,7 @@ OPTIONS: dict[str, list[tuple]] = {
         ("dataset_name", str, "data set on the Hub, or a local copy of one; the bundled digits if nothing is given"),
         ("dataset_config_name", str, "configuration of the data set"),
         ("train_data_dir", str, "folder of image files, instead of --dataset_name"),
-        ("train_split", "train", "split to train on, slices allowed: train[:2000]"),
+        ("train_split", "train", "split to train on; slices allowed, but not streamed: train[:2000]"),
         ("eval_split", "test", "split for the held-out bits/dim"),
         ("image_column", str, "column of the images, found by its type if not given"),
         ("label_column", str, "column of the classes, found by its type if not given"),
@@ -53,7 +54,7 @@ OPTIONS: dict[str, list[tuple]] = {
         ("gradient_accumulation_steps", 1, "batches of an optimiser step"),
         ("max_train_steps", int, "optimiser steps; 2500 for the digits"),
         ("num_epochs", int, "passes over the data, instead of --max_train_steps; 100, but for the digits"),
-        ("importance_sampling", False, "draw t where the loss is large; for schedules that are not learned"),
+        ("importance_sampling", False, "draw t where the loss is large; for schedules whose inside is not learned"),
         ("learning_rate", float, "peak learning rate; the paper's 2e-4, for the digits 4e-3"),
         ("gamma_learning_rate", float, "of γ's parameters; 10 × --learning_rate if not given"),
         ("lr_scheduler", "cosine", "one of diffusers' schedules, counted in optimiser steps"),
@@ -200,7 +201,6 @@ def check_options(o: argparse.Namespace) -> None:
     o.schedule = o.schedule or ("learned" if o.objective == "vdm" else "linear_beta")
     o.gamma_min = (-7.5 if o.digits else -13.3) if o.gamma_min is None else o.gamma_min
     o.learning_rate = (4e-3 if o.digits else 2e-4) if o.learning_rate is None else o.learning_rate
-    o.gamma_learning_rate = 10 * o.learning_rate if o.gamma_learning_rate is None else o.gamma_learning_rate
     if o.ema_decays is None:
         o.ema_decays = [o.ema_max_decay]
     o.ema_decays = o.ema_decays if o.use_ema else []
@@ -229,16 +229,19 @@ def check_options(o: argparse.Namespace) -> None:
                 "max_grad_norm", "logging_steps", "eval_batch_size", "eval_samples", "num_images", "num_timesteps",
                 "ddpm_num_inference_steps", "save_images_epochs", "save_model_epochs", "checkpoints_total_limit",
                 "resolution", "max_eval_images", "num_threads", "adam_epsilon", "ema_inv_gamma", "ema_power",
-                "dataloader_num_workers", "shuffle_buffer", "num_train_images", "milestone_steps",
+                "shuffle_buffer", "num_train_images", "milestone_steps",
                 "max_nonfinite_steps")  # fmt: skip
     ranges = {
         "lr_warmup_steps": (0, math.inf), "eval_steps": (0, math.inf), "checkpointing_steps": (0, math.inf),
+        "dataloader_num_workers": (0, math.inf),
         "adam_weight_decay": (0, math.inf), "adam_beta1": (0, 1 - 1e-9), "adam_beta2": (0, 1 - 1e-9),
         "dropout": (0, 1 - 1e-9), "label_dropout": (0, 1), "ema_max_decay": (0, 1), "ddpm_num_steps": (21, math.inf),
     }  # fmt: skip
     check_ranges(o, ranges, positive)
     if len(set(o.ema_decays)) < len(o.ema_decays) or not all(0 <= decay <= 1 for decay in o.ema_decays):
         raise ValueError(f"--ema_decays must be different numbers within [0, 1], got {o.ema_decays}")
+    if o.logger != "none" and importlib.util.find_spec(o.logger) is None:
+        raise ValueError(f"--logger {o.logger} is not installed; `pip install {o.logger}`, or --logger none")
     if o.train_data_dir and not Path(o.train_data_dir).is_dir():
         raise ValueError(f"--train_data_dir {o.train_data_dir} is not a folder")
     folder = Path(o.output_dir)

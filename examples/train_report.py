@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shutil
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ def describe(o: argparse.Namespace, data, num_images: int | None, global_rows: i
 def plan(run, test) -> str:
     """What will be trained, on what, and what it costs; tells `run` the FLOPs, for the utilisation."""
     from diffusers_vdm.cost import matmul_flops_per_second, training_cost
-    from diffusers_vdm.images import ImageSet, histogram_bpd
+    from diffusers_vdm.images import ImageSet, count_shared, histogram_bpd
 
     o, accelerator, data, schedule = run.o, run.accelerator, run.data, run.noise_schedule
     world, images = accelerator.num_processes, data.num_images
@@ -37,14 +38,17 @@ def plan(run, test) -> str:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(o.mixed_precision, torch.float32)
     run.flops_per_image = cost.flops_per_image
     run.flops_per_second = world * matmul_flops_per_second(accelerator.device, dtype)
+    shared = count_shared(data, test) if isinstance(data, ImageSet) else 0
     run.histogram_bpd = histogram_bpd(data, test) if isinstance(data, ImageSet) else None
     hours = run.total * run.global_rows * cost.flops_per_image / run.flops_per_second / 3600
     lines = {
-        "data": f"{data.name}: {images or 'unknown many'} images of {data.shape}; held out, {test.name}: {len(test)}",
+        "data": f"{data.name}: {images or 'unknown many'} images of {data.shape}; held out, {test.name}: {len(test)}"
+        + (f", of which {shared} ARE AMONG THE TRAINING IMAGES" if shared else ""),
         "network": f"{type(run.unet).__name__}, {cost.num_parameters:,} parameters, predicts {o.prediction_type}",
         "noise schedule": f"{type(schedule).__name__}, {schedule.describe()}",
         "objective": {"vdm": "variational bound, ", "ddpm": "unweighted squared error"}[o.objective]
-        + ("" if o.objective == "ddpm" else f"T = {o.num_timesteps}" if o.num_timesteps else "continuous time"),
+        + ("" if o.objective == "ddpm" else f"T = {o.num_timesteps}" if o.num_timesteps else "continuous time")
+        + (", t drawn where the loss is large" if o.importance_sampling else ""),
         "batch": f"{run.global_rows} = {world} × {o.train_batch_size} × {o.gradient_accumulation_steps} (processes × "
         "batch × accumulation)" + (f", {images / run.global_rows:.1f} steps an epoch" if images else ""),
         "steps": f"{run.total}"
@@ -102,9 +106,12 @@ def save_pipelines(run) -> None:
     if not run.accelerator.is_main_process:
         return
     for decay in run.o.ema_decays or [None]:
-        folder = run.out if decay in (None, run.o.ema_decays[0]) else run.out / f"ema_{decay}"
+        folder = run.out if decay in (None, *run.o.ema_decays[:1]) else run.out / f"ema_{decay}"
         with run.averages.lent(decay):
             make_pipeline(run).save_pretrained(folder)
+        for weights in folder.glob("*/*.safetensors"):  # written for the owner alone, unlike the JSON beside them
+            if not weights.parent.name.startswith("checkpoint"):
+                shutil.copymode(folder / "model_index.json", weights)
 
 
 def draw(run, name: str, animation: str | None = None) -> None:

@@ -53,7 +53,7 @@ class Run:
         self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
         groups = [{"params": list(unet.parameters())}]
         if any(p.requires_grad for p in noise_schedule.parameters()):  # decay would pull γ to a shape of its own
-            own = {"weight_decay": 0.0, "lr": o.gamma_learning_rate}
+            own = {"weight_decay": 0.0, "lr": o.gamma_learning_rate or 10 * o.learning_rate}
             groups.append({"params": list(noise_schedule.parameters()), **own})
         optimizer = torch.optim.AdamW(
             groups, o.learning_rate, (o.adam_beta1, o.adam_beta2), o.adam_epsilon, o.adam_weight_decay, fused=True
@@ -97,7 +97,7 @@ class Run:
         micros = range(o.gradient_accumulation_steps)
         keys = ((step, micro) for step in range(self.step, self.total) for micro in micros)
         # a stream decodes with threads of its own, and gives its images one batch after another
-        return training.prefetched(make, keys, 1 if o.streaming else o.dataloader_num_workers)
+        return training.prefetched(make, keys, 1 if o.streaming else max(1, o.dataloader_num_workers))
 
     def train_step(self, batches) -> float:
         """One optimiser step; returns the seconds that it waited for data."""
@@ -223,7 +223,7 @@ class Run:
         checkpoints.load_rate_state(self.lr_scheduler, state["lr_scheduler"])
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        if self.times is not None:
+        if self.times is not None and "importance" in tensors:
             self.times.sums.copy_(tensors["importance"]["sums"])
         if self.o.streaming and "stream" in state:
             self.data.load_state_dict(state["stream"])
