@@ -27,6 +27,7 @@ _MODULE_OF = {
     "evaluate_ode": "ode_evaluation",
     "noise_schedule_of": "diffusers_schedulers",
     "VDMPipeline": "pipeline",
+    "register": "hub",
 }
 
 __all__ = ["__version__", *_MODULE_OF]

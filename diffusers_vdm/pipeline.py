@@ -2,7 +2,10 @@
 
 import inspect
 import math
-from collections.abc import Callable
+import os
+import re
+from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any, Union
 
 import torch
@@ -12,14 +15,33 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 # diffusers finds the classes of a saved pipeline only in modules that are loaded by then: schedulers, too
-from . import diffusion, schedulers  # noqa: F401
+from . import diffusion, repository
 from .diffusion import Generators
-from .noise_schedules import FixedLinearGamma, LearnedLinearGamma, LinearBetaGamma, MonotoneGammaNetwork, TableGamma
+from .noise_schedules import (
+    BetaGamma,
+    FixedLinearGamma,
+    LearnedLinearGamma,
+    LinearBetaGamma,
+    MonotoneGammaNetwork,
+    TableGamma,
+)
+from .schedulers import LinearBetaScheduler, VDMScheduler
 from .unet import VDMUNet2DModel
 
 # diffusers reads these annotations, old ones neither as strings nor as `X | Y`; `from_pipe` compares exact classes
 _Network = Union[VDMUNet2DModel, UNet2DModel]  # noqa: UP007
 _Schedule = Union[FixedLinearGamma, LearnedLinearGamma, MonotoneGammaNetwork, LinearBetaGamma, TableGamma, None]  # noqa: UP007
+
+_OURS: tuple[type, ...] = (
+    *(VDMUNet2DModel, VDMScheduler, LinearBetaScheduler),
+    *(FixedLinearGamma, LearnedLinearGamma, MonotoneGammaNetwork, LinearBetaGamma, BetaGamma, TableGamma),
+)
+_REFUSED: dict[str, str] = {
+    "custom_pipeline": "VDMPipeline runs no code of a repository; DiffusionPipeline.from_pretrained does",
+    "proxies": "set the environment's HTTPS_PROXY",
+    "use_onnx": "VDMPipeline reads safetensors",
+    "dduf_file": "VDMPipeline reads safetensors",
+}
 
 
 class VDMPipeline(DiffusionPipeline):
@@ -49,6 +71,91 @@ class VDMPipeline(DiffusionPipeline):
             raise ValueError(f"num_levels must be within [2, 256] to make images, got {num_levels}.")
         self.register_modules(unet=unet, scheduler=scheduler, noise_schedule=noise_schedule)
         self.register_to_config(num_levels=num_levels)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "VDMPipeline":
+        """Loads a pipeline from a folder or from the Hub. Nothing of either is run or unpickled.
+
+        Fetches what is needed alone: JSON and safetensors, of one commit, compared with the hashes that the Hub lists.
+        Before anything is loaded, it refuses names that lead out of the folder, weights that are pickles, headers of
+        safetensors that are too long or do not describe their file, classes of modules that nobody has imported, and
+        code that diffusers would run. Other code and pickles in a repository are neither fetched nor read, and
+        `trust_remote_code` changes nothing. Components that are passed (`unet=…`) are neither fetched nor checked.
+
+        Diffusers itself, by `DiffusionPipeline.from_pretrained` or for a component alone
+        (`VDMUNet2DModel.from_pretrained`), falls back to `.bin` files where there are no safetensors
+        (`use_safetensors=True` forbids that), read by torch with `weights_only=True`. It runs code with
+        `trust_remote_code=True` only; before 0.38 or so, that of a component in a local folder without asking.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): a folder, or `"user/name"` on the Hub.
+            revision (`str`, *optional*): a branch, a tag, a commit or `"refs/pr/1"`.
+            variant (`str`, *optional*): the weights' variant, like `"fp16"` or `"ema"`; components without it are
+                loaded without it, but one must have it.
+            token (`str` or `bool`, *optional*): the token for private repositories, or `False` to send none.
+            cache_dir, force_download, local_files_only, torch_dtype (dtype), device_map, …: as in
+                [`DiffusionPipeline.from_pretrained`]. A Hub that does not answer is told, and the cache is taken.
+            unet, scheduler, noise_schedule, num_levels: instead of what was saved.
+
+        Returns: `VDMPipeline`, in evaluation mode.
+        Raises: `OSError` for what is not there, may not be read or comes damaged; `ValueError` for what is refused.
+        """
+        for name, fix in _REFUSED.items():
+            if kwargs.get(name):
+                raise ValueError(f"{name} must not be given, got {kwargs[name]!r}: {fix}.")
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("use_safetensors must not be False: other weights are pickles, which run code when read.")
+        variant = kwargs.get("variant")
+        if variant is not None and not re.fullmatch(r"[\w-]+", variant):
+            raise ValueError(f"variant must be without a dot, a plain word that diffusers can find, got {variant!r}.")
+        if os.path.isdir(pretrained_model_name_or_path):
+            folder = Path(pretrained_model_name_or_path)
+            where = os.fspath(pretrained_model_name_or_path)
+            names = repository.names_in(folder)
+            if repository.INDEX not in names:
+                raise OSError(f"{where} has no {repository.INDEX}: it is no pipeline.")
+            repository.check_files(folder, cls._needed_files(folder, names, where, kwargs), where)
+        return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
+
+    @classmethod
+    def download(cls, pretrained_model_name: str | os.PathLike, **kwargs: Any) -> str:
+        """Fetches what `from_pretrained` needs into the cache, checks it, and returns its folder; see there.
+
+        Instead of diffusers' own, which refuses components of other packages (its issue 6563).
+        """
+        where = str(pretrained_model_name)
+        given = {"revision", "cache_dir", "token", "local_files_only", "force_download"}
+        options = {name: kwargs[name] for name in given if kwargs.get(name) is not None}
+
+        def choose(folder: Path, names: Collection[str]) -> list[str]:
+            return cls._needed_files(folder, names, where, kwargs)
+
+        folder = repository.fetch(where, choose, **options)
+        # by the names that are there: the cache may hold more of this commit, from other loads
+        files = cls._needed_files(folder, repository.names_in(folder), where, kwargs)
+        repository.check_files(folder, files, where)
+        return str(folder)
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """As [`ConfigMixin.load_config`], with our classes in our modules, wherever the file says that they are."""
+        loaded = super().load_config(*args, **kwargs)
+        if isinstance(loaded, tuple):
+            return cls._canonical(loaded[0]), *loaded[1:]
+        return cls._canonical(loaded)
+
+    @staticmethod
+    def _canonical(index: dict[str, Any]) -> dict[str, Any]:
+        return repository.canonical_index(index, {ours.__name__: ours.__module__ for ours in _OURS})
+
+    @classmethod
+    def _needed_files(cls, folder: Path, names: Collection[str], where: str, kwargs: dict[str, Any]) -> list[str]:
+        """The files to load of those in a folder or on the Hub, whose `model_index.json` is in `folder`."""
+        index = cls._canonical(repository.read_json(folder / repository.INDEX, f"{repository.INDEX} of {where}"))
+        expected, _ = cls._get_signature_keys(cls)
+        needed = [name for name in expected if name not in kwargs]
+        classes = repository.component_classes(index, needed, names, where)
+        return repository.needed_files(names, classes, kwargs.get("variant"), where)
 
     @property
     def num_timesteps(self) -> int:

@@ -1,7 +1,7 @@
 r"""A Hub on 127.0.0.1, in memory: what the real `huggingface_hub` client asks of one, and faults on demand.
 
-Standard library alone, so that a process can start it before the client is imported: the client reads `HF_ENDPOINT` and
-the like at that moment. Model repositories with branches, tags, pull requests, LFS, private ones and tokens.
+Standard library alone, so that a process can start it before the client is imported: the client reads `HF_ENDPOINT`
+and the like at that moment. Model repositories with branches, tags, pull requests, LFS, private ones and tokens.
 
     hub = start(home)                       # sets HF_ENDPOINT, HF_HOME, … of this process
     hub.fault("GET", r"/resolve/", status=500, times=2)
@@ -221,7 +221,7 @@ class Handler(BaseHTTPRequestHandler):
     def send_json(self, value, status: int = 200) -> None:
         self.send(status, json.dumps(value).encode())
 
-    # ---- who may what ------------------------------------------------------------------------------------------------
+    # ---- who may what ----------------------------------------------------------------------------------------------
 
     def user(self) -> str | None:
         given = self.headers.get("Authorization", "").removeprefix("Bearer ")
@@ -252,7 +252,7 @@ class Handler(BaseHTTPRequestHandler):
         auth = {"type": "access_token", "accessToken": {"displayName": "test", "role": "write"}}
         self.send_json({"type": "user", "name": self.user(), "orgs": [], "auth": auth})
 
-    # ---- repositories ------------------------------------------------------------------------------------------------
+    # ---- repositories ----------------------------------------------------------------------------------------------
 
     @route("POST", "/api/repos/create")
     def create(self) -> None:
@@ -324,7 +324,7 @@ class Handler(BaseHTTPRequestHandler):
         found.refs[new] = self.commit_at(repo, start)[1].oid
         self.send_json({})
 
-    # ---- upload ------------------------------------------------------------------------------------------------------
+    # ---- upload ----------------------------------------------------------------------------------------------------
 
     @route("POST", f"/api/models/{REPO}/preupload/(?P<revision>.+)")
     def preupload(self, repo: str, revision: str) -> None:
@@ -384,7 +384,7 @@ class Handler(BaseHTTPRequestHandler):
             made = found.commit(ref, files, header.get("summary", ""))
         self.send_json(answer | {"commitOid": made.oid, "commitUrl": f"{self.server.url}/{repo}/commit/{made.oid}"})
 
-    # ---- download ----------------------------------------------------------------------------------------------------
+    # ---- download --------------------------------------------------------------------------------------------------
 
     @route("GET", f"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
     def resolve(self, repo: str, revision: str, path: str) -> None:

@@ -1,0 +1,400 @@
+"""A repository of a pipeline: which of its files are needed, what it may not hold, and how they come from the Hub.
+
+A folder or a repository is checked before anything of it is loaded. Nothing of it is ever run or unpickled: code is
+not fetched, pickles are neither, weights are safetensors and all else is JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import diffusers
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import logging
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+
+logger = logging.get_logger(__name__)
+
+INDEX = "model_index.json"
+MAX_JSON_BYTES = 16 << 20  # a γ table of 1,025 knots takes 24 KiB
+MAX_HEADER_BYTES = 25_000_000  # as the Hub itself; a network of 10,000 tensors has 1 MB
+_WEIGHTS, _SHARD, _SUFFIX = "diffusion_pytorch_model", r"(-\d{5}-of-\d{5})?", r"\.safetensors"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+# huggingface_hub's errors come from requests' (all of them OSError) or, from 1.0, from httpx's (only some are)
+_UNREACHABLE = (HfHubHTTPError.__bases__[0], OSError)
+_PASSING = (429, 500, 502, 503, 504)
+
+Components = dict[str, type]
+
+
+# ---- what a repository says of itself ----------------------------------------------------------------------------
+
+
+def canonical_index(index: dict[str, Any], ours: dict[str, str]) -> dict[str, Any]:
+    """A `model_index.json` with our classes in our modules, wherever it says that they are.
+
+    Module paths of older versions, and those of repositories with code beside the weights, name the same classes.
+
+    Args:
+        index (`dict`): what the file holds.
+        ours (`dict`): the names of our classes, and their modules.
+    """
+    out = dict(index)
+    if isinstance(out.get("_class_name"), list):
+        out["_class_name"] = out["_class_name"][-1]
+    for name, value in index.items():
+        if isinstance(value, list) and len(value) == 2 and value[1] in ours and not name.startswith("_"):
+            out[name] = [ours[value[1]], value[1]]
+    return out
+
+
+def component_classes(index: dict[str, Any], needed: Iterable[str], names: Collection[str], where: str) -> Components:
+    """The classes of the components that are not null, without importing anything that the repository names.
+
+    Args:
+        index (`dict`): the canonical `model_index.json`.
+        needed (`Iterable[str]`): the components to load; the others are given by the caller.
+        names (`Collection[str]`): the files of the repository.
+        where (`str`): its name, for errors.
+
+    Raises: `ValueError` for a class that is neither of diffusers nor of a module that is loaded by now, for one that
+        is no model or scheduler, and for code that diffusers would run in its place.
+    """
+    if "None.py" in names:  # diffusers takes it for the pipeline that was not asked for
+        raise ValueError(f"{where} holds None.py, which diffusers would run as a custom pipeline: it is not loaded.")
+    classes = {}
+    for name in needed:
+        entry = index.get(name, [None, None])
+        if not (isinstance(entry, list) and len(entry) == 2 and all(e is None or isinstance(e, str) for e in entry)):
+            raise ValueError(f"{INDEX} of {where} must give {name} as [library, class], got {entry!r}.")
+        library, class_name = entry
+        if library is None or class_name is None:
+            continue
+        if f"{name}/{library}.py" in names:
+            raise ValueError(
+                f"{where} gives {name} as code of its own, {name}/{library}.py, which is not run. Read it; if you "
+                f"trust it, import it yourself and pass {name}=… to from_pretrained."
+            )
+        module = diffusers if library == "diffusers" else sys.modules.get(library)
+        cls = getattr(module, class_name, None)
+        if not (isinstance(cls, type) and issubclass(cls, ModelMixin | SchedulerMixin)):
+            raise ValueError(
+                f"{where} gives {name} as {class_name} of {library}, which is no model or scheduler of diffusers, of "
+                f"diffusers_vdm or of a module that is imported by now. Nothing is imported because a repository "
+                f"names it: import {library} yourself if you trust it, or pass {name}=… to from_pretrained."
+            )
+        classes[name] = cls
+    return classes
+
+
+def check_names(names: Iterable[str], where: str) -> None:
+    """`ValueError` if a file's name leads out of the repository's folder, or is none."""
+    for name in names:
+        parts = name.split("/")
+        if not name.isprintable() or "\\" in name or ":" in parts[0] or {"", ".", ".."} & set(parts):
+            raise ValueError(f"{where} has a file named {name!r}, which leads out of its folder: it is not loaded.")
+
+
+def needed_files(names: Collection[str], classes: Components, variant: str | None, where: str) -> list[str]:
+    """The configs and safetensors files of the components, those of `variant` where there are any.
+
+    A component whose folder is not there is taken from the root, where old pipelines with one model keep it.
+
+    Raises: `OSError` for files that are not there; `ValueError` for a variant that no component has, and for weights
+        that are there as pickles only.
+    """
+    files, with_variant = [INDEX], []
+    for name, cls in classes.items():
+        folder = f"{name}/" if any(n.startswith(f"{name}/") for n in names) else ""
+        if folder + cls.config_name not in names:
+            raise OSError(f"{where} has no {name}/{cls.config_name}: is it a whole pipeline?")
+        files.append(folder + cls.config_name)
+        if not issubclass(cls, ModelMixin):
+            continue
+        here = {n.removeprefix(folder): n for n in names if n.startswith(folder) and "/" not in n[len(folder) :]}
+        weights = [here[n] for n in _weights(here, variant)] if variant else []
+        with_variant += weights
+        weights = weights or [here[n] for n in _weights(here, None)]
+        if not weights and getattr(cls, "_has_parameters", True):
+            pickles = sorted(n for n in here if n.endswith(_PICKLES))
+            if pickles:
+                raise ValueError(
+                    f"{where} has the weights of {name} as pickles only ({', '.join(pickles)}), which run code when "
+                    "they are read: they are not loaded. Ask for safetensors, or convert them in a place that you can "
+                    "lose."
+                )
+            raise OSError(f"{where} has no safetensors weights of {name}{' without a variant' if variant else ''}.")
+        files += weights
+    if variant and not with_variant:
+        pattern = re.compile(rf"(?:.*/)?{_WEIGHTS}\.([^.]+?){_SHARD}{_SUFFIX}")
+        there = sorted({match[1] for match in map(pattern.fullmatch, names) if match})
+        raise ValueError(
+            f"{where} has no weights of variant={variant!r}; it has {', '.join(map(repr, there)) or 'no variants'}."
+        )
+    return files
+
+
+def _weights(names: Iterable[str], variant: str | None) -> list[str]:
+    dotted = f".{variant}" if variant else ""
+    pattern = re.compile(rf"{_WEIGHTS}{re.escape(dotted)}{_SHARD}{_SUFFIX}|{_WEIGHTS}{_SUFFIX}\.index{dotted}\.json")
+    return [name for name in names if pattern.fullmatch(name)]
+
+
+# ---- what the files hold -----------------------------------------------------------------------------------------
+
+
+def check_files(folder: Path, files: Iterable[str], where: str) -> None:
+    """Reads every JSON file and every header of safetensors, none of the weights.
+
+    Raises: `OSError` for a file that is not there; `ValueError` for JSON that is none or too long, for a header that
+        is too long or does not describe its file, and for an index that names files elsewhere.
+    """
+    files = list(files)
+    for name in files:
+        path = folder / name
+        if not path.is_file():
+            raise OSError(
+                f"{where} has no {name}, or only a part of it is here: load it again, with the Hub in reach."
+            )
+        if path.suffix == ".json":
+            content = read_json(path, f"{name} of {where}")
+            if ".safetensors.index." in name:
+                _check_shards(content, name, files, where)
+        else:
+            _check_header(path, f"{name} of {where}")
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """A JSON object; `ValueError` if it is too long or none."""
+    size = path.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise ValueError(f"{what} must be at most {MAX_JSON_BYTES} bytes long, got {size}: it is not loaded.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{what} is not JSON: {type(error).__name__}: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{what} must hold a JSON object, got a {type(content).__name__}.")
+    return content
+
+
+def _check_shards(index: dict[str, Any], name: str, files: list[str], where: str) -> None:
+    shards = index.get("weight_map")
+    folder = PurePosixPath(name).parent
+    for shard in sorted(set(shards.values())) if isinstance(shards, dict) else [shards]:
+        if not isinstance(shard, str) or "/" in shard or (folder / shard).as_posix() not in files:
+            raise ValueError(f"{name} of {where} names the file {shard!r}, which is not beside it: it is not loaded.")
+
+
+def _check_header(path: Path, what: str) -> None:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+        raise ValueError(
+            f"{what} must have a header of at most {MAX_HEADER_BYTES} bytes, and within its {size} bytes; it says "
+            f"{length}: it is damaged, or no safetensors file."
+        )
+    try:
+        with safe_open(
+            path, framework="pt"
+        ):  # maps the file, and compares all names, shapes and places with its length
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{what} is damaged, or no safetensors file: {error}") from None
+
+
+# ---- the Hub -----------------------------------------------------------------------------------------------------
+
+
+def fetch(
+    repo: str,
+    choose: Callable[[Path, Collection[str]], list[str]],
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+) -> Path:
+    """Brings a pipeline's files from the Hub into the cache, or finds them there, all of one commit.
+
+    Args:
+        repo (`str`): `"user/name"`.
+        choose (`Callable`): the files that are wanted, of the folder with `model_index.json` and all names there are.
+        revision, cache_dir, token, local_files_only, force_download: as in `from_pretrained`.
+
+    Returns: the folder of the commit in the cache.
+    Raises: `OSError` for what cannot be had, with the reason; `ValueError` for what is refused.
+    """
+    cached = {"cache_dir": cache_dir, "revision": revision}
+    listing, reason = None, "local_files_only=True"
+    if not local_files_only:
+        listing, reason = _listing(repo, revision, token)
+    if listing is None:
+        return _cached(repo, choose, cached, reason)
+    names = [file.rfilename for file in listing.siblings]
+    check_names(names, repo)
+    _check_sizes(listing.siblings, repo)
+    if INDEX not in names:
+        raise OSError(
+            f"{repo} has no {INDEX}: it is no pipeline. Components load by their own classes, as in "
+            f"VDMUNet2DModel.from_pretrained({repo!r})."
+        )
+    client = {"cache_dir": cache_dir, "token": token, "force_download": force_download}
+    try:
+        # by the branch's name, so that the cache knows it without the Hub; the commit counts from here on
+        path = Path(_patiently(hf_hub_download, repo, INDEX, revision=revision, **client))
+        if path.parent.name != listing.sha:
+            # the branch moved in between, or the Hub fell silent and the cache answered
+            logger.warning(f"{repo} is at {listing.sha}, {path.parent.name} came: that is loaded.")
+            return fetch(repo, choose, revision=path.parent.name, **client)
+        present = {name for name in names if (path.parent / name).is_file()} - {INDEX}
+        files = choose(path.parent, names)
+        _patiently(snapshot_download, repo, revision=listing.sha, allow_patterns=files, **client)
+    except LocalEntryNotFoundError as error:
+        raise OSError(f"{repo} could not be fetched from the Hub: {error}") from error
+    new = [file for file in listing.siblings if file.rfilename in set(files) - (set() if force_download else present)]
+    _check_content(path.parent, new, repo)
+    return path.parent
+
+
+def _patiently(call: Callable, *args, attempts: int = 4, **kwargs):
+    """`call(*args, **kwargs)`, again where the Hub says that it is busy or ill, after the time that it asks for."""
+    for attempt in range(attempts):
+        try:
+            return call(*args, **kwargs)
+        except HfHubHTTPError as error:
+            response = error.response
+            if response is None or response.status_code not in _PASSING or attempt == attempts - 1:
+                raise
+            asked = response.headers.get("Retry-After", "")
+            time.sleep(min(float(asked), 60.0) if asked.isdigit() else 2.0**attempt)
+
+
+def _listing(repo: str, revision: str | None, token: str | bool | None):
+    """The commit and its files with sizes and hashes; or None and the reason why the Hub does not answer."""
+    try:
+        return _patiently(HfApi().model_info, repo, revision=revision, token=token, files_metadata=True), None
+    except HFValidationError as error:
+        raise OSError(f"{repo!r} is neither a folder here nor a name that the Hub allows: {error}") from error
+    except GatedRepoError as error:
+        raise OSError(
+            f"{repo!r} is gated: accept its conditions at {HfApi().endpoint}/{repo}, then {_LOG_IN}"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise OSError(f"{repo} has no branch, tag or commit {revision!r}.") from error
+    except RepositoryNotFoundError as error:
+        raise OSError(
+            f"{repo!r} is neither a folder here nor a model at {HfApi().endpoint} that this token may read. If it is "
+            f"private, {_LOG_IN} local_files_only=True takes what is in the cache."
+        ) from error
+    except _UNREACHABLE as error:
+        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+            told = getattr(error, "server_message", None) or error
+            raise OSError(f"{repo}: the token was not accepted ({told}). Instead, {_LOG_IN}") from error
+        logger.warning(
+            f"The Hub does not answer ({type(error).__name__}: {error}); {repo} is looked for in the cache."
+        )
+        return None, f"{type(error).__name__}: {error}"
+
+
+_LOG_IN = "pass token=… or run `hf auth login`, as a user who may read it."
+
+
+def _cached(repo: str, choose: Callable, cached: dict[str, Any], reason: str) -> Path:
+    missing = (
+        f"{repo} is not in the cache, or only a part of it, and the Hub was not asked or did not answer ({reason})"
+    )
+    try:
+        folder = Path(hf_hub_download(repo, INDEX, local_files_only=True, **cached)).parent
+    except (LocalEntryNotFoundError, EntryNotFoundError) as error:
+        raise OSError(f"{missing}.") from error
+    try:
+        files = choose(folder, _cached_names(repo, folder, cached))
+    except OSError as error:
+        raise OSError(f"{missing}: {error}") from error
+    absent = [name for name in files if not (folder / name).is_file()]
+    if absent:
+        raise OSError(f"{missing}: it has no {', '.join(absent)}.")
+    return folder
+
+
+def _cached_names(repo: str, folder: Path, cached: dict[str, Any]) -> list[str]:
+    """All files of a cached commit, as the Hub listed them; the ones that are there, to clients that keep no list."""
+    try:
+        from huggingface_hub import get_cached_repo_tree
+        from huggingface_hub.errors import CachedRepoTreeNotFoundError
+    except ImportError:
+        return names_in(folder)
+    try:
+        listed = get_cached_repo_tree(repo, revision=folder.name, cache_dir=cached["cache_dir"])
+    except CachedRepoTreeNotFoundError:
+        return names_in(folder)
+    return [file.path for file in listed]
+
+
+def names_in(folder: Path) -> list[str]:
+    """The files of a folder and of its folders, none deeper: a pipeline has no others."""
+    return [path.relative_to(folder).as_posix() for pattern in ("*", "*/*") for path in folder.glob(pattern) if
+            path.is_file()]  # fmt: skip
+
+
+def _check_sizes(files: Iterable[Any], where: str) -> None:
+    for file in files:
+        if file.rfilename.endswith(".json") and (file.size or 0) > MAX_JSON_BYTES:
+            raise ValueError(
+                f"{file.rfilename} of {where} must be at most {MAX_JSON_BYTES} bytes long, got {file.size}: it is not "
+                "fetched."
+            )
+
+
+def _check_content(folder: Path, files: Iterable[Any], where: str) -> None:
+    """Compares what came with the hashes that the Hub lists: its client compares lengths alone.
+
+    Raises: `OSError`, with the files taken out of the cache, so that the next load fetches them again.
+    """
+    wrong = []
+    for file in files:
+        path = folder / file.rfilename
+        expected = file.lfs.sha256 if file.lfs else file.blob_id
+        if expected and _digest(path, bool(file.lfs)) != expected:
+            wrong.append(file.rfilename)
+            blob = path.resolve()
+            path.unlink()
+            # the content under another file's name is that file's; under its own name it is wrong
+            if blob.exists() and blob.name not in (_digest(blob, True), _digest(blob, False)):
+                blob.unlink()
+    if wrong:
+        raise OSError(
+            f"{', '.join(wrong)} of {where} came with another content than the Hub lists: it was taken out of the "
+            "cache. Load again; if it stays so, something between here and the Hub keeps an old copy."
+        )
+
+
+def _digest(path: Path, lfs: bool) -> str:
+    """sha256, or git's hash of a blob."""
+    digest = hashlib.sha256() if lfs else hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
