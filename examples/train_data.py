@@ -11,6 +11,8 @@ def load_data(o: argparse.Namespace, progress_bar: bool):
     train, test = _load(o, progress_bar)
     if o.random_rotation and train.shape[1] != train.shape[2]:
         raise ValueError(f"--random_rotation needs square images, got {train.shape}; set --resolution")
+    if o.class_conditional and test.labels is None:
+        raise ValueError(f"--class_conditional: {test.name} has no classes; name a split that has by --eval_split")
     return train, test
 
 

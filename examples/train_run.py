@@ -229,5 +229,6 @@ class Run:
             self.data.load_state_dict(state["stream"])
         self.meter.load(state["sums"], self.accelerator.process_index, self.accelerator.num_processes)
         self.finite.skipped.fill_(state["skipped"])
-        self.finite.in_row.fill_(state["in_row"])
+        # a run that ended by its limit gets as many steps again, with a lower rate as a rule
+        self.finite.in_row.fill_(state["in_row"] if state["in_row"] < self.o.max_nonfinite_steps else 0)
         self.step = state["step"]

@@ -284,15 +284,17 @@ def test_a_run_whose_gradients_are_not_finite_stops_and_keeps_what_was_good(tmp_
     out = tmp_path / "run"
     # the first step of such a rate is the last one that can be computed
     wild = [*options, "--learning_rate", "1e30", "--lr_warmup_steps", "0", "--max_nonfinite_steps", "7",
-            "--checkpointing_steps", "1"]  # fmt: skip
-    (process,) = start(out, wild)
-    assert process.wait(200) == 1
-    log = out.with_suffix(".0.log").read_text()
-    assert "the gradients of 7 steps in a row" in log.splitlines()[-1] and "checkpoint-" in log.splitlines()[-1]
-    assert "Traceback" not in log
-    assert [line["skipped_steps"] for line in read_metrics(out / "metrics.jsonl")] == [3, 7][
-        : len(read_metrics(out / "metrics.jsonl"))
-    ]
+            "--checkpointing_steps", "1", "--eval_steps", "0"]  # fmt: skip
+    for arguments, step in (
+        (wild, 8),
+        ([*wild, "--learning_rate", "1e-4", "--allow_changed", "learning_rate"], 15),  # it may try again
+    ):
+        (process,) = start(out, arguments)
+        assert process.wait(200) == 1
+        log = out.with_suffix(".0.log").read_text()
+        told = f"the gradients of 7 steps in a row, up to step {step}"
+        assert told in log.splitlines()[-1] and f"checkpoint-{step}" in log.splitlines()[-1] and "Traceback" not in log
+    assert read_metrics(out / "metrics.jsonl")[-1]["skipped_steps"] == 11
 
 
 @pytest.mark.slow
