@@ -166,7 +166,7 @@ class Handler(BaseHTTPRequestHandler):
             self.fault = next((f for f in matching if re.search(f.pattern, unquote(self.path_only))), Fault("", ""))
             self.fault.times -= 1
         if self.fault.cut is not None and self.command in ("PUT", "POST"):
-            self.rfile.read(self.fault.cut)
+            self.rfile.read1(self.fault.cut)  # a body may be shorter
             return self.hang_up()
         self.body = self.read_body()
         try:
@@ -423,7 +423,8 @@ def start(home: str | Path) -> HubServer:
     """Starts the Hub of this process and points the client to it, which must not have been imported yet."""
     global HUB
     HUB = HubServer()
-    for name in ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE", "HUGGING_FACE_HUB_TOKEN", "HTTP_PROXY", "http_proxy"):
+    offline = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")  # any of them silences the client
+    for name in (*offline, "HF_TOKEN", "HF_HUB_CACHE", "HUGGING_FACE_HUB_TOKEN", "HTTP_PROXY", "http_proxy"):
         os.environ.pop(name, None)
     os.environ |= {"HF_ENDPOINT": HUB.url, "HF_HOME": str(home), "NO_PROXY": "*", "no_proxy": "*"}
     os.environ |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
