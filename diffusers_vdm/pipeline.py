@@ -85,7 +85,7 @@ class VDMPipeline(DiffusionPipeline):
         Diffusers itself, by `DiffusionPipeline.from_pretrained` or for a component alone
         (`VDMUNet2DModel.from_pretrained`), falls back to `.bin` files where there are no safetensors
         (`use_safetensors=True` forbids that), read by torch with `weights_only=True`. It runs code with
-        `trust_remote_code=True` only; before 0.38 or so, that of a component in a local folder without asking.
+        `trust_remote_code=True` only; 0.35.1 runs that of a component in a folder, and a None.py, without asking.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): a folder, or `"user/name"` on the Hub.

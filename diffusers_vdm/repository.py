@@ -268,12 +268,13 @@ def fetch(
             # the branch moved in between, or the Hub fell silent and the cache answered
             logger.warning(f"{repo} is at {listing.sha}, {path.parent.name} came: that is loaded.")
             return fetch(repo, choose, revision=path.parent.name, **client)
-        present = {name for name in names if (path.parent / name).is_file()} - {INDEX}
+        by_name = {file.rfilename: file for file in listing.siblings}
+        _check_content(path.parent, [by_name[INDEX]], repo)
         files = choose(path.parent, names)
+        new = [by_name[name] for name in files if force_download or not (path.parent / name).is_file()]
         _patiently(snapshot_download, repo, revision=listing.sha, allow_patterns=files, **client)
     except LocalEntryNotFoundError as error:
         raise OSError(f"{repo} could not be fetched from the Hub: {error}") from error
-    new = [file for file in listing.siblings if file.rfilename in set(files) - (set() if force_download else present)]
     _check_content(path.parent, new, repo)
     return path.parent
 

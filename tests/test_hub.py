@@ -10,18 +10,23 @@ import inspect
 import json
 import multiprocessing
 import os
+import pickle  # noqa: TID251  what must not be read has to be written first
+import re
 import subprocess
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import diffusers
 import hub_server
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers.pipelines import pipeline_loading_utils
 from hub_server import HubServer
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub import errors as hub_errors
@@ -382,6 +387,21 @@ def test_diffusion_pipeline_without_and_with_register(hub: HubServer, tmp_path: 
 
 
 @in_client
+def test_the_readme_says_how(hub: HubServer, tmp_path: Path):
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    [code] = [block for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "push_to_hub" in block]
+    scope = {"pipe": made()}
+    with pytest.MonkeyPatch.context() as patch, torch_dtype_allowed():
+        # what register() adds is taken away again
+        patch.setattr(diffusers, "VDMPipeline", VDMPipeline, raising=False)
+        patch.setattr(pipeline_loading_utils, "LOADABLE_CLASSES", dict(pipeline_loading_utils.LOADABLE_CLASSES))
+        exec(code, scope)
+    assert hub.repos["user/my-vdm"].private
+    assert type(scope["pipe"]) is VDMPipeline and type(scope["unet"]) is VDMUNet2DModel
+    assert not hasattr(diffusers, "VDMPipeline")
+
+
+@in_client
 def test_hf_hub_offline(hub: HubServer, tmp_path: Path):
     pipe = made()
     pipe.push_to_hub("user/vdm")
@@ -400,3 +420,287 @@ def test_hf_hub_offline(hub: HubServer, tmp_path: Path):
     )
     assert result.returncode == 0, result.stderr
     assert "not in the cache" in result.stdout and not hub.log
+
+
+# ---- faults --------------------------------------------------------------------------------------------------------
+
+
+@in_client
+def test_faults_of_a_download_are_survived_or_told(hub: HubServer, tmp_path: Path):
+    pipe, waits = made(), []
+    pipe.push_to_hub("user/vdm")
+    faults = {
+        "busy": ("GET", r"^/api/models/", {"status": 429, "headers": {"Retry-After": "7"}}),
+        "ill": ("GET", r"^/api/models/", {"status": 500, "times": 2}),
+        "no list of files": ("GET", r"/tree/", {"status": 503}),
+        "no metadata": ("HEAD", r"/resolve/", {"status": 500}),
+        "no file": ("GET", r"/cdn/", {"status": 500}),
+        "slow down": ("GET", r"/cdn/", {"status": 429, "headers": {"Retry-After": "3"}}),
+        "cut": ("GET", r"/cdn/", {"cut": 1000}),
+        "cut JSON": ("GET", r"\.json$", {"cut": 10}),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "sleep", waits.append)
+        for name, (method, pattern, what) in faults.items():
+            cache = tmp_path / name.replace(" ", "-")
+            fault = hub.fault(method, pattern, **what)
+            try:
+                loaded = VDMPipeline.from_pretrained("user/vdm", cache_dir=cache)
+            except Exception as error:  # the oldest client does not go on by itself: it tells, and the next call does
+                assert isinstance(error, OSError), name
+                assert not half_written(cache), name
+                loaded = VDMPipeline.from_pretrained("user/vdm", cache_dir=cache)
+            assert fault.times <= 0 or name == "no list of files", name  # which the oldest client does not ask for
+            hub.faults.clear()
+            assert like(loaded, pipe), name
+            assert like(VDMPipeline.from_pretrained("user/vdm", cache_dir=cache, local_files_only=True), pipe), name
+    assert 7.0 in waits  # what Retry-After asked for
+
+
+@in_client
+def test_a_hub_that_stays_ill_is_told_and_the_cache_is_taken(hub: HubServer, tmp_path: Path):
+    pipe = made()
+    pipe.push_to_hub("user/vdm")
+    VDMPipeline.from_pretrained("user/vdm", cache_dir=tmp_path / "full")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "sleep", lambda seconds: None)
+        hub.fault("GET", ".*", status=500, times=10**6)
+        hub.fault("HEAD", ".*", status=500, times=10**6)
+        assert like(VDMPipeline.from_pretrained("user/vdm", cache_dir=tmp_path / "full"), pipe)
+        with pytest.raises(OSError, match="user/vdm is not in the cache, .*500"):
+            VDMPipeline.from_pretrained("user/vdm", cache_dir=tmp_path / "empty")
+        # in the middle: what came is kept, none of it passes for a whole pipeline
+        hub.faults.clear()
+        hub.fault("GET", "/cdn/", status=500, times=10**6)
+        with pytest.raises(OSError, match="500"):
+            VDMPipeline.from_pretrained("user/vdm", cache_dir=tmp_path / "part")
+    hub.faults.clear()
+    with pytest.raises(OSError, match="only a part"):
+        VDMPipeline.from_pretrained("user/vdm", cache_dir=tmp_path / "part", local_files_only=True)
+    assert not half_written(tmp_path)
+    assert like(VDMPipeline.from_pretrained("user/vdm", cache_dir=tmp_path / "part"), pipe)
+
+
+@in_client
+def test_content_that_is_not_what_the_hub_lists(hub: HubServer, tmp_path: Path):
+    old, new = made(), made()
+    with torch.no_grad():
+        new.unet.conv_in.bias.add_(1.0)
+    old.push_to_hub("user/vdm")
+    stale = hub.repos["user/vdm"].at("main").files["unet/diffusion_pytorch_model.safetensors"].etag
+    assert like(VDMPipeline.from_pretrained("user/vdm", cache_dir=tmp_path), old)
+    new.push_to_hub("user/vdm")
+    # an ETag of yesterday: the client takes the old weights, which it has, for the new ones
+    hub.fault("HEAD", "unet/.*safetensors", headers={"X-Linked-Etag": f'"{stale}"', "ETag": f'"{stale}"'})
+    with pytest.raises(OSError, match="another content than the Hub lists"):
+        VDMPipeline.from_pretrained("user/vdm", cache_dir=tmp_path)
+    assert not half_written(tmp_path)
+    before = hub.repos["user/vdm"].at("main").parent
+    assert like(VDMPipeline.from_pretrained("user/vdm", cache_dir=tmp_path), new)
+    assert like(
+        VDMPipeline.from_pretrained("user/vdm", revision=before, cache_dir=tmp_path, local_files_only=True), old
+    )
+    # weights that were changed on their way, at the same length; and a config
+    flip = {"body": lambda data: data[:-1] + bytes([data[-1] ^ 1])}
+    for pattern in ("/cdn/", r"scheduler_config\.json", r"model_index\.json"):
+        cache = tmp_path / pattern.strip("/").replace("\\", "")
+        hub.fault("GET", pattern, **flip)
+        with pytest.raises(OSError, match="another content than the Hub lists"):
+            VDMPipeline.from_pretrained("user/vdm", cache_dir=cache)
+        assert not half_written(cache)
+        assert like(VDMPipeline.from_pretrained("user/vdm", cache_dir=cache), new)
+
+
+@in_client
+def test_faults_of_an_upload_leave_the_old_commit_or_make_the_new_one(hub: HubServer, tmp_path: Path):
+    old, new = made("our network, DDIMScheduler"), made()
+    with torch.no_grad():
+        new.unet.conv_in.bias.add_(1.0)
+    faults = {
+        "busy": ("PUT", "/lfs/", {"status": 429, "headers": {"Retry-After": "3"}}),
+        "ill": ("PUT", "/lfs/", {"status": 500}),
+        "cut": ("PUT", "/lfs/", {"cut": 500}),
+        "no commit": ("POST", "/commit/", {"status": 500}),
+        "cut commit": ("POST", "/commit/", {"cut": 50}),
+        "no plan": ("POST", "/preupload/", {"status": 503}),
+        "gone": ("POST", "/commit/", {"status": 412}),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "sleep", lambda seconds: None)
+        for name, (method, pattern, what) in faults.items():
+            hub.reset()
+            old.push_to_hub("user/vdm")
+            before = hub.repos["user/vdm"].refs["main"]
+            fault = hub.fault(method, pattern, **what)
+            try:
+                new.push_to_hub("user/vdm")
+            except Exception as error:
+                assert str(error), name
+                assert hub.repos["user/vdm"].refs["main"] == before, name  # a commit is whole or none
+                assert like(VDMPipeline.from_pretrained("user/vdm", cache_dir=tmp_path / name), old), name
+                new.push_to_hub("user/vdm")
+            assert fault.times <= 0, name
+            assert like(VDMPipeline.from_pretrained("user/vdm", cache_dir=tmp_path / name), new), name
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------------
+
+
+class Boom:
+    """Its pickle writes a file when it is read."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def files_of(pipe: VDMPipeline, folder: Path) -> dict[str, bytes]:
+    pipe.save_pretrained(folder)
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def header(value, length: int | None = None) -> bytes:
+    text = value if isinstance(value, bytes) else json.dumps(value).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text
+
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+BOMB = (
+    "import pathlib; pathlib.Path('{marker}').touch()\n"
+    "from diffusers_vdm.unet import *\nclass Net(VDMUNet2DModel): pass\n"
+)
+TENSOR = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+# what is put into the repository (None: taken away; a dict: changes of the index), and what is said
+REFUSED = {
+    "a .bin alone": ({UNET: None, "unet/diffusion_pytorch_model.bin": "pickle"}, "pickles only .*model.bin"),
+    "a pickle": ({UNET: None, "unet/weights.pkl": "pickle"}, "pickles only .*weights.pkl"),
+    "a pickle by another name": ({UNET: "pickle"}, "damaged, or no safetensors file"),
+    "a huge header": ({UNET: header(b"{}", 2**62)}, "must have a header of at most"),
+    "a long header": ({UNET: header(b" " * 25_000_001)}, "must have a header of at most"),
+    "an empty file": ({UNET: b""}, "must have a header of at most"),
+    "a header that is no JSON": ({UNET: header(b"[" * 1000)}, "damaged, or no safetensors file"),
+    "a tensor that is not there": ({UNET: header({"a": TENSOR}) + b"\0" * 8}, "damaged, or no safetensors file"),
+    "a shape that lies": ({UNET: header({"a": {**TENSOR, "shape": [2**40]}}) + b"\0" * 16}, "damaged, or no"),
+    "tensors that overlap": ({UNET: header({"a": TENSOR, "b": TENSOR}) + b"\0" * 16}, "damaged, or no"),
+    "a name that leads out": ({"../../evil.json": b"{}"}, r"'../../evil.json', which leads out"),
+    "an absolute name": ({"/evil.json": b"{}"}, "'/evil.json', which leads out"),
+    "a backslash": ({"unet\\..\\evil": b""}, "which leads out"),
+    "a shard elsewhere": (
+        {f"{UNET}.index.json": b'{"metadata": {}, "weight_map": {"a": "../../secret.safetensors"}}'},
+        "names the file '../../secret.safetensors', which is not beside it",
+    ),
+    "code for a component": (
+        {"model_index.json": {"unet": ["my_net", "Net"]}, "unet/my_net.py": "code"},
+        "unet as code of its own, unet/my_net.py, which is not run",
+    ),
+    "code in the place of ours": ({"unet/diffusers_vdm.unet.py": "code"}, "code of its own.*which is not run"),
+    "None.py": ({"None.py": "code"}, "None.py, which diffusers would run"),
+    "a module that nobody imported": (
+        {"model_index.json": {"unet": ["this", "Net"]}},
+        "no model or scheduler .* Nothing is imported because",
+    ),
+    "a function of a library": ({"model_index.json": {"unet": ["os", "system"]}}, "unet as system of os, which is no"),
+    "a module of diffusers' pipelines": (
+        {"model_index.json": {"unet": ["ddpm", "DDPMPipeline"]}},
+        "which is no model",
+    ),
+    "an index that is none": ({"model_index.json": b"[1]"}, "must hold a JSON object"),
+    "an index that is damaged": ({"model_index.json": b'{"unet": '}, "is not JSON"),
+    "an entry that is none": ({"model_index.json": {"unet": [["os"], "system"]}}, "unet as .library, class., got"),
+    "a huge config": ({"unet/config.json": b" " * ((16 << 20) + 1)}, "must be at most 16777216 bytes"),
+    "no config": ({"unet/config.json": None}, "has no unet/config.json"),
+    "no weights": ({UNET: None}, "has no safetensors weights of unet"),
+    "no index": ({"model_index.json": None}, "has no model_index.json"),
+}
+
+
+@in_client
+def test_what_is_refused(hub: HubServer, tmp_path: Path):
+    good = files_of(made(), tmp_path / "good")
+    for number, (name, (changes, message)) in enumerate(REFUSED.items()):
+        marker = tmp_path / f"marker-{number}"
+        special = {"pickle": pickle.dumps(Boom(marker)), "code": BOMB.format(marker=marker).encode()}
+        files = dict(good)
+        for path, content in changes.items():
+            if isinstance(content, dict):
+                content = json.dumps(json.loads(good[path]) | content).encode()
+            files[path] = special.get(content, content) if isinstance(content, str) else content
+        files = {path: content for path, content in files.items() if content is not None}
+        hub.create(f"user/repo-{number}", files)
+        folder = tmp_path / f"folder-{number}"
+        sources = [f"user/repo-{number}"]
+        if not any(".." in path or path.startswith("/") for path in files):
+            for path, content in files.items():
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                (folder / path).write_bytes(content)
+            sources.append(str(folder))
+        for source in sources:
+            for trust in (False, True):
+                with pytest.raises((ValueError, OSError), match=message):
+                    VDMPipeline.from_pretrained(source, cache_dir=tmp_path / "cache", trust_remote_code=trust)
+            assert not marker.exists(), name
+        # once in the cache, it is refused there as well
+        with pytest.raises((ValueError, OSError)):
+            VDMPipeline.from_pretrained(sources[0], cache_dir=tmp_path / "cache", local_files_only=True)
+    fetched = {path.name for path in (tmp_path / "cache").rglob("*") if not path.is_dir()}
+    assert not [name for name in fetched if name.endswith((".py", ".bin", ".pkl"))]
+    assert "this" not in sys.modules and not list(tmp_path.rglob("evil*"))
+
+
+@in_client
+def test_code_and_pickles_beside_good_weights_are_left_where_they_are(hub: HubServer, tmp_path: Path):
+    pipe, marker = made(), tmp_path / "marker"
+    files = files_of(pipe, tmp_path / "good")
+    code, pickled = BOMB.format(marker=marker).encode(), pickle.dumps(Boom(marker))
+    index = json.loads(files["model_index.json"])
+    # as a repository that also serves those without this package; and module paths of an older version
+    index |= {"_class_name": ["pipeline", "VDMPipeline"], "unet": ["net", "VDMUNet2DModel"]}
+    index |= {"scheduler": ["diffusers_vdm.old_schedulers", "VDMScheduler"]}
+    extra = {"pipeline.py": code, "unet/net.py": code, "unet/diffusion_pytorch_model.bin": pickled, "run.pt": pickled}
+    hub.create("user/vdm", files | extra | {"model_index.json": json.dumps(index).encode()})
+    assert like(VDMPipeline.from_pretrained("user/vdm", cache_dir=tmp_path / "cache"), pipe)
+    names = {path.name for path in (tmp_path / "cache").rglob("*")}
+    assert not marker.exists() and not [name for name in names if name.endswith((".py", ".bin", ".pt"))]
+    # also where another program has fetched all of it
+    folder = Path(snapshot_download("user/vdm", cache_dir=tmp_path / "cache"))
+    assert (folder / "unet/net.py").exists()
+    assert like(VDMPipeline.from_pretrained(folder), pipe)
+    assert like(VDMPipeline.from_pretrained("user/vdm", cache_dir=tmp_path / "cache"), pipe)
+    assert not marker.exists()
+
+
+@in_client
+def test_arguments_that_are_refused(hub: HubServer, tmp_path: Path):
+    made().save_pretrained(tmp_path)
+    for arguments, message in {
+        ("custom_pipeline", "clip_guided"): "custom_pipeline must not be given",
+        ("use_safetensors", False): "use_safetensors must not be False",
+        ("proxies", (("https", "x"),)): "HTTPS_PROXY",
+        ("variant", "../x"): "variant must be without a dot",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            VDMPipeline.from_pretrained(tmp_path, **dict([arguments]))
+    with pytest.raises(OSError, match="neither a folder here nor a name that the Hub allows"):
+        VDMPipeline.from_pretrained("no spaces please")
+    hub.create("user/unet", {"config.json": b"{}"})
+    with pytest.raises(OSError, match="no model_index.json: it is no pipeline"):
+        VDMPipeline.from_pretrained("user/unet", cache_dir=tmp_path)
+
+
+@in_client
+def test_sharded_weights(hub: HubServer, tmp_path: Path):
+    pipe = made()
+    pipe.save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / UNET).unlink()
+    pipe.unet.save_pretrained(tmp_path / "saved" / "unet", max_shard_size="5KB")
+    shards = [path.name for path in (tmp_path / "saved" / "unet").glob("*-of-*.safetensors")]
+    assert len(shards) > 1
+    HfApi().create_repo("user/vdm")
+    HfApi().upload_folder(repo_id="user/vdm", folder_path=tmp_path / "saved")
+    for source in ("user/vdm", tmp_path / "saved"):
+        assert like(VDMPipeline.from_pretrained(source, cache_dir=tmp_path / "cache"), pipe)
+    hub.repos["user/vdm"].write(**{f"unet/{shards[0]}": None})
+    with pytest.raises(ValueError, match="which is not beside it"):
+        VDMPipeline.from_pretrained("user/vdm", cache_dir=tmp_path / "cache")
