@@ -74,7 +74,6 @@ OPTIONS: dict[str, list[tuple]] = {
         ("ema_inv_gamma", 1.0, "of the warm-up 1 - (1 + step/inv_gamma)^-power"),
         ("ema_power", 0.75, "of the warm-up"),
         ("mixed_precision", ("no", "bf16", "fp16"), "of the network; γ and losses stay in float32 and better"),
-        ("channels_last", False, "memory format of the network: faster convolutions on many GPUs"),
         ("allow_tf32", False, "TF32 matrix products; they move bits/dim"),
         ("gradient_checkpointing", False, "less memory, more time"),
         ("max_nonfinite_steps", 20, "stop after so many steps in a row whose gradients are not finite, all skipped"),
