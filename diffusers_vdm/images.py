@@ -9,13 +9,11 @@ import math
 import os
 import shutil
 import struct
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import PIL
@@ -24,9 +22,9 @@ from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 from .image_files import check_image_mode, check_label, decode, find_columns, missing_label, open_dataset, row_name
+from .threads import in_order
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 # of the files of `decoded_cache`; a new number where the same arguments give other pixels
 CACHE_VERSION = 1
@@ -160,7 +158,8 @@ def load_images(
     def decoded() -> tuple[tuple[int, ...], torch.Tensor | None, Iterable[np.ndarray]]:
         shape = read(0, None).shape
         labels = None if label_column is None else _labels(data, label_column, found, f"{path!r} ({split}")
-        results = _in_order(lambda i: read(i, shape), len(data), num_workers)
+        workers = max(1, num_workers)
+        results = in_order(lambda i: read(i, shape), range(len(data)), workers, LOOK_AHEAD * workers - 1)
         return (len(data), *shape), labels, tqdm(results, total=len(data), desc="decoding", disable=not progress_bar)
 
     name = f"{path}, {split}"
@@ -193,22 +192,6 @@ def _labels(data: Any, column: str, found: bool, where: str) -> torch.Tensor | N
     except ValueError as error:
         raise ValueError(f"image {i} of {where}): {error}") from error
     return torch.tensor(labels, dtype=torch.int64)
-
-
-def _in_order(function: Callable[[int], T], count: int, num_workers: int) -> Iterator[T]:
-    """`map(function, range(count))` on threads, in order, with no more started than what is soon to be taken."""
-    pending = deque()
-    with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        try:
-            for i in range(count):
-                pending.append(pool.submit(function, i))
-                if len(pending) >= LOOK_AHEAD * max(1, num_workers):
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
 
 
 # ---- the decoded cache -------------------------------------------------------------------------------------------

@@ -14,9 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,25 +110,6 @@ def keyed_batch(
             images[k] = image
     eps, eps_0 = (part.contiguous() for part in noise.unbind(1))
     return KeyedBatch(images, labels, augmented, withheld, t, eps, eps_0)
-
-
-def prefetched(make: Callable[[Any], Any], keys: Iterable[Any], num_workers: int) -> Iterator[Any]:
-    """`make(key)` for each key, in order, worked out by threads ahead of the one that takes them.
-
-    Nothing random may depend on the order of the calls. At most two results a thread wait.
-    """
-    with ThreadPoolExecutor(num_workers, thread_name_prefix="batch") as pool:
-        queue: deque = deque()
-        try:
-            for key in keys:
-                queue.append(pool.submit(make, key))
-                if len(queue) > 2 * num_workers:
-                    yield queue.popleft().result()
-            while queue:
-                yield queue.popleft().result()
-        finally:
-            for future in queue:
-                future.cancel()
 
 
 # ---- weights -----------------------------------------------------------------------------------------------------

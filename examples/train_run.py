@@ -73,6 +73,7 @@ class Run:
     def batches(self):
         """The micro-batches of this process from the next step on, made ahead by threads."""
         from diffusers_vdm import training
+        from diffusers_vdm.threads import in_order
 
         o, rank, world = self.o, self.accelerator.process_index, self.accelerator.num_processes
 
@@ -97,7 +98,8 @@ class Run:
         micros = range(o.gradient_accumulation_steps)
         keys = ((step, micro) for step in range(self.step, self.total) for micro in micros)
         # a stream decodes with threads of its own, and gives its images one batch after another
-        return training.prefetched(make, keys, 1 if o.streaming else max(1, o.dataloader_num_workers))
+        workers = 1 if o.streaming else max(1, o.dataloader_num_workers)
+        return in_order(make, keys, workers, look_ahead=2 * workers)
 
     def train_step(self, batches) -> float:
         """One optimiser step; returns the seconds that it waited for data."""

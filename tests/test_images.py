@@ -17,7 +17,8 @@ from safetensors import safe_open
 
 from diffusers_vdm import images as images_module
 from diffusers_vdm.image_files import _pixels, decode
-from diffusers_vdm.images import ImageSet, _in_order, histogram_bpd, load_digits_split, load_images
+from diffusers_vdm.images import LOOK_AHEAD, ImageSet, histogram_bpd, load_digits_split, load_images
+from diffusers_vdm.threads import in_order
 
 
 def random_images(n, generator, channels=1):
@@ -469,11 +470,11 @@ def test_decoding_looks_ahead_no_further_than_it_must():
         started.append(i)
         return i
 
-    results = _in_order(read, 1000, num_workers=2)
+    results = in_order(read, range(1000), 2, 2 * LOOK_AHEAD - 1)
     assert [next(results) for _ in range(10)] == list(range(10))
     assert len(started) <= 10 + 2 * 16
     results.close()
-    assert list(_in_order(read, 57, num_workers=3)) == list(range(57))
+    assert list(in_order(read, range(57), 3, 3 * LOOK_AHEAD - 1)) == list(range(57))
 
 
 @pytest.mark.slow

@@ -15,13 +15,13 @@ PACKAGE = Path(diffusers_vdm.__file__).parent
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 MAX_LINES = 450
 
-# {diffusion, files, pchip, importance, repository} → {noise_schedules, randomness} → {rows, image_files, …} →
+# {diffusion, files, pchip, …} → {noise_schedules, randomness} → {rows, image_files, …} →
 # {gamma_scheduler, vlb, ode, codec, step_selection, images, image_stream} → schedulers →
 # {pipeline, evaluation, ode_evaluation} → {hub, foreign_networks, checkpoints} → training; a module may import what is
 # before it, but nothing beside it
 CORE = {"gamma_scheduler", "vlb", "ode", "codec", "step_selection", "images", "image_stream"}
 BASE = [
-    {"diffusion", "files", "pchip", "importance", "repository"},
+    {"diffusion", "files", "pchip", "importance", "repository", "threads"},
     {"noise_schedules", "randomness"},
     {"rows", "image_files", "objective", "dequantization", "diffusers_schedulers", "official_checkpoint"},
 ]

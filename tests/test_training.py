@@ -12,6 +12,7 @@ import torch
 
 from diffusers_vdm import MonotoneGammaNetwork, VariationalBound, VDMUNet2DModel, training
 from diffusers_vdm.images import ImageSet
+from diffusers_vdm.threads import in_order
 
 
 def tiny_objective(seed=0):
@@ -153,16 +154,16 @@ def test_batches_are_made_ahead_and_come_in_order():
             raise ValueError("image 7 is broken")
         return key
 
-    batches = training.prefetched(make, range(100), 3)
+    batches = in_order(make, range(100), 3, look_ahead=6)
     assert [next(batches) for _ in range(6)] == list(range(6))
     assert len(started) <= 6 + 2 * 3 + 1
     with pytest.raises(ValueError, match="image 7 is broken"):
         list(batches)
     assert len(started) < 25
-    early = training.prefetched(make, range(5), 2)
+    early = in_order(make, range(5), 2, look_ahead=4)
     next(early)
     early.close()  # no thread is left behind
-    assert not [t for t in threading.enumerate() if t.name.startswith("batch")]
+    assert not [t for t in threading.enumerate() if t.name.startswith("in_order")]
 
 
 @pytest.mark.parametrize("number", training.StopRequest.SIGNALS)

@@ -1,0 +1,32 @@
+"""Work on threads, ahead of the one that takes its results."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+Key, Result = TypeVar("Key"), TypeVar("Result")
+
+
+def in_order(
+    function: Callable[[Key], Result], keys: Iterable[Key], num_workers: int, look_ahead: int
+) -> Iterator[Result]:
+    """`map(function, keys)` on `num_workers` threads, in order, with at most `look_ahead` begun beyond the one taken.
+
+    Nothing random may depend on the order of the calls. What fails is raised where its result is taken; whoever stops
+    before the end leaves no thread behind.
+    """
+    pending: deque = deque()
+    with ThreadPoolExecutor(num_workers, thread_name_prefix="in_order") as pool:
+        try:
+            for key in keys:
+                pending.append(pool.submit(function, key))
+                if len(pending) > look_ahead:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
