@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import shutil
 import struct
 from collections.abc import Callable, Iterable
@@ -21,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
+from .files import whole_file
 from .image_files import check_image_mode, check_label, decode, find_columns, missing_label, open_dataset, row_name
 from .threads import in_order
 
@@ -253,23 +253,15 @@ def _write_cache(
             "cache_dir to a larger disk, or do without decoded_cache."
         )
     digest = _new_digest(shape)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(_header(shape, labels is not None, metadata | {"fingerprint": "0" * 16}))
-            if labels is not None:
-                file.write(labels.numpy().tobytes())
-            for pixels in results:
-                digest.update(pixels)
-                file.write(pixels)
-            file.seek(0)
-            file.write(_header(shape, labels is not None, metadata | {"fingerprint": digest.hexdigest()}))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)  # a full disk needs the space
-        raise
+    with whole_file(path) as file:
+        file.write(_header(shape, labels is not None, metadata | {"fingerprint": "0" * 16}))
+        if labels is not None:
+            file.write(labels.numpy().tobytes())
+        for pixels in results:
+            digest.update(pixels)
+            file.write(pixels)
+        file.seek(0)
+        file.write(_header(shape, labels is not None, metadata | {"fingerprint": digest.hexdigest()}))
 
 
 def _header(shape: tuple[int, ...], has_labels: bool, metadata: dict[str, str]) -> bytes:
