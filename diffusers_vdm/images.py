@@ -31,6 +31,8 @@ CACHE_VERSION = 1
 MODE_OF = {1: "L", 3: "RGB"}  # by the number of channels
 # images a thread decodes ahead of the one that is waited for
 LOOK_AHEAD = 16
+# what is counted at a time: an index of eight bytes for each value is more than a mapped set should take
+_IMAGES_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -286,7 +288,9 @@ def count_shared(train: ImageSet, test: ImageSet) -> int:
 def histogram_bpd(train: ImageSet, test: ImageSet) -> float:
     """Bits/dim of `test` under the histogram of each pixel of `train`, with a tenth of a count added to each level."""
     counts = torch.full((train.images[0].numel(), train.num_levels), 0.1, dtype=torch.float64)
-    flat = train.images.flatten(1).long().T
-    counts.scatter_add_(1, flat, torch.ones_like(flat, dtype=torch.float64))
+    for part in train.images.split(_IMAGES_AT_ONCE):
+        levels = part.flatten(1).long().T
+        counts.scatter_add_(1, levels, torch.ones_like(levels, dtype=torch.float64))
     log_p = torch.log2(counts / counts.sum(1, keepdim=True))
-    return -float(log_p.gather(1, test.images.flatten(1).long().T).mean())
+    total = sum(float(log_p.gather(1, part.flatten(1).long().T).sum()) for part in test.images.split(_IMAGES_AT_ONCE))
+    return -total / test.images.numel()
