@@ -43,6 +43,12 @@ def second_moments(t: torch.Tensor, loss: torch.Tensor, bins: int) -> torch.Tens
     return sums
 
 
+def loss_level(sums: torch.Tensor) -> torch.Tensor:
+    """√E[loss²] in each part, of the sums of [`second_moments`]; a part that was not met is as the others are."""
+    level = (sums[0] / sums[1]).sqrt()
+    return torch.where(sums[1] > 0, level, level.nanmean())
+
+
 class ImportanceTimes:
     """Times of training in proportion to √E[loss²], of which E[loss²] is a moving average over the steps behind.
 
@@ -60,11 +66,8 @@ class ImportanceTimes:
 
     def warp(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(t, density of t), of the type of `u` ∈ [0, 1), by what the steps before have shown."""
-        total, count = self.sums.to(u.dtype)
-        level = torch.where(count > 0, total / count.clamp(min=1e-9), 0.0).sqrt()
-        # a part that was not met: as the others
-        level = torch.where(count > 0, level, level.sum() / (count > 0).sum().clamp(min=1))
-        return importance_warp(torch.where(count.mean() >= self.warm_up, level, 1.0))(u)
+        sums = self.sums.to(u.dtype)
+        return importance_warp(torch.where(sums[1].mean() >= self.warm_up, loss_level(sums), 1.0))(u)
 
     def add(self, t: torch.Tensor, loss: torch.Tensor) -> None:
         """Losses of a micro-batch, not divided by the density; none of it counts where one is not finite."""

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from . import diffusion
 from .diffusion import PredictionType, to_high_precision
-from .importance import importance_warp, second_moments
+from .importance import importance_warp, loss_level, second_moments
 from .noise_schedules import NoiseSchedule
 from .objective import Objective, SimpleObjective, SimpleObjectiveOutput, check_times  # noqa: F401
 from .randomness import keyed_generator, keyed_noise, lattice_times, stratified_times
@@ -357,9 +357,7 @@ def _evaluate_rows(bound, images, class_labels, repeat, index, seed, warp, devic
 def _measured_warp(t: torch.Tensor, loss: torch.Tensor) -> Callable:
     """[`importance_warp`] by the losses at some times."""
     bins = max(1, min(64, len(t) // 16))
-    second, count = second_moments(t, loss, bins)
-    level = (second / count).sqrt()
-    return importance_warp(torch.where(count > 0, level, level.nanmean()))
+    return importance_warp(loss_level(second_moments(t, loss, bins)))
 
 
 def _summarise(values: torch.Tensor, num_timesteps: int | None) -> BoundEvaluation:
