@@ -118,19 +118,18 @@ def loop(run: Run, test, stop, bar) -> bool:
     o, accelerator, is_main = run.o, run.accelerator, run.accelerator.is_main_process
     epoch = math.ceil((run.num_images or 0) / run.global_rows)
     run.objective.train()
-    batches, clock, shown, result = run.batches(), Clock(), {}, None
-    new = False
+    batches, clock, shown, new = run.batches(), Clock(), {}, False
     while True:
         at_end = run.step == run.total
         due = {
-            "checkpoint": new and (is_due(run.step, o.checkpointing_steps) or (at_end and o.checkpointing_steps)),
             "evaluation": at_end or is_due(run.step, o.eval_steps),
             "images": not at_end and is_due(run.step, o.save_images_epochs and o.save_images_epochs * epoch),
             "pipeline": at_end or is_due(run.step, o.save_model_epochs and o.save_model_epochs * epoch),
         }
-        shared = accelerator.num_processes > 1 and (due["evaluation"] or due["images"])
-        if new and shared and o.checkpointing_steps:  # it may end in the midst, where processes cannot agree on more
-            due["checkpoint"] = True
+        # what several processes work on together may be ended in the midst, where they cannot agree on more
+        together = accelerator.num_processes > 1 and (due["evaluation"] or due["images"])
+        saves = at_end or together or is_due(run.step, o.checkpointing_steps)
+        due["checkpoint"] = new and saves and o.checkpointing_steps > 0
         due["log"] = due["evaluation"] or is_due(run.step, o.logging_steps)
         stopping = new and stop.agreed()
         if stopping or any(due.values()):
@@ -151,18 +150,17 @@ def loop(run: Run, test, stop, bar) -> bool:
         if any(due[name] for name in ("evaluation", "images", "pipeline")):
             with stop.at_once():
                 if due["evaluation"]:
-                    for decay in o.ema_decays or [None]:
-                        samples = (o.eval_samples, None) if at_end else (1, o.max_eval_images)
-                        evaluated = run.evaluate(test, *samples, decay)
-                        result = evaluated if decay in (None, *o.ema_decays[:1]) else result
-                        metrics |= evaluation_metrics(evaluated, decay, o.ema_decays)
+                    samples = (o.eval_samples, None) if at_end else (1, o.max_eval_images)
+                    results = [run.evaluate(test, *samples, decay) for decay in run.decays]
+                    for i, (result, decay) in enumerate(zip(results, run.decays, strict=True)):
+                        metrics |= evaluation_metrics(result, decay, is_first=i == 0)
                 if due["images"]:
                     draw(run, f"samples-{run.step}.png")
             if due["pipeline"]:
                 save_pipelines(run)
             if at_end:
                 with stop.at_once():
-                    finish(run, result, metrics)
+                    finish(run, results[0], metrics)
             run.objective.train()
         if due["log"]:
             name = "train_bpd" if o.objective == "vdm" else "train_mse"

@@ -1,30 +1,12 @@
-"""What train.py tells: the plan, what a run is, its numbers, samples and pictures."""
+"""What train.py tells: the plan, the numbers, samples and pictures."""
 
 from __future__ import annotations
 
-import argparse
 import math
 import shutil
 from pathlib import Path
 
 import torch
-
-
-def describe(o: argparse.Namespace, data, num_images: int | None, global_rows: int, num_processes: int) -> dict:
-    """What a run is: its options, its data, and what it ran on."""
-    import accelerate
-    import diffusers
-
-    import diffusers_vdm
-
-    modules = (torch, diffusers, accelerate, diffusers_vdm)
-    return {
-        "options": vars(o) | {"hub_token": None},
-        "data": {"name": data.name, "images": num_images, "fingerprint": data.fingerprint},
-        "global_batch_size": global_rows,
-        "num_processes": num_processes,
-        "versions": {module.__name__: module.__version__ for module in modules},
-    }
 
 
 def plan(run, test) -> str:
@@ -65,10 +47,10 @@ def plan(run, test) -> str:
     return "\n".join(f"{name + ':':<16}{text}" for name, text in lines.items())
 
 
-def evaluation_metrics(result, decay: float | None, decays: list[float]) -> dict:
+def evaluation_metrics(result, decay: float | None, is_first: bool) -> dict:
     """The numbers of an evaluation, with all that a bits/dim must be quoted with; of other averages only the bound."""
     error = None if math.isnan(result.stderr_bpd) else result.stderr_bpd
-    if decay is not None and decay != decays[0]:
+    if not is_first:
         return {f"eval_bpd_ema_{decay}": result.bpd, f"eval_bpd_stderr_ema_{decay}": error}
     return {
         "eval_bpd": result.bpd,
@@ -105,8 +87,8 @@ def save_pipelines(run) -> None:
     """The first average as the pipeline in output_dir, the others in folders ema_DECAY in it."""
     if not run.accelerator.is_main_process:
         return
-    for decay in run.o.ema_decays or [None]:
-        folder = run.out if decay in (None, *run.o.ema_decays[:1]) else run.out / f"ema_{decay}"
+    for decay in run.decays:
+        folder = run.out if decay == run.decays[0] else run.out / f"ema_{decay}"
         with run.averages.lent(decay):
             make_pipeline(run).save_pretrained(folder)
         for weights in folder.glob("*/*.safetensors"):  # written for the owner alone, unlike the JSON beside them

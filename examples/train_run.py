@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import torch
-from train_report import describe
 
 
 class Clock:
@@ -45,9 +44,10 @@ class Run:
         bound_steps = o.num_timesteps if o.schedule != "linear_beta" or o.objective == "vdm" else o.ddpm_num_steps - 1
         # apart from the objective, which accelerate puts under autocast: bits/dim are measured in float32
         self.bound = VariationalBound(unet, noise_schedule, num_timesteps=bound_steps, **shared)
-        self.objective = self.bound if o.objective == "vdm" else SimpleObjective(unet, noise_schedule, **shared)
         if o.objective == "vdm":
             self.objective = VariationalBound(unet, noise_schedule, num_timesteps=o.num_timesteps, **shared)
+        else:
+            self.objective = SimpleObjective(unet, noise_schedule, **shared)
         self.global_rows = o.train_batch_size * o.gradient_accumulation_steps * world
         self.total = o.max_train_steps or math.ceil(o.num_epochs * data.num_images / self.global_rows)
         self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
@@ -61,6 +61,9 @@ class Run:
         steps = {"num_warmup_steps": o.lr_warmup_steps, "num_training_steps": self.total}
         self.lr_scheduler = get_scheduler(o.lr_scheduler, optimizer, **steps)
         self.wrapped, self.optimizer = accelerator.prepare(self.objective, optimizer)
+        self.decays = o.ema_decays or [
+            None
+        ]  # what is measured and saved, the first as the pipeline; None: raw weights
         self.averages = training.WeightAverages(self.parameters, o.ema_decays, o.ema_inv_gamma, o.ema_power)
         self.finite, self.meter = training.FiniteSteps(accelerator.device), training.LossMeter(accelerator.device)
         self.times = ImportanceTimes(accelerator.device) if o.importance_sampling else None
@@ -68,7 +71,20 @@ class Run:
         self.flops_per_image = self.flops_per_second = 0  # the plan tells
 
     def description(self) -> dict:
-        return describe(self.o, self.data, self.num_images, self.global_rows, self.accelerator.num_processes)
+        """What a run is: its options, its data, and what it ran on."""
+        import accelerate
+        import diffusers
+
+        import diffusers_vdm
+
+        modules = (torch, diffusers, accelerate, diffusers_vdm)
+        return {
+            "options": vars(self.o) | {"hub_token": None},
+            "data": {"name": self.data.name, "images": self.num_images, "fingerprint": self.data.fingerprint},
+            "global_batch_size": self.global_rows,
+            "num_processes": self.accelerator.num_processes,
+            "versions": {module.__name__: module.__version__ for module in modules},
+        }
 
     def batches(self):
         """The micro-batches of this process from the next step on, made ahead by threads."""
