@@ -53,8 +53,7 @@ def main() -> None:
     pipe = VDMPipeline.from_pretrained(o.model).to(o.device)
     pipe.set_progress_bar_config(leave=False)
     ours = pipe.scheduler
-    size = pipe.unet.config.sample_size
-    shape = (pipe.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+    shape = pipe.image_shape
 
     def noise(seed: int) -> torch.Tensor:
         rows = [torch.randn(shape, generator=keyed_generator(seed, "z_1", i)) for i in range(o.num_images)]

@@ -206,7 +206,7 @@ class VDMPipeline(DiffusionPipeline):
         self._check_inputs(batch_size, num_inference_steps, timesteps, generator, decode, output_type, tensor_names)
         device = self._execution_device
         labels = self._labels(class_labels, batch_size, device)
-        shape = (batch_size, self.unet.config.in_channels, *self._image_size())
+        shape = (batch_size, *self.image_shape)
         if timesteps is not None:
             self.scheduler.set_timesteps(timesteps=timesteps, device=device)
         else:
@@ -266,11 +266,13 @@ class VDMPipeline(DiffusionPipeline):
             raise ValueError(f"callback_on_step_end must return latents of shape {tuple(latents.shape)}.")
         return new
 
-    def _image_size(self) -> tuple[int, int]:
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """`(C, H, W)` of the images that the network is made for; `ValueError` if its config does not tell."""
         size = self.unet.config.sample_size
         if size is None:
             raise ValueError("unet.config.sample_size is not set; build the network with the size of its images.")
-        return (size, size) if isinstance(size, int) else tuple(size)
+        return (self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
 
     def _labels(self, class_labels, batch_size: int, device) -> torch.Tensor | None:
         num_classes = self.unet.config.num_class_embeds

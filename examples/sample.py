@@ -73,9 +73,7 @@ def solve_ode(pipe, generators: list, labels: list[int] | None, rtol: float, dec
 
     from diffusers_vdm import diffusion, ode
 
-    size, channels = pipe.unet.config.sample_size, pipe.unet.config.in_channels
-    shape = (channels, *((size, size) if isinstance(size, int) else size))
-    z = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(pipe.device)
+    z = torch.stack([torch.randn(pipe.image_shape, generator=each) for each in generators]).to(pipe.device)
     scheduler = as_ours(pipe.scheduler)
     schedule = scheduler.noise_schedule()
     labels = None if labels is None else torch.tensor(labels, device=pipe.device)
