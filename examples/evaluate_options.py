@@ -8,7 +8,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from train_options import check_ranges, option_parser
+from train_options import check_ranges, image_arguments, option_parser
 
 # name, default, help, as in train_options.py
 OPTIONS: dict[str, list[tuple]] = {
@@ -159,16 +159,9 @@ def load_data(o: argparse.Namespace, num_levels: int, progress_bar: bool):
         if len(data) == 0:
             raise SystemExit(f"--split {o.split} of the digits is empty")
     else:
-        names = ("resolution", "center_crop", "image_mode", "image_column", "label_column", "cache_dir", "seed")
+        shared = image_arguments(o, o.data_dir) | {"progress_bar": progress_bar}
         try:
-            data = load_images(
-                o.dataset_name or o.data_dir,
-                o.split,
-                config_name=o.dataset_config_name,
-                is_folder=bool(o.data_dir),
-                progress_bar=progress_bar,
-                **{name: getattr(o, name) for name in names},
-            )
+            data = load_images(o.dataset_name or o.data_dir, o.split, **shared)
         except (ValueError, OSError) as error:
             hint = " Set --split, slices allowed: 'train[:1000]'." if "nknown split" in str(error) else ""
             raise SystemExit(f"the data: {error}{hint}") from error

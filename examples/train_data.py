@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 
+from train_options import image_arguments
+
 
 def load_data(o: argparse.Namespace, progress_bar: bool):
     """The images to train on and the held-out ones."""
@@ -22,12 +24,7 @@ def _load(o: argparse.Namespace, progress_bar: bool):
 
     if o.digits:
         return load_digits_split()
-    shared = {
-        name: getattr(o, name)
-        for name in ("resolution", "center_crop", "image_mode", "image_column", "label_column", "cache_dir", "seed")
-    }
-    shared |= {"config_name": o.dataset_config_name, "num_workers": o.dataloader_num_workers,
-               "is_folder": bool(o.train_data_dir)}  # fmt: skip
+    shared = image_arguments(o, o.train_data_dir) | {"num_workers": o.dataloader_num_workers}
     path = o.dataset_name or o.train_data_dir
     try:
         if not o.streaming:

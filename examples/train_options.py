@@ -165,6 +165,15 @@ def parse_options(description: str, arguments: list[str] | None = None) -> argpa
     return options
 
 
+def image_arguments(o: argparse.Namespace, folder: str | None) -> dict:
+    """What `load_images` and `ImageStream` take of the command line; `folder` is one of image files, if given."""
+    names = ("resolution", "center_crop", "image_mode", "image_column", "label_column", "cache_dir", "seed")
+    return {name: getattr(o, name) for name in names} | {
+        "config_name": o.dataset_config_name,
+        "is_folder": bool(folder),
+    }
+
+
 def check_choice(name: str, value: str | None, known: Iterable[str]) -> None:
     if value is not None and value not in known:
         close = difflib.get_close_matches(value, list(known), n=1)
