@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 
 import torch
+
+_HELD = []  # of [`hold_process_group`]
 
 
 def check_processes(accelerator) -> None:
@@ -19,6 +23,24 @@ def check_processes(accelerator) -> None:
     asked = asked_of_the_launcher()
     if asked is not None and asked != world:
         raise SystemExit(f"--num_processes {asked}, but accelerate started {world}; on a CPU, {advice}")
+
+
+def hold_process_group() -> None:
+    """Keeps the processes' group until the program ends; without it a run may hang at its very end.
+
+    Where DDP's reducer is the last to let go of a gloo group, it waits for the group's threads with Python's lock in
+    its hand, which such a thread may need to let go of its last tensors (torch 2.13). Python's own handle does not.
+    """
+    if not torch.distributed.is_initialized():
+        return
+    if not _HELD:
+        atexit.register(_release)
+    _HELD[:] = [torch.distributed.group.WORLD]
+
+
+def _release() -> None:
+    gc.collect()  # of a reducer in a cycle
+    _HELD.clear()
 
 
 def asked_of_the_launcher() -> int | None:
@@ -39,6 +61,27 @@ def asked_of_the_launcher() -> int | None:
             number = value or following
             return int(number) if number.isdigit() else None
     return None
+
+
+def check_sharding(accelerator) -> None:
+    """`SystemExit` for kinds of sharding that train.py does not know; FSDP2 is made to compute what DDP does."""
+    kind = accelerator.distributed_type.value
+    if kind in ("DEEPSPEED", "MEGATRON_LM", "TP") or (kind == "FSDP" and not accelerator.is_fsdp2):
+        what = "version 1 of FSDP" if kind == "FSDP" else kind
+        raise SystemExit(
+            f"train.py shards by version 2 of FSDP, got {what}; in the configuration of accelerate set use_fsdp and "
+            "fsdp_version: 2 (fsdp_reshard_after_forward: true is ZeRO-3, false is ZeRO-2)"
+        )
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" and kind != name:
+            raise SystemExit(f"{name} was asked for, but accelerate shards on accelerators only and started {kind}")
+    if kind == "FSDP":
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        plugin = accelerator.state.fsdp_plugin
+        # its own policy would round γ, the times and the noise to half precision; autocast is enough, as for DDP
+        plugin.mixed_precision_policy = MixedPrecisionPolicy()
+        plugin.cpu_ram_efficient_loading = False  # every process makes the same weights from the seed
 
 
 def set_threads(accelerator, num_threads: int | None) -> None:

@@ -6,7 +6,6 @@ import random
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
+from test_fsdp import free_port
 
 from diffusers_vdm import VDMUNet2DModel
 from diffusers_vdm.checkpoints import list_checkpoints
@@ -45,12 +45,11 @@ def options(tmp_path_factory):
 
 def start(output_dir, options, processes=1, batch_size=4):
     """As many real processes as a launcher would start; a list of them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     started = []
     for rank in range(processes):
         environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONUNBUFFERED": "1"}
+        environment |= {"PYTHONFAULTHANDLER": "1"}  # [`ended`] asks where it stands
         if processes > 1:
             environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
             environment |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -62,9 +61,23 @@ def start(output_dir, options, processes=1, batch_size=4):
     return started
 
 
+def ended(output_dir, processes, seconds=400):
+    """The exit codes; processes that do not end are made to say where they stand."""
+    end = time.monotonic() + seconds
+    try:
+        return [process.wait(max(1, end - time.monotonic())) for process in processes]
+    except subprocess.TimeoutExpired:
+        for process in processes:
+            process.send_signal(signal.SIGABRT)
+        for process in processes:
+            process.wait(60)
+        logs = [output_dir.with_suffix(f".{rank}.log").read_text()[-6000:] for rank in range(len(processes))]
+        pytest.fail(f"still at work after {seconds} s\n" + "\n\n".join(logs))
+
+
 def finish(output_dir, options, processes=1, batch_size=4):
-    for process in start(output_dir, options, processes, batch_size):
-        assert process.wait(250) == 0, output_dir.with_suffix(".0.log").read_text()[-3000:]
+    codes = ended(output_dir, start(output_dir, options, processes, batch_size))
+    assert codes == [0] * processes, output_dir.with_suffix(".0.log").read_text()[-3000:]
 
 
 def state_of(output_dir):
@@ -91,6 +104,14 @@ def wait_for(condition, processes, seconds=120):
     raise AssertionError("nothing happened")
 
 
+def count_files(folder):
+    """-1 if it was renamed since it was seen."""
+    try:
+        return len(list(folder.iterdir()))
+    except FileNotFoundError:
+        return -1
+
+
 def another_line(output_dir):
     before = len(read_metrics(output_dir / "metrics.jsonl"))
     return lambda: len(read_metrics(output_dir / "metrics.jsonl")) > before
@@ -100,7 +121,7 @@ def moments(output_dir, rng):
     """What a run may be doing when it is killed: each a condition that comes true at that moment, and then a delay."""
 
     def written(count):  # so many files of a checkpoint stand there, under the temporary name
-        return lambda: any(len(list(p.iterdir())) >= count for p in output_dir.glob(".checkpoint-*.tmp"))
+        return lambda: any(count_files(p) >= count for p in output_dir.glob(".checkpoint-*.tmp"))
 
     def another(pattern):
         before = set(output_dir.glob(pattern))
@@ -144,7 +165,7 @@ def test_a_run_that_is_killed_again_and_again_is_the_run_that_never_was(tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM)])
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on(tmp_path, options, processes, number):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -157,7 +178,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(tmp_path, options, proces
         assert wait_for(another_line(stopped), started)
         for process in started[:asked]:
             process.send_signal(number)
-        assert [process.wait(60) for process in started] == [0] * processes
+        assert ended(stopped, started) == [0] * processes
         steps.append(list_checkpoints(stopped)[-1].name)
     assert "stopped by" in stopped.with_suffix(".0.log").read_text() and len(set(steps)) == 2
     finish(stopped, rare, processes, batch_size)
@@ -170,7 +191,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on(tmp_path, options, proces
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, options):
     whole = tmp_path / "whole"
     finish(whole, options)
@@ -193,7 +214,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, opt
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 def test_the_same_gradients_however_a_batch_is_split(tmp_path, options):
     """1 × 8 = 2 × 4 = 1 × 4 × 2: with Adam's first moment after one step, which is a tenth of the gradient."""
     one_step = [*options, "--max_train_steps", "1", "--dropout", "0", "--eval_steps", "0"]
@@ -211,7 +232,7 @@ def test_the_same_gradients_however_a_batch_is_split(tmp_path, options):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 def test_another_number_of_processes_goes_on_with_the_same_batches(tmp_path, options):
     plain = [*options, "--dropout", "0", "--max_train_steps", "6", "--eval_steps", "0", "--logging_steps", "1"]
     finish(tmp_path / "whole", plain)
@@ -227,7 +248,7 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(tmp_path, opt
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits of another process are Linux's")
 def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path, options):
     whole, full = tmp_path / "whole", tmp_path / "full"
@@ -236,7 +257,7 @@ def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path, options):
     assert wait_for(lambda: list_checkpoints(full), [process])
     # no file of that process may grow any more, as on a disk that is full
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (4096, 4096))
-    assert process.wait(100) == 1
+    assert ended(full, [process]) == [1]
     told = full.with_suffix(".0.log").read_text().splitlines()[-1]
     assert "train.py: " in told and ("could not be written" in told or "File too large" in told)
     assert "Traceback" not in full.with_suffix(".0.log").read_text()
@@ -246,7 +267,7 @@ def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path, options):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1500)
 def test_a_checkpoint_of_another_model_or_run_is_refused(tmp_path, options):
     out = tmp_path / "run"
     few = [*options, "--max_train_steps", "3", "--eval_steps", "0"]
@@ -265,8 +286,7 @@ def test_a_checkpoint_of_another_model_or_run_is_refused(tmp_path, options):
         ([*few, "--allow_changed", "learning_rat"], "there is no 'learning_rat'"),
         ([*few, "--ema_decays", "0.5", "--allow_changed", "ema_decays"], "must agree"),
     ):
-        (process,) = start(out, arguments)
-        assert process.wait(100) in (1, 2)
+        assert ended(out, start(out, arguments))[0] in (1, 2)
         log = out.with_suffix(".0.log").read_text()
         assert message in log.splitlines()[-1] and "Traceback" not in log, log[-500:]
         assert state_of(out) == before
@@ -274,12 +294,12 @@ def test_a_checkpoint_of_another_model_or_run_is_refused(tmp_path, options):
     early = tmp_path / "early"
     early.mkdir()
     (early / "options.json").write_text((out / "options.json").read_text())
-    (process,) = start(early, [*few, "--seed", "1"])
-    assert process.wait(100) == 1 and "seed: 0 → 1" in early.with_suffix(".0.log").read_text()
+    assert ended(early, start(early, [*few, "--seed", "1"])) == [1]
+    assert "seed: 0 → 1" in early.with_suffix(".0.log").read_text()
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1500)
 def test_a_run_whose_gradients_are_not_finite_stops_and_keeps_what_was_good(tmp_path, options):
     out = tmp_path / "run"
     # the first step of such a rate is the last one that can be computed
@@ -289,8 +309,7 @@ def test_a_run_whose_gradients_are_not_finite_stops_and_keeps_what_was_good(tmp_
         (wild, 8),
         ([*wild, "--learning_rate", "1e-4", "--allow_changed", "learning_rate"], 15),  # it may try again
     ):
-        (process,) = start(out, arguments)
-        assert process.wait(200) == 1
+        assert ended(out, start(out, arguments)) == [1]
         log = out.with_suffix(".0.log").read_text()
         told = f"the gradients of 7 steps in a row, up to step {step}"
         assert told in log.splitlines()[-1] and f"checkpoint-{step}" in log.splitlines()[-1] and "Traceback" not in log
@@ -298,7 +317,7 @@ def test_a_run_whose_gradients_are_not_finite_stops_and_keeps_what_was_good(tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 def test_a_run_on_a_stream_goes_on_in_its_order(tmp_path, options):
     """Three shards in blocks of seven; 4 × 2 images a step, so that the stop is in the second epoch."""
     data = tmp_path / "data" / "data"
