@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .files import write_atomically
+from .sharding import sharded_like
 
 logger = logging.get_logger(__name__)
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -166,11 +167,12 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Puts back what [`optimizer_tensors`] took; the options of its groups stay."""
+    """Puts back what [`optimizer_tensors`] took, in whole tensors; the options of its groups stay."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         i, name = key.split(".", 1)
-        state.setdefault(int(i), {})[name] = value
+        state.setdefault(int(i), {})[name] = sharded_like(value, parameters[int(i)])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

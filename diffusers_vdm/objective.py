@@ -57,6 +57,13 @@ class Objective(nn.Module):
         self.num_levels = num_levels
         self.prediction_type = prediction_type
 
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The blocks that Accelerate shards one by one under FSDP, by their classes."""
+        names = getattr(self.unet, "_no_split_modules", None) or ["ResnetBlock2D"]
+        here = {type(module).__name__ for module in self.unet.modules()}
+        return [name for name in names if name in here]
+
     def _data(self, images: torch.Tensor) -> torch.Tensor:
         diffusion.check_levels(images, self.num_levels)
         # float32 whatever the network's type: x in bfloat16 would be other data

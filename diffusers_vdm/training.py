@@ -29,6 +29,7 @@ from .files import write_atomically
 from .image_stream import ImageStream
 from .images import ImageSet
 from .randomness import key_to_seed, keyed_generator  # noqa: F401
+from .sharding import replicated_like, sharded_like, whole
 
 logger = logging.get_logger(__name__)
 
@@ -176,7 +177,7 @@ class WeightAverages:
             group = tensors[f"ema_{decay!r}"]
             ema.optimization_step = int(group["step"])
             for i, shadow in enumerate(ema.shadow_params):
-                shadow.copy_(group[str(i)])
+                shadow.copy_(sharded_like(group[str(i)], shadow))
 
 
 @torch.no_grad()
@@ -201,13 +202,14 @@ class FiniteSteps:
 
     def step(self, optimizer: torch.optim.Optimizer, gradient_norm: torch.Tensor, has_scaler: bool = False) -> None:
         """`optimizer.step()`, without effect if `gradient_norm` is not finite; a `GradScaler` sees to that itself."""
-        bad = (~gradient_norm.isfinite()).to(self.skipped)
+        bad = (~whole(gradient_norm).isfinite()).float()
         inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
         if not has_scaler:
-            inner.found_inf = bad
+            inner.found_inf = replicated_like(bad, gradient_norm)
         optimizer.step()
         if not has_scaler:
             del inner.found_inf
+        bad = bad.to(self.skipped.device)
         self.skipped += bad
         self.in_row = (self.in_row + 1) * bad
 

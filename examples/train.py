@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from processes import check_processes, set_threads
+from processes import check_processes, check_sharding, hold_process_group, set_threads
 from train_data import load_data
 from train_options import build, parse_options
 from train_report import draw, evaluation_metrics, finish, is_finished, plan, save_pipelines
@@ -47,12 +47,8 @@ def set_up(o: argparse.Namespace):
         project_dir=str(Path(o.output_dir) / o.logging_dir),
     )
     check_processes(accelerator)
-    kind = accelerator.distributed_type.value
-    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
-        raise SystemExit(
-            f"train.py keeps whole weights and averages on every process, got {kind}; launch with --multi_gpu, "
-            "or shard VariationalBound in your own loop, as the README shows"
-        )
+    check_sharding(accelerator)
+    hold_process_group()
     set_threads(accelerator, o.num_threads)
     return accelerator
 

@@ -85,11 +85,11 @@ def make_pipeline(run):
 
 def save_pipelines(run) -> None:
     """The first average as the pipeline in output_dir, the others in folders ema_DECAY in it."""
-    if not run.accelerator.is_main_process:
-        return
     for decay in run.decays:
         folder = run.out if decay == run.decays[0] else run.out / f"ema_{decay}"
-        with run.averages.lent(decay):
+        with run.lent(decay):
+            if not run.accelerator.is_main_process:
+                continue
             make_pipeline(run).save_pretrained(folder)
         for weights in folder.glob("*/*.safetensors"):  # written for the owner alone, unlike the JSON beside them
             if not weights.parent.name.startswith("checkpoint"):
@@ -117,7 +117,7 @@ def draw(run, name: str, animation: str | None = None) -> None:
     share = math.ceil(o.num_images / accelerator.num_processes)  # all processes draw as many, the last some too many
     first = share * accelerator.process_index
     generators = [keyed_generator(o.seed, "sample", i) for i in range(first, first + share)]
-    with run.averages.lent():
+    with run.lent():
         pipeline = make_pipeline(run)
         pipeline.set_progress_bar_config(disable=not accelerator.is_main_process, leave=False)
         on_step = keep_frame if animation else None
@@ -136,10 +136,15 @@ def finish(run, result, metrics: dict) -> None:
 
     o, out = run.o, run.out
     draw(run, "samples.png", "denoising.gif")
+    with run.lent():
+        if run.accelerator.is_main_process:
+            plots.plot_schedule(run.noise_schedule, out / "schedule.png")
+            if o.push_to_hub:
+                repo = o.hub_model_id or out.name
+                make_pipeline(run).push_to_hub(repo, token=o.hub_token, private=o.hub_private_repo)
+                print(f"pushed to {repo}")
     if not run.accelerator.is_main_process:
         return
-    with run.averages.lent():
-        plots.plot_schedule(run.noise_schedule, out / "schedule.png")
     lines = read_metrics(out / "metrics.jsonl")
     plots.plot_training([*lines, {"step": run.step} | metrics], out / "training.png")
     terms = {n: getattr(result, f"{n}_bpd") for n in ("diffusion", "reconstruction", "prior")}
@@ -157,8 +162,3 @@ def finish(run, result, metrics: dict) -> None:
     for row in table:
         print(f"  {row[0]:<36}{row[1]:>18}")
     print(f"pipeline, metrics and pictures are in {out}")
-    if o.push_to_hub:
-        repo = o.hub_model_id or out.name
-        with run.averages.lent():
-            make_pipeline(run).push_to_hub(repo, token=o.hub_token, private=o.hub_private_repo)
-        print(f"pushed to {repo}")

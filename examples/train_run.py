@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -36,21 +38,24 @@ class Run:
         from diffusers_vdm.vlb import SimpleObjective, VariationalBound
 
         self.o, self.accelerator, self.data = o, accelerator, data
-        self.unet, self.noise_schedule = unet, noise_schedule
+        # what is measured and saved; under FSDP a whole copy of what is trained, which [`lent`] fills
+        self.is_sharded = accelerator.distributed_type.value == "FSDP"
+        self.unet, self.noise_schedule = (
+            copy.deepcopy((unet, noise_schedule)) if self.is_sharded else (unet, noise_schedule)
+        )
         self.out, world = Path(o.output_dir), accelerator.num_processes
         self.num_images = data.num_images  # as declared: a stream may learn it on the way
         shared = {"num_levels": data.num_levels, "prediction_type": o.prediction_type}
         # a DDPM knows the T levels of its betas, so that its bound has the T − 1 steps between them
         bound_steps = o.num_timesteps if o.schedule != "linear_beta" or o.objective == "vdm" else o.ddpm_num_steps - 1
         # apart from the objective, which accelerate puts under autocast: bits/dim are measured in float32
-        self.bound = VariationalBound(unet, noise_schedule, num_timesteps=bound_steps, **shared)
+        self.bound = VariationalBound(self.unet, self.noise_schedule, num_timesteps=bound_steps, **shared)
         if o.objective == "vdm":
             self.objective = VariationalBound(unet, noise_schedule, num_timesteps=o.num_timesteps, **shared)
         else:
             self.objective = SimpleObjective(unet, noise_schedule, **shared)
         self.global_rows = o.train_batch_size * o.gradient_accumulation_steps * world
         self.total = o.max_train_steps or math.ceil(o.num_epochs * data.num_images / self.global_rows)
-        self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
         groups = [{"params": list(unet.parameters())}]
         if any(p.requires_grad for p in noise_schedule.parameters()):  # decay would pull γ to a shape of its own
             own = {"weight_decay": 0.0, "lr": o.gamma_learning_rate or 10 * o.learning_rate}
@@ -61,9 +66,9 @@ class Run:
         steps = {"num_warmup_steps": o.lr_warmup_steps, "num_training_steps": self.total}
         self.lr_scheduler = get_scheduler(o.lr_scheduler, optimizer, **steps)
         self.wrapped, self.optimizer = accelerator.prepare(self.objective, optimizer)
-        self.decays = o.ema_decays or [
-            None
-        ]  # what is measured and saved, the first as the pipeline; None: raw weights
+        self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
+        # what is measured and saved, the first as the pipeline; None: raw weights
+        self.decays = o.ema_decays or [None]
         self.averages = training.WeightAverages(self.parameters, o.ema_decays, o.ema_inv_gamma, o.ema_power)
         self.finite, self.meter = training.FiniteSteps(accelerator.device), training.LossMeter(accelerator.device)
         self.times = ImportanceTimes(accelerator.device) if o.importance_sampling else None
@@ -129,7 +134,8 @@ class Run:
                 inputs["t"], inputs["t_density"] = self.times.warp(inputs["t"])
             torch.manual_seed(seed)
             with self.accelerator.accumulate(self.wrapped):
-                output = self.wrapped(**inputs)
+                with self.accelerator.autocast():  # under FSDP2 accelerate leaves it out
+                    output = self.wrapped(**inputs)
                 loss = output.loss
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
@@ -146,11 +152,30 @@ class Run:
         self.step += 1
         return waited
 
+    @contextmanager
+    def lent(self, decay: float | None = None):
+        """Within the context `unet`, `noise_schedule` and `bound` have the averaged weights; all must enter it."""
+        from diffusers_vdm.sharding import whole
+
+        with self.averages.lent(decay):
+            if not self.is_sharded:
+                yield
+                return
+            self.bound.to(self.accelerator.device)
+            trained = dict(self.objective.named_parameters())
+            with torch.no_grad():
+                for name, parameter in self.bound.named_parameters():
+                    parameter.copy_(whole(trained[name]))
+        try:
+            yield
+        finally:
+            self.bound.to("cpu")  # a process has no room for it while it trains
+
     def evaluate(self, test, num_samples: int, num_images: int | None, decay: float | None):
         from diffusers_vdm.vlb import evaluate_bound
 
         labels = test.labels[:num_images] if self.unet.config.num_class_embeds is not None else None
-        with self.averages.lent(decay):
+        with self.lent(decay):
             return evaluate_bound(
                 self.bound,
                 test.images[:num_images],
@@ -195,14 +220,16 @@ class Run:
             )
 
     def save(self) -> None:
-        """Writes a checkpoint, with the losses as they were gathered."""
+        """Writes a checkpoint, with the losses as they were gathered; all processes must call it."""
         from diffusers_vdm import checkpoints
+        from diffusers_vdm.sharding import gathered
 
-        if not self.accelerator.is_main_process:
-            return
         tensors = {"model": self.objective.state_dict(), "optimizer": checkpoints.optimizer_tensors(self.optimizer)}
         if self.times is not None:
             tensors["importance"] = {"sums": self.times.sums}
+        tensors = gathered(tensors | self.averages.tensors(), keep=self.accelerator.is_main_process)
+        if tensors is None:
+            return
         rates = checkpoints.rate_state(self.lr_scheduler)
         state = {"run": self.description(), "lr_scheduler": rates, "sums": self.sums}
         state |= {name: float(getattr(self.finite, name)) for name in ("skipped", "in_row")}
@@ -211,13 +238,14 @@ class Run:
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
         limits = (self.o.checkpoints_total_limit, self.o.milestone_steps)
-        checkpoints.save_checkpoint(self.out, self.step, tensors | self.averages.tensors(), state, *limits)
+        checkpoints.save_checkpoint(self.out, self.step, tensors, state, *limits)
 
     def resume(self) -> None:
         """Goes on from the checkpoint that was asked for; from the start if there is none yet."""
         from accelerate.utils import broadcast_object_list
 
         from diffusers_vdm import checkpoints
+        from diffusers_vdm.sharding import sharded_like
 
         name, allowed = self.o.resume_from_checkpoint, self.o.allow_changed or ()
         found = [None]
@@ -233,7 +261,9 @@ class Run:
         told = checkpoints.check_same_run(state["run"], self.description(), allowed)
         self.accelerator.print(f"going on from {folder}" + (f"\n{told}" if told else ""))
         try:
-            self.objective.load_state_dict(tensors["model"])
+            here = self.objective.state_dict()
+            model = {name: sharded_like(t, here.get(name, t)) for name, t in tensors["model"].items()}
+            self.objective.load_state_dict(model)
         except RuntimeError as error:
             raise ValueError(f"{folder} is of another model: {str(error).splitlines()[1].strip()}") from error
         self.averages.load(tensors)

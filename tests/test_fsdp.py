@@ -1,6 +1,8 @@
-"""`VariationalBound` as one module under FSDP2: two real processes on the CPU, each with half of every parameter."""
+"""FSDP2 in two real processes on the CPU, each with half of every parameter: `VariationalBound`, and train.py."""
 
+import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -78,27 +80,103 @@ dist.destroy_process_group()
 """
 
 
+def free_port():
+    """Not one of those that the system gives to connections: another test may hold it by the time of its use."""
+    for port in random.sample(range(20000, 32000), 50):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+                return port
+            except OSError:
+                continue
+    raise OSError("no free port")
+
+
+def two(command, **environment):
+    """Two processes of a program, to their end; what each wrote."""
+    port, processes = str(free_port()), []
+    for rank in range(2):
+        own = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"} | environment
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen([sys.executable, *command], env=own, cwd=Path(__file__).parents[1], **pipes))
+    outputs = [process.communicate(timeout=280) for process in processes]
+    return [process.returncode for process in processes], outputs
+
+
 @pytest.mark.slow
 def test_a_sharded_bound_trains_as_a_whole_one(tmp_path):
     script = tmp_path / "sharded.py"
     script.write_text(SCRIPT)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    processes = []
-    for rank in range(2):
-        environment = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, str(script)],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                cwd=Path(__file__).parents[1],
-            )  # fmt: skip
-        )
-    outputs = [process.communicate(timeout=250) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs[0][1][-3000:] + outputs[1][1][-1000:]
+    codes, outputs = two([str(script)])
+    assert codes == [0, 0], outputs[0][1][-3000:] + outputs[1][1][-1000:]
     assert "the same" in outputs[0][0]
+
+
+# Accelerate shards on accelerators only; told that the CPU is one, it takes the very same way
+AS_ON_A_GPU = """
+import runpy, sys
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+
+PartialState._prepare_backend = lambda self, *_, **__: ("gloo", DistributedType.MULTI_GPU)
+PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rsplit("/", 1)[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_train_py_under_fsdp2_is_train_py(tmp_path):
+    """The losses and bounds of whole weights; resumed bit for bit; its checkpoints are whole, for any other run."""
+    from safetensors.torch import load_file
+    from test_resume import OPTIONS, TRAIN, finish, state_of
+
+    from diffusers_vdm import VDMPipeline, VDMUNet2DModel
+
+    VDMUNet2DModel.from_preset(
+        "digits", block_out_channels=(8,), layers_per_block=1, norm_num_groups=2, attention_head_dim=8
+    ).save_config(tmp_path / "network")
+    options = ["--model_config_name_or_path", str(tmp_path / "network"), *OPTIONS.split(), "--dropout", "0",
+               "--max_train_steps", "8", "--logging_steps", "1", "--lr_scheduler", "constant"]  # fmt: skip
+    script = tmp_path / "as_on_a_gpu.py"
+    script.write_text(AS_ON_A_GPU)
+
+    def sharded(folder, *more, **environment):
+        command = [str(script), str(TRAIN), "--output_dir", str(folder), "--train_batch_size", "2", *options, *more]
+        codes, outputs = two([*command, "--resume_from_checkpoint", "latest"], **FSDP2 | environment)
+        assert codes == [0, 0], outputs[0][1][-3000:] + outputs[1][1][-1000:]
+        return outputs[0][0]
+
+    whole, once, twice = (tmp_path / name for name in ("whole", "once", "twice"))
+    finish(whole, options, processes=2, batch_size=2)
+    sharded(once)
+    for name in ("train_bpd", "eval_bpd", "eval_bpd_ema_0.9"):
+        lines = [[line[name] for line in state_of(folder)[2] if name in line] for folder in (whole, once)]
+        assert lines[0] == pytest.approx(lines[1], rel=2e-4) and lines[0], name
+    half = tmp_path / "half"
+    sharded(half, "--mixed_precision", "bf16", "--max_train_steps", "3", "--eval_steps", "0")
+    losses = [[line["train_bpd"] for line in state_of(folder)[2]][:3] for folder in (once, half)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0] != losses[1]
+    assert all(
+        p.dtype.is_floating_point and p.element_size() == 4
+        for p in VDMPipeline.from_pretrained(half).unet.parameters()
+    )
+    sharded(twice, "--max_train_steps", "6", "--allow_changed", "max_train_steps")
+    assert "going on from" in sharded(twice, "--allow_changed", "max_train_steps")
+    one, other = state_of(once), state_of(twice)
+    assert one[0].keys() == other[0].keys() and [name for name in one[0] if one[0][name] != other[0][name]] == []
+    # one process goes on from it, with whole weights
+    finish(twice, [*options, "--max_train_steps", "10", "--allow_changed", "max_train_steps"], batch_size=4)
+    assert json.loads((twice / "options.json").read_text())["num_processes"] == 1
+    saved = load_file(once / "checkpoint-8" / "ema_0.999.safetensors")
+    pipeline = VDMPipeline.from_pretrained(once)
+    named = [*pipeline.unet.parameters(), *pipeline.noise_schedule.parameters()]
+    assert all((saved[str(i)] == p).all() for i, p in enumerate(named)) and len(named) == len(saved) - 1

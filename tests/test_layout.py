@@ -21,7 +21,7 @@ MAX_LINES = 450
 # before it, but nothing beside it
 CORE = {"gamma_scheduler", "vlb", "ode", "codec", "step_selection", "images", "image_stream"}
 BASE = [
-    {"diffusion", "files", "pchip", "importance", "repository", "threads"},
+    {"diffusion", "files", "pchip", "importance", "repository", "sharding", "threads"},
     {"noise_schedules", "randomness"},
     {"rows", "image_files", "objective", "dequantization", "diffusers_schedulers", "official_checkpoint"},
 ]
