@@ -27,7 +27,7 @@ BASE = [
 ]
 UPPER = [
     {"pipeline", "evaluation", "ode_evaluation"},
-    {"hub", "foreign_networks", "checkpoints", "cost"},
+    {"hub", "remote_code", "foreign_networks", "checkpoints", "cost"},
     {"training"},
 ]
 LAYERS = [*BASE, CORE, {"schedulers"}, *UPPER]
