@@ -16,11 +16,12 @@ from dataclasses import dataclass
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  diffusers looks for this name in the module
 from torch import nn
 
 from .diffusion import gammas_from_betas, linear_betas, prior_kl_nats, to_high_precision
 from .pchip import pchip, pchip_slopes
+from .whole_models import WholeModelMixin
 
 # bits/dim above which sampling starts from noise that training never saw
 PRIOR_KL_WARNING_BPD = 0.01
@@ -52,7 +53,7 @@ class ScheduleSummary:
         )
 
 
-class NoiseSchedule(ModelMixin, ConfigMixin):
+class NoiseSchedule(WholeModelMixin, ConfigMixin):
     """Base of the schedules: what every γ(t) can do, given `gamma_and_slope(t)` and the two ends."""
 
     _has_parameters = True

@@ -23,8 +23,10 @@ from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  diffusers 
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
+from .whole_models import WholeModelMixin
 
-class VDMUNet2DModel(UNet2DModel, AttentionMixin):
+
+class VDMUNet2DModel(WholeModelMixin, UNet2DModel, AttentionMixin):
     """A `UNet2DModel` with Fourier features, an input residual, zero-initialised outputs, and an augmentation flag.
 
     All arguments of `UNet2DModel` mean what they mean there; without the additions the state dict and the outputs are

@@ -1,0 +1,31 @@
+"""Models whose weights are all there: diffusers fills what a file lacks with random numbers, and warns."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from diffusers.models.modeling_utils import ModelMixin
+
+
+class WholeModelMixin(ModelMixin):
+    """A `ModelMixin` that is loaded from a file with exactly its tensors, or not at all."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, **kwargs: Any):
+        """As [`ModelMixin.from_pretrained`].
+
+        Raises: `ValueError`, besides what that one raises, for weights that lack a tensor or have one too many: they
+            are not of the network that `config.json` describes, and what it computes would be noise.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        for kind, fault in (("missing_keys", "lack"), ("unexpected_keys", "have too many, for")):
+            names = sorted(info.get(kind, ()))
+            if names:
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                raise ValueError(
+                    f"the weights in {pretrained_model_name_or_path} must be those of its config.json, a "
+                    f"{cls.__name__}; they {fault} {', '.join(names[:3])}{more}: they are damaged, or of another model."
+                )
+        return (model, info) if wants_info else model
