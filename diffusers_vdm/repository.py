@@ -40,7 +40,7 @@ MAX_HEADER_BYTES = 25_000_000  # as the Hub itself; a network of 10,000 tensors 
 _WEIGHTS, _SHARD, _SUFFIX = "diffusion_pytorch_model", r"(-\d{5}-of-\d{5})?", r"\.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # huggingface_hub's errors come from requests' (all of them OSError) or, from 1.0, from httpx's (only some are)
-_UNREACHABLE = (HfHubHTTPError.__bases__[0], OSError)
+UNREACHABLE = (HfHubHTTPError.__bases__[0], OSError)
 _PASSING = (429, 500, 502, 503, 504)
 
 Components = dict[str, type]
@@ -249,7 +249,7 @@ def fetch(
     cached = {"cache_dir": cache_dir, "revision": revision}
     listing, reason = None, "local_files_only=True"
     if not local_files_only:
-        listing, reason = _listing(repo, revision, token)
+        listing, reason = list_files(repo, revision, token)
     if listing is None:
         return _cached(repo, choose, cached, reason)
     names = [file.rfilename for file in listing.siblings]
@@ -263,7 +263,7 @@ def fetch(
     client = {"cache_dir": cache_dir, "token": token, "force_download": force_download}
     try:
         # by the branch's name, so that the cache knows it without the Hub; the commit counts from here on
-        path = Path(_patiently(hf_hub_download, repo, INDEX, revision=revision, **client))
+        path = Path(patiently(hf_hub_download, repo, INDEX, revision=revision, **client))
         if path.parent.name != listing.sha:
             # the branch moved in between, or the Hub fell silent and the cache answered
             logger.warning(f"{repo} is at {listing.sha}, {path.parent.name} came: that is loaded.")
@@ -272,14 +272,14 @@ def fetch(
         _check_content(path.parent, [by_name[INDEX]], repo)
         files = choose(path.parent, names)
         new = [by_name[name] for name in files if force_download or not (path.parent / name).is_file()]
-        _patiently(snapshot_download, repo, revision=listing.sha, allow_patterns=files, **client)
+        patiently(snapshot_download, repo, revision=listing.sha, allow_patterns=files, **client)
     except LocalEntryNotFoundError as error:
         raise OSError(f"{repo} could not be fetched from the Hub: {error}") from error
     _check_content(path.parent, new, repo)
     return path.parent
 
 
-def _patiently(call: Callable, *args, attempts: int = 4, **kwargs):
+def patiently(call: Callable, *args, attempts: int = 4, **kwargs):
     """`call(*args, **kwargs)`, again where the Hub says that it is busy or ill, after the time that it asks for."""
     for attempt in range(attempts):
         try:
@@ -292,10 +292,10 @@ def _patiently(call: Callable, *args, attempts: int = 4, **kwargs):
             time.sleep(min(float(asked), 60.0) if asked.isdigit() else 2.0**attempt)
 
 
-def _listing(repo: str, revision: str | None, token: str | bool | None):
+def list_files(repo: str, revision: str | None, token: str | bool | None):
     """The commit and its files with sizes and hashes; or None and the reason why the Hub does not answer."""
     try:
-        return _patiently(HfApi().model_info, repo, revision=revision, token=token, files_metadata=True), None
+        return patiently(HfApi().model_info, repo, revision=revision, token=token, files_metadata=True), None
     except HFValidationError as error:
         raise OSError(f"{repo!r} is neither a folder here nor a name that the Hub allows: {error}") from error
     except GatedRepoError as error:
@@ -309,7 +309,7 @@ def _listing(repo: str, revision: str | None, token: str | bool | None):
             f"{repo!r} is neither a folder here nor a model at {HfApi().endpoint} that this token may read. If it is "
             f"private, {_LOG_IN} local_files_only=True takes what is in the cache."
         ) from error
-    except _UNREACHABLE as error:
+    except UNREACHABLE as error:
         if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
             told = getattr(error, "server_message", None) or error
             raise OSError(f"{repo}: the token was not accepted ({told}). Instead, {_LOG_IN}") from error

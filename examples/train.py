@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from processes import check_processes, check_sharding, hold_process_group, set_threads
 from train_data import load_data
+from train_hub import Sharing
 from train_options import build, parse_options
 from train_report import draw, evaluation_metrics, finish, is_finished, plan, save_pipelines
 from train_run import Clock, Run
@@ -70,14 +71,20 @@ def main(o: argparse.Namespace) -> None:
             print(plan(run, test), flush=True)
         if o.dry_run:
             return
+        if is_main:
+            out.mkdir(parents=True, exist_ok=True)
+        sharing = Sharing(run)
+        if o.resume_from_checkpoint == "last-checkpoint":
+            sharing.fetch()
         if o.resume_from_checkpoint:
             run.resume()
         if run.step > run.total:
             raise ValueError(f"the checkpoint is at step {run.step}, past the {run.total} that are asked for")
         if run.step == run.total and is_finished(out, run.total):
-            return accelerator.print(f"nothing to do: {out} is finished, all {run.total} steps and what is due then")
+            accelerator.print(f"nothing to do: {out} is finished, all {run.total} steps and what is due then")
+            sharing.push("trained")
+            return sharing.wait()
         if is_main:
-            out.mkdir(parents=True, exist_ok=True)
             if run.step == 0:  # --overwrite_output_dir: nothing of the other run may be taken for this one's
                 checkpoints.remove_checkpoints(out)
                 for old in [out / "model_index.json", *out.glob("samples-*.png"), *out.glob("ema_*/model_index.json")]:
@@ -91,7 +98,7 @@ def main(o: argparse.Namespace) -> None:
         with training.StopRequest(accelerator.num_processes) as stop:
             try:
                 with tqdm(**bar) as bar:
-                    finished = loop(run, test, stop, bar)
+                    finished = loop(run, test, stop, bar, sharing)
             except training.Stopped:  # within work that can be thrown away, before the next step
                 run.save()
                 finished = False
@@ -102,9 +109,12 @@ def main(o: argparse.Namespace) -> None:
                     f"\nstopped by {stop.signal} after step {run.step} of {run.total}, which is saved; the same "
                     "command with --resume_from_checkpoint latest goes on"
                 )
+                sharing.stop()
+        if finished:
+            sharing.wait()
 
 
-def loop(run: Run, test, stop, bar) -> bool:
+def loop(run: Run, test, stop, bar, sharing: Sharing) -> bool:
     """All steps, and what is due after each; whether it came to the end.
 
     What is due at a step comes after its checkpoint and changes nothing in it: a run that goes on there does it again.
@@ -126,6 +136,8 @@ def loop(run: Run, test, stop, bar) -> bool:
         together = accelerator.num_processes > 1 and (due["evaluation"] or due["images"])
         saves = at_end or together or is_due(run.step, o.checkpointing_steps)
         due["checkpoint"] = new and saves and o.checkpointing_steps > 0
+        due["upload"] = sharing.is_due(due["checkpoint"], at_end)
+        due["pipeline"] = due["pipeline"] or due["upload"]
         due["log"] = due["evaluation"] or is_due(run.step, o.logging_steps)
         stopping = new and stop.agreed()
         if stopping or any(due.values()):
@@ -167,6 +179,8 @@ def loop(run: Run, test, stop, bar) -> bool:
                 training.append_metrics(run.out / "metrics.jsonl", {"step": run.step} | metrics)
             run.meter.sums.zero_()
             clock = Clock()
+        if due["upload"]:
+            sharing.push("trained" if at_end else "in training")
         if at_end:
             return True
         clock.go()

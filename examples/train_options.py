@@ -66,11 +66,7 @@ OPTIONS: dict[str, list[tuple]] = {
         ("max_grad_norm", 1.0, "clip gradients to this norm"),
         ("use_ema", True, "average the weights; what is evaluated and saved are the averages"),
         ("ema_max_decay", 0.9999, "decay of the average, after warm-up"),
-        (
-            "ema_decays",
-            [float],
-            "several at once, instead of it: all are measured and saved, the first as the pipeline",
-        ),
+        ("ema_decays", [float], "several instead of it: all are measured and saved, the first as the pipeline"),
         ("ema_inv_gamma", 1.0, "of the warm-up 1 - (1 + step/inv_gamma)^-power"),
         ("ema_power", 0.75, "of the warm-up"),
         ("mixed_precision", ("no", "bf16", "fp16"), "of the network; γ and losses stay in float32 and better"),
@@ -95,13 +91,23 @@ OPTIONS: dict[str, list[tuple]] = {
         ("checkpointing_steps", 1000, "steps between checkpoints, 0 for none"),
         ("checkpoints_total_limit", 2, "keep the newest"),
         ("milestone_steps", int, "keep the checkpoints at its multiples besides"),
-        ("resume_from_checkpoint", str, "'latest' in output_dir (a new run if there is none yet), or a folder"),
+        (
+            "resume_from_checkpoint",
+            str,
+            "'latest' (a new run if none), 'last-checkpoint', also of the Hub, or a folder",
+        ),
         ("allow_changed", [str], "options that may differ from those of the run that is resumed, or data"),
         ("dry_run", False, "print the plan (parameters, FLOPs, memory, steps, noise schedule) and end"),
         ("logger", ("tensorboard", "none", "wandb", "trackio"), "tracker beside metrics.jsonl"),
         ("logging_dir", "logs", "its folder in output_dir"),
-        ("push_to_hub", False, "upload the pipeline and the pictures in the end"),
+        ("push_to_hub", False, "upload the pipeline, its card and the pictures, in the background"),
         ("hub_model_id", str, "repository, defaults to the name of output_dir"),
+        (
+            "hub_strategy",
+            ("end", "every_save", "checkpoint"),
+            "in the end, with each checkpoint, or also the checkpoint",
+        ),
+        ("hub_include_code", False, "add code, so that it loads by DiffusionPipeline without this package"),
         ("hub_token", str, "token, defaults to the one logged in with"),
         ("hub_private_repo", False, "make it a private one"),
     ],
@@ -224,6 +230,8 @@ def check_options(o: argparse.Namespace) -> None:
          "is one γ for all t; use --schedule linear_beta or fixed_linear"),
         (o.objective == "ddpm" and o.importance_sampling, "--importance_sampling is of the bound, whose terms differ; "
          "not of --objective ddpm"),
+        (o.resume_from_checkpoint == "last-checkpoint" and not o.push_to_hub, "--resume_from_checkpoint "
+         "last-checkpoint looks for it on the Hub; add --push_to_hub, with --hub_strategy checkpoint"),
         (o.objective == "ddpm" and o.num_timesteps, "--num_timesteps is of the bound; --objective ddpm has none"),
         (not o.gamma_min < o.gamma_max, f"--gamma_min {o.gamma_min} must be below --gamma_max {o.gamma_max}"),
     ):  # fmt: skip
@@ -256,7 +264,8 @@ def check_options(o: argparse.Namespace) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder} is a file")
     own = o.resume_from_checkpoint and (
-        o.resume_from_checkpoint == "latest" or Path(o.resume_from_checkpoint).resolve().parent == folder.resolve()
+        o.resume_from_checkpoint in ("latest", "last-checkpoint")
+        or Path(o.resume_from_checkpoint).resolve().parent == folder.resolve()
     )
     if (folder / "metrics.jsonl").exists() and not (o.overwrite_output_dir or own):
         raise ValueError(

@@ -134,15 +134,11 @@ def finish(run, result, metrics: dict) -> None:
     from diffusers_vdm import plots
     from diffusers_vdm.training import read_metrics
 
-    o, out = run.o, run.out
+    out = run.out
     draw(run, "samples.png", "denoising.gif")
     with run.lent():
         if run.accelerator.is_main_process:
             plots.plot_schedule(run.noise_schedule, out / "schedule.png")
-            if o.push_to_hub:
-                repo = o.hub_model_id or out.name
-                make_pipeline(run).push_to_hub(repo, token=o.hub_token, private=o.hub_private_repo)
-                print(f"pushed to {repo}")
     if not run.accelerator.is_main_process:
         return
     lines = read_metrics(out / "metrics.jsonl")

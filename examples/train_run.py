@@ -249,9 +249,10 @@ class Run:
 
         name, allowed = self.o.resume_from_checkpoint, self.o.allow_changed or ()
         found = [None]
-        if name == "latest" and self.accelerator.is_main_process:  # one process decides which one is the newest
+        in_output_dir = name in ("latest", "last-checkpoint")
+        if in_output_dir and self.accelerator.is_main_process:  # one process decides which one is the newest
             found = [checkpoints.load_latest(self.out)]
-        folder = Path(name) if name != "latest" else broadcast_object_list([found[0] and str(found[0][0])])[0]
+        folder = Path(name) if not in_output_dir else broadcast_object_list([found[0] and str(found[0][0])])[0]
         options = self.out / "options.json"
         if folder is None:
             if options.is_file():

@@ -1,7 +1,8 @@
 r"""A Hub on 127.0.0.1, in memory: what the real `huggingface_hub` client asks of one, and faults on demand.
 
 Standard library alone, so that a process can start it before the client is imported: the client reads `HF_ENDPOINT`
-and the like at that moment. Model repositories with branches, tags, pull requests, LFS, private ones and tokens.
+and the like at that moment. Repositories of models and of data sets (`datasets/user/name`) with branches, tags, pull
+requests, LFS, private ones and tokens.
 
     hub = start(home)                       # sets HF_ENDPOINT, HF_HOME, … of this process
     hub.fault("GET", r"/resolve/", status=500, times=2)
@@ -19,11 +20,11 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from urllib.parse import parse_qs, unquote, urlsplit
 
-LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pkl", ".ckpt")
-REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
+LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pkl", ".ckpt", ".parquet")
+REPO = r"(?P<repo>(?:datasets/)?[\w.-]+/[\w.-]+)"  # of data sets with their prefix, as a part of the name
 ROUTES: list[tuple[str, re.Pattern, str]] = []
 
 
@@ -99,6 +100,7 @@ class Fault:
     cut: int | None = None
     headers: dict[str, str] = field(default_factory=dict)
     body: Callable[[bytes], bytes] | None = None
+    gate: Callable[[], object] | None = None  # called before the answer: a Hub that is slow
 
 
 class Refusal(Exception):
@@ -130,7 +132,7 @@ class HubServer(ThreadingHTTPServer):
         self.lock = threading.RLock()
 
     def fault(self, method: str, pattern: str, **what) -> Fault:
-        """The next `times` requests whose path matches meet `status`, a `cut` connection, or false headers or body."""
+        """The next `times` requests whose path matches meet `status`, a `cut`, a `gate`, or false headers or body."""
         self.faults.append(Fault(method, pattern, **what))
         return self.faults[-1]
 
@@ -161,6 +163,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         self.path_only, self.query = urlsplit(self.path).path, parse_qs(urlsplit(self.path).query)
+        self.path_only = re.sub("^/api/datasets/", "/api/models/datasets/", self.path_only)
         with self.server.lock:
             matching = (f for f in self.server.faults if f.method == self.command and f.times > 0)
             self.fault = next((f for f in matching if re.search(f.pattern, unquote(self.path_only))), Fault("", ""))
@@ -169,6 +172,8 @@ class Handler(BaseHTTPRequestHandler):
             self.rfile.read1(self.fault.cut)  # a body may be shorter
             return self.hang_up()
         self.body = self.read_body()
+        if self.fault.gate is not None:
+            self.fault.gate()
         try:
             if self.fault.status is not None:
                 raise Refusal(self.fault.status, "a fault that was asked for", headers=self.fault.headers)
@@ -231,7 +236,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def repository(self, name: str, write: bool = False) -> Repository:
         user, repo = self.user(), self.server.repos.get(name)
-        owner = name.split("/")[0]
+        owner = name.removeprefix("datasets/").split("/")[0]
         if repo is None or (repo.private and user != owner):
             raise Refusal(404 if user else 401, "Repository not found", "RepoNotFound")
         if write and user != owner:
@@ -286,15 +291,41 @@ class Handler(BaseHTTPRequestHandler):
         ]
         date = "2026-01-01T00:00:00.000Z"
         self.send_json(
-            {"_id": "0", "id": repo, "modelId": repo, "sha": commit.oid, "private": found.private, "siblings": files}
+            {
+                "_id": "0",
+                "id": repo.removeprefix("datasets/"),
+                "modelId": repo,
+                "sha": commit.oid,
+                "private": found.private,
+                "siblings": files,
+            }
             | {"lastModified": date, "createdAt": date, "tags": [], "downloads": 0, "likes": 0, "gated": False}
         )
 
     @route("GET", f"/api/models/{REPO}/tree/(?P<revision>[^/]+)/?(?P<under>.*)")
     def tree(self, repo: str, revision: str, under: str) -> None:
         commit = self.commit_at(repo, revision)[1]
-        files = {k: v for k, v in commit.files.items() if k.startswith(under)}
-        self.send_json([{"type": "file", "oid": v.git_oid, "path": k, **v.facts()} for k, v in files.items()])
+        prefix = f"{under.rstrip('/')}/" if under else ""
+        files = {k: v for k, v in commit.files.items() if k.startswith(prefix)}
+        if under and not files:
+            raise Refusal(404, f"{under} does not exist", "EntryNotFound")
+        names = {str(parent) for k in files for parent in PurePosixPath(k).parents if str(parent).startswith(prefix)}
+        folders = sorted(names - {".", prefix.rstrip("/")})
+        if self.query.get("recursive", ["false"])[0].lower() != "true":
+            files = {k: v for k, v in files.items() if "/" not in k[len(prefix) :]}
+            folders = [name for name in folders if "/" not in name[len(prefix) :]]
+        out = [{"type": "directory", "oid": "0" * 40, "size": 0, "path": name} for name in folders]
+        self.send_json(out + [{"type": "file", "oid": v.git_oid, "path": k, **v.facts()} for k, v in files.items()])
+
+    @route("POST", f"/api/models/{REPO}/paths-info/(?P<revision>.+)")
+    def paths_info(self, repo: str, revision: str) -> None:
+        files, out = self.commit_at(repo, revision)[1].files, []
+        for path in parse_qs(self.body.decode()).get("paths", []):
+            if path in files:
+                out.append({"type": "file", "oid": files[path].git_oid, "path": path, **files[path].facts()})
+            elif any(name.startswith(f"{path}/") for name in files):
+                out.append({"type": "directory", "oid": "0" * 40, "path": path})
+        self.send_json(out)
 
     @route("GET", f"/api/models/{REPO}/refs")
     def refs(self, repo: str) -> None:
@@ -419,13 +450,22 @@ class Handler(BaseHTTPRequestHandler):
 HUB: HubServer | None = None
 
 
+def environment(hub: HubServer, home: str | Path) -> dict[str, str]:
+    """What a client's process needs in its environment to talk to this Hub; an empty text is for what must not be."""
+    offline = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")  # any of them silences the client
+    others = ("HF_TOKEN", "HF_HUB_CACHE", "HUGGING_FACE_HUB_TOKEN", "HTTP_PROXY", "http_proxy")
+    return dict.fromkeys([*offline, *others], "") | {
+        "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "NO_PROXY": "*", "no_proxy": "*",
+        "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
+    }  # fmt: skip
+
+
 def start(home: str | Path) -> HubServer:
     """Starts the Hub of this process and points the client to it, which must not have been imported yet."""
     global HUB
     HUB = HubServer()
-    offline = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")  # any of them silences the client
-    for name in (*offline, "HF_TOKEN", "HF_HUB_CACHE", "HUGGING_FACE_HUB_TOKEN", "HTTP_PROXY", "http_proxy"):
+    for name, value in environment(HUB, home).items():
         os.environ.pop(name, None)
-    os.environ |= {"HF_ENDPOINT": HUB.url, "HF_HOME": str(home), "NO_PROXY": "*", "no_proxy": "*"}
-    os.environ |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        if value:
+            os.environ[name] = value
     return HUB

@@ -1,0 +1,223 @@
+"""What a run sends to the Hub while it goes on, and its checkpoint that comes back on another machine.
+
+A Hub that is slow, ill or gone costs a run nothing: what is sent is a copy, on a thread of its own, and what could not
+be sent goes with the next. A commit is whole or not there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import threading
+from pathlib import Path
+
+from diffusers.utils import logging
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from .checkpoints import list_checkpoints, load_checkpoint
+from .files import write_atomically
+from .repository import INDEX, UNREACHABLE, list_files, patiently, read_json
+
+logger = logging.get_logger(__name__)
+
+LAST_CHECKPOINT = "last-checkpoint"  # the name that transformers' Trainer gives it
+_RUN_FILES = (INDEX, "README.md", "options.json", "metrics.jsonl", "report*.json", "*.png", "*.gif")
+_IN_A_CHECKPOINT = re.compile(rf"{LAST_CHECKPOINT}/(state\.json|[\w.]+\.safetensors)")
+
+
+# ---- there -------------------------------------------------------------------------------------------------------
+
+
+def stage(output_dir: str | os.PathLike, checkpoint: str | os.PathLike | None = None) -> Path:
+    """A copy of what a run shows to others, in a hidden folder of `output_dir`: what [`Uploads.push`] takes.
+
+    It holds the pipeline and those of other averages (`ema_*`), options, metrics, the card, reports and pictures; with
+    `checkpoint`, a folder, that as well, by links, as a `last-checkpoint`.
+    """
+    output_dir = Path(output_dir)
+    staged = output_dir / ".upload"
+    number = 0
+    while staged.exists():  # one that is still on its way
+        number += 1
+        staged = output_dir / f".upload-{number}"
+    staged.mkdir(parents=True)
+    try:
+        for pattern in _RUN_FILES:
+            for path in output_dir.glob(pattern):
+                shutil.copyfile(path, staged / path.name)
+        if (output_dir / INDEX).is_file():
+            components = [
+                name for name, entry in read_json(output_dir / INDEX, INDEX).items() if isinstance(entry, list)
+            ]
+            folders = [output_dir / name for name in components if not name.startswith("_")]
+            for folder in [*folders, *output_dir.glob("ema_*")]:
+                if folder.is_dir():
+                    shutil.copytree(folder, staged / folder.name)
+        if checkpoint is not None:
+            (staged / LAST_CHECKPOINT).mkdir()
+            for path in Path(checkpoint).iterdir():
+                _link(path, staged / LAST_CHECKPOINT / path.name)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+    return staged
+
+
+def _link(path: Path, to: Path) -> None:
+    try:
+        os.link(path, to)  # a checkpoint is never written again, only removed
+    except OSError:  # another file system, or one that knows no links
+        shutil.copyfile(path, to)
+
+
+class Uploads:
+    """Folders that go to one repository, one after another, while the program does something else.
+
+    Of several that wait only the newest goes. What fails is told and not repeated: the next folder holds it too.
+
+    Args:
+        repo_id (`str`): `"user/name"`, or a name in the user's own space.
+        private (`bool`, *optional*): of a repository that is created; the space's default if not given.
+        token (`str`, *optional*): the one that was logged in with, if not given.
+    """
+
+    def __init__(self, repo_id: str, *, private: bool | None = None, token: str | None = None):
+        self.repo_id, self.private, self.token = repo_id, private, token
+        self.is_created = False
+        self._changed = threading.Condition()
+        self._next: tuple[Path, str] | None = None
+        self._is_busy, self._failure, self._thread = False, None, None
+
+    def create(self) -> bool:
+        """Makes sure of the repository; `False`, and a warning, if the Hub does not answer.
+
+        Raises: `OSError` where the Hub refuses: a token that may not write there, a name that it does not allow.
+        """
+        try:
+            self._create(attempts=2)
+        except HFValidationError as error:
+            raise OSError(f"hub_model_id {self.repo_id!r} is no name that the Hub allows: {error}") from error
+        except UNREACHABLE as error:
+            if status_of(error) in (400, 401, 403, 404):
+                raise OSError(
+                    f"{self.repo_id} cannot be written to ({reason_of(error)}); pass a hub_token or run `hf auth "
+                    "login`, as a user who may"
+                ) from error
+            logger.warning(
+                f"The Hub does not answer ({reason_of(error)}); what is to be uploaded is kept and tried again."
+            )
+            return False
+        return True
+
+    def _create(self, attempts: int = 4) -> None:
+        created = patiently(
+            HfApi(token=self.token).create_repo, self.repo_id, private=self.private, exist_ok=True, attempts=attempts
+        )
+        self.repo_id, self.is_created = created.repo_id, True
+
+    def push(self, folder: str | os.PathLike, message: str) -> None:
+        """Takes `folder` over, which is removed in the end, and returns at once; `message` is the commit's."""
+        with self._changed:
+            if self._next is not None:
+                shutil.rmtree(self._next[0], ignore_errors=True)
+            self._next = (Path(folder), message)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="uploads", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def wait(self, seconds: float | None = None) -> str | None:
+        """Until all is there, or the time is over; the reason why the newest folder is not, `None` if it is."""
+        with self._changed:
+            idle = self._changed.wait_for(lambda: self._next is None and not self._is_busy, seconds)
+            return self._failure if idle else f"it was not done after {seconds:g} s"
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._next is not None)
+                (folder, message), self._next, self._is_busy = self._next, None, True
+            failure = None
+            try:
+                self._upload(folder, message)
+            except Exception as error:  # whatever it is, training goes on
+                failure = reason_of(error)
+                logger.warning(f"{message!r} was not uploaded to {self.repo_id} ({failure}); the next one is tried.")
+            shutil.rmtree(folder, ignore_errors=True)
+            with self._changed:
+                self._is_busy, self._failure = False, failure
+                self._changed.notify_all()
+
+    def _upload(self, folder: Path, message: str) -> None:
+        if not self.is_created:
+            self._create()
+        patiently(
+            HfApi(token=self.token).upload_folder,
+            repo_id=self.repo_id,
+            folder_path=folder,
+            commit_message=message,
+            delete_patterns=[f"{LAST_CHECKPOINT}/*"],  # an older one, whose file of an average may have no successor
+        )
+
+
+def status_of(error: BaseException) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def reason_of(error: BaseException) -> str:
+    """An error of the Hub's client in one line."""
+    told = getattr(error, "server_message", None) if isinstance(error, HfHubHTTPError) else None
+    told = str(told or error).strip().split("\n")[0]
+    return f"{status_of(error) or type(error).__name__}: {told}"
+
+
+# ---- and back ----------------------------------------------------------------------------------------------------
+
+
+def fetch_checkpoint(repo_id: str, output_dir: str | os.PathLike, *, token: str | None = None) -> Path | None:
+    """Brings `last-checkpoint` of a repository into `output_dir`, as the `checkpoint-N` that it was, if it is newer.
+
+    With it come `options.json` and `metrics.jsonl`, in the place of those that are there. Only safetensors and JSON
+    are fetched, and the checkpoint must be what its own hashes say before it gets its name.
+
+    Returns: the folder; `None` where the repository has no checkpoint, or `output_dir` has one as new.
+    Raises: `OSError` where the Hub does not answer or refuses, or what came is damaged.
+    """
+    output_dir = Path(output_dir)
+    listing, reason = list_files(repo_id, None, token)
+    if listing is None:
+        raise OSError(f"whether {repo_id} has a {LAST_CHECKPOINT} could not be found out ({reason}).")
+    names = [file.rfilename for file in listing.siblings if _IN_A_CHECKPOINT.fullmatch(file.rfilename)]
+    state = f"{LAST_CHECKPOINT}/state.json"
+    if state not in names:
+        return None
+    here = list_checkpoints(output_dir)
+    temporary = output_dir / ".checkpoint-hub.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        options = {"revision": listing.sha, "local_dir": temporary, "token": token}
+        patiently(snapshot_download, repo_id, allow_patterns=[state], **options)
+        step = read_json(temporary / state, f"{state} of {repo_id}").get("step")
+        if not isinstance(step, int) or step < 0:
+            raise OSError(f"{state} of {repo_id} says no step.")
+        if here and int(here[-1].name.split("-")[1]) >= step:
+            return None
+        patiently(snapshot_download, repo_id, allow_patterns=[*names, "options.json", "metrics.jsonl"], **options)
+        try:
+            load_checkpoint(temporary / LAST_CHECKPOINT)
+        except ValueError as error:
+            raise OSError(f"{LAST_CHECKPOINT} of {repo_id}: {error}") from error
+        for name in ("options.json", "metrics.jsonl"):
+            if (temporary / name).is_file():
+                write_atomically(output_dir / name, (temporary / name).read_bytes())
+        final = output_dir / f"checkpoint-{step}"
+        os.rename(temporary / LAST_CHECKPOINT, final)
+        return final
+    except UNREACHABLE as error:
+        if isinstance(error, OSError) and status_of(error) is None:
+            raise
+        raise OSError(f"{LAST_CHECKPOINT} of {repo_id} could not be fetched ({reason_of(error)}).") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,88 @@
+"""What train.py does with the Hub: a repository, uploads while it trains, and its checkpoint from another machine."""
+
+from __future__ import annotations
+
+import shutil
+
+STOP_SECONDS = 20  # of the 30 that schedulers and launchers leave as a rule
+
+
+class Sharing:
+    """The uploads of a run: nothing at all without --push_to_hub, and on all processes but the main one."""
+
+    def __init__(self, run):
+        from diffusers_vdm.checkpoints import list_checkpoints
+        from diffusers_vdm.uploads import Uploads
+
+        self.run, self.uploads = run, None
+        o = run.o
+        if o.push_to_hub and run.accelerator.is_main_process:
+            name = o.hub_model_id or run.out.resolve().name
+            self.uploads = Uploads(name, private=o.hub_private_repo or None, token=o.hub_token)
+            for left_over in run.out.glob(".upload*"):  # of a process that was killed
+                shutil.rmtree(left_over, ignore_errors=True)
+            try:
+                self.uploads.create()
+            except OSError as error:  # a run that is under way goes on without
+                if not list_checkpoints(run.out):
+                    raise
+                print(f"nothing will go to the Hub: {error}")
+
+    def fetch(self) -> None:
+        """For --resume_from_checkpoint last-checkpoint: the Hub's, if it is newer than what is here."""
+        from diffusers_vdm.checkpoints import list_checkpoints
+        from diffusers_vdm.uploads import fetch_checkpoint
+
+        if self.uploads is None:
+            return
+        try:
+            folder = fetch_checkpoint(self.uploads.repo_id, self.run.out, token=self.run.o.hub_token)
+        except OSError as error:
+            if not list_checkpoints(self.run.out):
+                raise OSError(f"{error} There is no checkpoint here either: a new run would take its place") from error
+            print(f"{error} The newest one here is taken")
+            return
+        if folder is not None:
+            print(f"{folder} came from {self.uploads.repo_id}")
+
+    def is_due(self, saved: bool, at_end: bool) -> bool:
+        """Whether something goes to the Hub after this step, of all processes alike."""
+        o = self.run.o
+        return o.push_to_hub and (at_end or (saved and o.hub_strategy != "end"))
+
+    def push(self, title: str) -> None:
+        """Hands over what output_dir holds now, and the newest checkpoint by --hub_strategy checkpoint."""
+        from diffusers_vdm.checkpoints import list_checkpoints
+        from diffusers_vdm.uploads import stage
+
+        if self.uploads is None:
+            return
+        o = self.run.o
+        checkpoints = list_checkpoints(self.run.out) if o.hub_strategy == "checkpoint" else []
+        try:
+            staged = stage(self.run.out, checkpoints[-1] if checkpoints else None)
+            self.uploads.push(staged, f"{title}, step {self.run.step}")
+        except (OSError, ValueError) as error:  # a full disk
+            print(f"nothing goes to the Hub at step {self.run.step}: {error}")
+
+    def stop(self) -> None:
+        """Sends what was saved last, if it takes seconds only: whoever ends the program will not wait for long."""
+        if not self.is_due(saved=True, at_end=False):
+            return
+        self.push("stopped")
+        failure = self.uploads and self.uploads.wait(STOP_SECONDS)
+        if failure:
+            print(f"it is not on the Hub: {failure}")
+
+    def wait(self) -> None:
+        """Until all is there; `OSError` with what to do if it is not."""
+        if self.uploads is None:
+            return
+        print(f"waiting for the upload to {self.uploads.repo_id}", flush=True)
+        failure = self.uploads.wait()
+        if failure is not None:
+            raise OSError(
+                f"the run is whole in {self.run.out}, but its upload to {self.uploads.repo_id} failed: {failure}; "
+                "the same command with --resume_from_checkpoint latest tries again"
+            )
+        print(f"uploaded to {self.uploads.repo_id}")

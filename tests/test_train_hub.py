@@ -1,0 +1,251 @@
+"""train.py and the Hub: uploads behind its back, a Hub that is ill, and a run that goes on on another machine."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import hub_server
+import pytest
+from test_resume import ended, start, state_of
+
+from diffusers_vdm import VDMUNet2DModel
+from diffusers_vdm.training import read_metrics
+
+REPO = "user/digits"
+OPTIONS = (
+    "--max_train_steps 9 --logging_steps 2 --eval_steps 4 --checkpointing_steps 3 --max_eval_images 10 "
+    "--eval_samples 1 --num_images 2 --ddpm_num_inference_steps 2 --ema_decays 0.999 0.9 --logger none "
+    "--num_threads 1 --checkpoints_total_limit 1 --push_to_hub --hub_model_id digits --hub_strategy"
+)
+
+PULL = """
+import json, sys
+import torch
+from diffusers_vdm import VDMPipeline, VariationalBound
+pipeline = VDMPipeline.from_pretrained(sys.argv[1])
+pipeline.set_progress_bar_config(disable=True)
+samples = pipeline(2, 3, torch.Generator().manual_seed(1), output_type="np").images
+bound = VariationalBound(pipeline.unet, pipeline.noise_schedule, num_levels=17)
+images = torch.randint(0, 17, (4, 1, 8, 8), generator=torch.Generator().manual_seed(2))
+with torch.no_grad():
+    total = bound(images, generator=torch.Generator().manual_seed(3)).total
+print(json.dumps([samples.tolist(), total.tolist()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def hub():
+    hub = hub_server.HubServer()
+    yield hub
+    hub.shutdown()
+    hub.server_close()
+
+
+@pytest.fixture
+def run(hub, tmp_path, monkeypatch):
+    """train.py as a user of this Hub, with more options; `run(folder, strategy, …)` returns the processes."""
+    hub.reset()
+    for name, value in hub_server.environment(hub, tmp_path / "home").items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_TOKEN", "hf_user")
+    VDMUNet2DModel.from_preset(
+        "digits", block_out_channels=(8,), layers_per_block=1, norm_num_groups=2, attention_head_dim=8
+    ).save_config(tmp_path / "network")
+    fixed = ["--model_config_name_or_path", str(tmp_path / "network"), *OPTIONS.split()]
+    return lambda folder, strategy, *more: start(folder, [*fixed, strategy, *more])
+
+
+def log_of(folder):
+    return folder.with_suffix(".0.log").read_text()
+
+
+def head(hub, name=REPO):
+    """Names and content at the newest commit."""
+    repo = hub.repos[name]
+    return {path: blob.data for path, blob in repo.commits[repo.refs["main"]].files.items()}
+
+
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.02)
+
+
+def pulled(source, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", PULL, str(source)],
+        env=os.environ | environment, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_trained_pushed_and_pulled_it_is_the_same(hub, run, tmp_path):
+    out = tmp_path / "run"
+    assert ended(out, run(out, "end", "--max_train_steps", "2")) == [0], log_of(out)
+    files = head(hub)
+    assert {"model_index.json", "README.md", "metrics.jsonl", "options.json", "samples.png", "training.png"} <= set(
+        files
+    )
+    assert "ema_0.9/unet/diffusion_pytorch_model.safetensors" in files
+    assert not [name for name in files if name.startswith(("checkpoint", "last-checkpoint", ".", "logs"))]
+    assert len(hub.repos[REPO].commits) == 2  # the empty one and this one
+    assert pulled(REPO, HF_HOME=str(tmp_path / "elsewhere")) == pulled(out)
+    # once more it has nothing to do, and nothing to upload
+    assert ended(out, run(out, "end", "--max_train_steps", "2")) == [0], log_of(out)
+    assert "nothing to do" in log_of(out) and len(hub.repos[REPO].commits) == 2
+    assert not list(out.glob(".upload*"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_goes_on_on_another_machine(hub, run, tmp_path):
+    whole, first, second = (tmp_path / name for name in ("whole", "first", "second"))
+    assert ended(whole, run(whole, "end", "--hub_model_id", "whole")) == [0], log_of(whole)
+    (process,) = run(first, "checkpoint", "--resume_from_checkpoint", "last-checkpoint")
+    wait_for(lambda: REPO in hub.repos and any("checkpoint/state" in name for name in head(hub)))
+    process.kill()
+    process.wait()
+    step = json.loads(head(hub)["last-checkpoint/state.json"])["step"]
+    assert step in (3, 6)
+    assert {"metrics.jsonl", "options.json", "model_index.json", "last-checkpoint/ema_0.9.safetensors"} <= set(
+        head(hub)
+    )
+    assert ended(second, run(second, "checkpoint", "--resume_from_checkpoint", "last-checkpoint")) == [0], log_of(
+        second
+    )
+    assert f"checkpoint-{step} came from {REPO}" in log_of(second)
+    assert state_of(whole) == state_of(second)
+    assert json.loads(head(hub)["last-checkpoint/state.json"])["step"] == 9
+    # another average less: its file is not left behind
+    assert {name for name in head(hub) if name.startswith("last-checkpoint")} == {
+        f"last-checkpoint/{name}"
+        for name in ("state.json", "model.safetensors", "optimizer.safetensors", "ema_0.9.safetensors",
+                     "ema_0.999.safetensors")
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_damaged_checkpoint_of_the_hub_is_not_taken(hub, run, tmp_path):
+    out, other = tmp_path / "run", tmp_path / "other"
+    assert ended(out, run(out, "checkpoint", "--max_train_steps", "3")) == [0], log_of(out)
+    files = head(hub)
+    for damage, told in (
+        ({"last-checkpoint/model.safetensors": files["last-checkpoint/model.safetensors"][:-9]}, "its content is not"),
+        ({"last-checkpoint/state.json": b"[]"}, "JSON object"),
+    ):
+        hub.create(REPO, files | damage)
+        resumed = run(other, "checkpoint", "--resume_from_checkpoint", "last-checkpoint", "--max_train_steps", "3")
+        assert ended(other, resumed) == [1]
+        assert told in log_of(other).splitlines()[-1] and "Traceback" not in log_of(other), log_of(other)
+        assert not list(other.iterdir()), "nothing of it may be left"
+    # a Hub that cannot be asked: a new run would take the other one's place
+    hub.fault("GET", "/api/models/", times=10**9, status=503, headers={"Retry-After": "0"})
+    assert ended(other, run(other, "checkpoint", "--resume_from_checkpoint", "last-checkpoint")) == [1]
+    assert "no checkpoint here either" in log_of(other).splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_training_does_not_wait_for_a_slow_hub(hub, run, tmp_path):
+    """The first commit is answered when the run is at its end, and no sooner: the steps did not wait for it."""
+    out = tmp_path / "run"
+    lines = out / "metrics.jsonl"
+    at_end = lambda: bool(read_metrics(lines)) and read_metrics(lines)[-1]["step"] == 9  # noqa: E731
+    hub.fault("POST", "/commit/", gate=lambda: wait_for(at_end))
+    assert ended(out, run(out, "every_save")) == [0], log_of(out)
+    assert hub.faults[0].times == 0
+    messages = [commit.title for commit in hub.repos[REPO].commits.values()][1:]
+    assert messages == ["in training, step 3", "trained, step 9"]  # step 6 waited, and the newest went in its place
+    assert json.loads(head(hub)["metrics.jsonl"].splitlines()[-1])["step"] == 9
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_hub_that_is_ill_changes_nothing_and_nothing_is_lost(hub, run, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    assert ended(whole, run(whole, "end", "--hub_model_id", "whole")) == [0], log_of(whole)
+    hub.fault("POST", "/", times=10**9, status=500)
+    assert ended(out, run(out, "checkpoint")) == [1]
+    log = log_of(out)
+    assert "The Hub does not answer" in log and "Traceback" not in log
+    assert "the run is whole in" in log.splitlines()[-1] and "tries again" in log.splitlines()[-1]
+    assert state_of(whole) == state_of(out) and REPO not in hub.repos and not list(out.glob(".upload*"))
+    hub.faults.clear()
+    assert ended(out, run(out, "checkpoint")) == [0]
+    assert json.loads(head(hub)["last-checkpoint/state.json"])["step"] == 9
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_who_may_not_write_is_told_before_any_work(hub, run, tmp_path):
+    out = tmp_path / "run"
+    for more, told in (
+        (["--hub_token", "hf_wrong"], "hf auth login"),
+        (["--hub_model_id", "somebody/else"], "somebody/else cannot be written to"),
+        (["--hub_model_id", "a/b/c"], "a/b/c"),
+    ):
+        assert ended(out, run(out, "end", *more)) == [1]
+        last = log_of(out).splitlines()[-1]
+        assert told in last and "train.py: " in last and "Traceback" not in log_of(out), log_of(out)
+        assert not (out / "metrics.jsonl").exists() and "hf_wrong" not in log_of(out)
+
+
+def test_the_last_checkpoint_of_the_hub_needs_the_hub(tmp_path):
+    train = Path(__file__).parents[1] / "examples" / "train.py"
+    command = [
+        sys.executable,
+        str(train),
+        "--output_dir",
+        str(tmp_path / "x"),
+        "--resume_from_checkpoint",
+        "last-checkpoint",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 2 and "--push_to_hub" in done.stderr and not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_data_come_from_the_same_hub(hub, run, tmp_path):
+    """By name, whole and as a stream, private, and what is not there."""
+    import datasets
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    files = {}
+    for split in ("train", "test"):
+        images = [Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)) for _ in range(12)]
+        rows = datasets.Dataset.from_dict({"image": images}, features=datasets.Features({"image": datasets.Image()}))
+        rows.to_parquet(tmp_path / f"{split}.parquet")
+        files[f"data/{split}-00000-of-00001.parquet"] = (tmp_path / f"{split}.parquet").read_bytes()
+    hub.create("datasets/user/faces", files, private=True)
+    common = ["--max_train_steps", "2", "--eval_steps", "0", "--train_batch_size", "4"]
+    data = ["--dataset_name", "user/faces", "--cache_dir", str(tmp_path / "cache")]
+    whole, stream, local = (tmp_path / name for name in ("whole", "stream", "local"))
+    assert ended(whole, run(whole, "end", *common, *data)) == [0], log_of(whole)
+    assert ended(stream, run(stream, "end", *common, *data, "--streaming", "--num_train_images", "12")) == [0], log_of(
+        stream
+    )
+    (tmp_path / "copy").mkdir()
+    for name, content in files.items():
+        (tmp_path / "copy" / Path(name).name).write_bytes(content)
+    assert ended(local, run(local, "end", *common, "--dataset_name", str(tmp_path / "copy"))) == [0], log_of(local)
+    values = [[line["eval_bpd"] for line in read_metrics(out / "metrics.jsonl") if "eval_bpd" in line]
+              for out in (whole, local)]  # fmt: skip
+    assert values[0] == values[1] and len(values[0]) == 1
+    os.environ["HF_TOKEN"] = "hf_other"  # back by the fixture's monkeypatch
+    for name in ("user/faces", "user/nothing"):
+        out = tmp_path / "refused"
+        other = ["--dataset_name", name, "--cache_dir", str(tmp_path / "empty"), "--hub_token", "hf_user"]
+        assert ended(out, run(out, "end", *common, *other)) == [1]
+        last = log_of(out).splitlines()[-1]
+        assert name in last and "Traceback" not in log_of(out), log_of(out)
