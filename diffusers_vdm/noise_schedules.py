@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  diffusers looks for this name in the module
+from diffusers.utils import is_accelerate_available
 from torch import nn
 
 from .diffusion import gammas_from_betas, linear_betas, prior_kl_nats, to_high_precision
@@ -62,6 +63,8 @@ class NoiseSchedule(WholeModelMixin, ConfigMixin):
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """As [`ModelMixin.from_pretrained`]; a schedule without parameters is its config and has no weight file."""
         if cls._has_parameters:
+            if not is_accelerate_available():  # diffusers would build it in that type
+                kwargs = {name: value for name, value in kwargs.items() if name not in ("dtype", "torch_dtype")}
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         config, _ = cls.load_config(pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs)
         return cls.from_config(config).eval()
@@ -201,6 +204,11 @@ def check_num_train_timesteps(num_train_timesteps: int) -> None:
         raise ValueError(f"num_train_timesteps must be an integer of at least 1, got {num_train_timesteps!r}.")
 
 
+def _if_accelerate(names: list[str]) -> list[str] | None:
+    """`names`, to be loaded in float32; without accelerate diffusers refuses that, and nothing is cast in loading."""
+    return names if is_accelerate_available() else None
+
+
 class _StraightLine(NoiseSchedule):
     """What a γ(t) that is a straight line between its ends can do, fixed or learned."""
 
@@ -239,7 +247,7 @@ class LearnedLinearGamma(_StraightLine):
     The arguments of [`FixedLinearGamma`]; γ_min and γ_max are where the ends start, and scale the timestep for good.
     """
 
-    _keep_in_fp32_modules = ["bias", "weight"]
+    _keep_in_fp32_modules = _if_accelerate(["bias", "weight"])
 
     @register_to_config
     def __init__(self, gamma_min: float = -13.3, gamma_max: float = 5.0, num_train_timesteps: int = 1000):
@@ -271,7 +279,7 @@ class MonotoneGammaNetwork(NoiseSchedule):
         num_train_timesteps (`int`, defaults to 1000): scale of the network's timestep.
     """
 
-    _keep_in_fp32_modules = ["bias", "weight", "hidden_weight", "hidden_bias", "output_weight"]
+    _keep_in_fp32_modules = _if_accelerate(["bias", "weight", "hidden_weight", "hidden_bias", "output_weight"])
 
     @register_to_config
     def __init__(

@@ -272,6 +272,49 @@ def test_our_own_class_does_not_run_it(tmp_path):
     assert len(paths) == 4 and not (tmp_path / "marker").exists()
 
 
+# `pip install torch diffusers` brings no accelerate, and neither does this package
+WITHOUT_ACCELERATE = f"""
+import sys
+sys.modules["accelerate"] = None
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
+torch.set_num_threads(1)
+
+{inspect.getsource(drawn)}
+
+samples = {{}}
+for name in ("diffusers", "ours"):
+    load = DiffusionPipeline.from_pretrained
+    if name == "diffusers":
+        sys.modules["diffusers_vdm"] = None
+    else:
+        del sys.modules["diffusers_vdm"]
+        from diffusers_vdm import VDMPipeline
+        load = VDMPipeline.from_pretrained
+    pipe = load(sys.argv[1], trust_remote_code=True)
+    samples |= {{f"{{name}}|{{key}}": value for key, value in drawn(pipe).items()}}
+    half = load(sys.argv[1], trust_remote_code=True, torch_dtype=torch.bfloat16)
+    assert half.unet.dtype == torch.bfloat16 and half.noise_schedule.dtype == torch.float32
+    samples[f"{{name}} table"] = half.noise_schedule.table(9)
+    assert drawn(half)["latents"].isfinite().all()
+save_file(samples, sys.argv[2])
+"""
+
+
+def test_without_accelerate(tmp_path, one_thread):
+    folder, out = saved(tmp_path / "vdm"), tmp_path / "out.safetensors"
+    save_code(folder)
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": str(PACKAGE.parent)}
+    subprocess.run([sys.executable, "-c", WITHOUT_ACCELERATE, folder, out], check=True, env=environment, timeout=200)
+    samples, expected = load_file(out), drawn(made("learned"))
+    for name in ("diffusers", "ours"):
+        assert torch.equal(samples[f"{name} table"], learned().table(9))  # no digit was lost on the way
+        for key, value in expected.items():
+            torch.testing.assert_close(samples[f"{name}|{key}"], value, rtol=1e-4, atol=1e-4)
+            assert torch.equal(samples[f"{name}|{key}"], samples[f"ours|{key}"])
+
+
 # ---- the files ---------------------------------------------------------------------------------------------------
 
 
