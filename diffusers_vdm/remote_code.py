@@ -62,7 +62,10 @@ def save_code(folder: str | os.PathLike) -> list[Path]:
 
     That is by `DiffusionPipeline.from_pretrained(…, trust_remote_code=True)`, which runs it.
     [`VDMPipeline.from_pretrained`] loads the folder as before, neither fetching nor running the code. In a pipeline
-    that was loaded by its code, this function is `sys.modules[type(pipe).__module__].save_code`.
+    that was loaded by its code, this function is `sys.modules[type(pipe).__module__].save_code`: diffusers saves it
+    without the code, and loads that by `type(pipe).from_pretrained` alone. Diffusers takes no other component in the
+    place of one with code (`scheduler=…`) while it loads, so set it afterwards (`pipe.scheduler = …`); and without the
+    Hub, its newest versions load by the folder that `snapshot_download` returns, not by the repository's name.
 
     Args:
         folder (`str` or `os.PathLike`): what [`VDMPipeline.save_pretrained`] wrote. To call it twice is to call it
