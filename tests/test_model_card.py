@@ -1,0 +1,521 @@
+"""The model card: what it quotes was measured, its code and its command run, and text of strangers stays text."""
+
+import ast
+import json
+import os
+import random
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
+from test_pipeline import learned, network, pipeline
+
+from diffusers_vdm import LinearBetaScheduler, VDMScheduler
+from diffusers_vdm.card_sections import _NOT_TOLD, training_command
+from diffusers_vdm.markdown import escaped, fenced, literal, one_line, table
+from diffusers_vdm.measurements import data_name, last_part
+from diffusers_vdm.model_card import MARK, model_card, save_model_card
+from diffusers_vdm.rows import fingerprint
+from diffusers_vdm.training import append_metrics
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+SMALL = (
+    "--train_batch_size 8 --max_train_steps 2 --logging_steps 1 --eval_steps 0 --checkpointing_steps 0 --seed 3 "
+    "--max_eval_images 20 --eval_samples 2 --num_images 4 --ddpm_num_inference_steps 5 --lr_warmup_steps 2 "
+    "--logger none --no-learn_ends --ema_decays 0.9 0.99"
+)
+NASTY = [
+    "a`b``c",
+    "```\n# heading\n```",
+    "x | y \\| z",
+    "a\n---\nlicense: evil\n---\n# title",
+    "<script>alert(1)</script>",
+    "<!-- comment",
+    "[text](javascript:alert(1)) ![x](https://evil.example/x.png)",
+    "*bold* __bold__ _it_ ~~gone~~ $$x$$ \\\\(x\\\\)",
+    "www.evil.example https://evil.example me@evil.example",
+    "key: value # comment",
+    "- item\n- !!python/object:os.system",
+    "'; import os; os.system('x') #",
+    '"); raise SystemExit  # ',
+    "&lt;b&gt; &#42;",
+    "{{ 7 * 7 }} {% x %} %s ${HOME} $(id)",
+    "\u202eevil\u200f \ufeff\x00\x1b[31m \u2028 \x85 \ud800",
+    "1e9",
+    "~",
+    "null",
+    "---",
+    "é ü 模型 🙂",
+]
+
+
+def run_example(script: str, *arguments: object) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "1"}
+    command = [sys.executable, str(ROOT / "examples" / script), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """What train.py leaves."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    run_example("train.py", "--output_dir", folder, *SMALL.split())
+    return folder
+
+
+def saved(folder: Path, description: dict | None = None, lines: list[dict] = (), pipe=None) -> Path:
+    """A folder with a saved pipeline, and what else a run leaves."""
+    (pipe or pipeline(VDMScheduler.from_noise_schedule(learned()), learned())).save_pretrained(folder)
+    if description is not None:
+        (folder / "options.json").write_text(json.dumps(description))
+    for line in lines:
+        append_metrics(folder / "metrics.jsonl", line)
+    return folder
+
+
+def measured(step: int, bpd: float = 3.25, stderr: float | None = 0.0123, **more) -> dict:
+    """A line of metrics with bits/dim, as train.py writes it."""
+    terms = {"eval_prior_bpd": 0.25, "eval_reconstruction_bpd": 0.5, "eval_diffusion_bpd": bpd - 0.75}
+    how = {"eval_num_images": 50, "eval_num_samples": 4, "eval_num_timesteps": None, "eval_weights": "ema"}
+    return {"step": step, "train_bpd": 3.5, "eval_bpd": bpd, "eval_bpd_stderr": stderr} | terms | how | more
+
+
+def description(**options) -> dict:
+    """options.json of a run on a data set of the Hub."""
+    given = {"dataset_name": "user/pictures", "train_split": "train", "eval_split": "test[:50]", "objective": "vdm"}
+    given |= {"schedule": "learned", "max_train_steps": 6, "ema_decays": [0.99], "digits": False, "hub_token": None}
+    data = {"name": "user/pictures, train", "images": 700, "fingerprint": "0123456789abcdef"}
+    versions = {"torch": "2.13.0", "diffusers_vdm": "0.1.0"}
+    return {"options": given | options, "data": data, "num_processes": 1, "versions": versions}
+
+
+def report_of(folder: Path, **changes) -> dict:
+    """A report of examples/evaluate.py on the pipeline in a folder, by every term of every image."""
+    from diffusers_vdm import VDMPipeline
+
+    weights = fingerprint(VDMPipeline.from_pretrained(folder).unet.state_dict().values())
+    return {
+        "model": "/home/alice/runs/x", "method": "vlb", "bpd": 3.0625, "stderr_bpd": 0.001234, "num_images": 1000,
+        "diffusion_bpd": 2.5, "reconstruction_bpd": 0.5, "prior_bpd": 0.0625, "weights": "average (EMA)",
+        "weights_fingerprint": weights, "dtype": "float32", "seed": 0, "num_steps": 250, "convention": "vdm",
+        "clip_sample": False, "stderr_is_of": "the mean over the population of images",
+        "data": {"name": "user/pictures, test", "fingerprint": "fedcba9876543210", "resolution": None},
+        "table": [
+            {"num_steps": 10, "bpd": 4.5, "stderr_bpd": 0.02, "num_samples": 20},
+            {"num_steps": 20, "bpd": None, "stderr_bpd": 0.02, "num_samples": 20},
+            {"num_steps": None, "bpd": 3.03125, "stderr_bpd": 0.01, "num_samples": 20},
+        ],
+    } | changes  # fmt: skip
+
+
+def results(card: str) -> dict:
+    """The numbers in the metadata, by their names."""
+    return {result.metric_name: result for result in ModelCard(card).data.eval_results or []}
+
+
+def python_blocks(card: str) -> list[str]:
+    return re.findall(r"^(`{3,})python\n(.*?)^\1$", card, flags=re.DOTALL | re.MULTILINE)
+
+
+def code(card: str, number: int = 0) -> str:
+    return python_blocks(card)[number][1]
+
+
+# ---- what a run left ---------------------------------------------------------------------------------------------
+
+
+def test_the_card_of_a_run_holds_what_the_run_says(trained):
+    card = model_card(trained, repo_id="user/tiny", license="apache-2.0")
+    data = ModelCard(card).data
+    assert (data.library_name, data.pipeline_tag, data.license) == (
+        "diffusers",
+        "unconditional-image-generation",
+        "apache-2.0",
+    )
+    assert data.datasets is None  # the digits are none of the Hub
+    line = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
+    (result,) = data.eval_results
+    assert result.metric_value == line["eval_bpd"] and result.metric_args["stderr"] == line["eval_bpd_stderr"]
+    assert result.metric_args["num_images"] == 297 and result.metric_args["num_draws"] == 2
+    assert result.metric_args["step"] == 2 and result.metric_args["weights"] == "EMA 0.9"
+    assert (result.dataset_name, result.dataset_split) == ("scikit-learn digits", "test")
+    for value in (
+        line["eval_bpd"],
+        line["eval_bpd_ema_0.99"],
+        *(line[f"eval_{n}_bpd"] for n in ("prior", "diffusion")),
+    ):
+        assert f"{value:.4f}" in card
+    recorded = json.loads((trained / "options.json").read_text())
+    pictures = ("samples.png", "schedule.png", "loss_by_gamma.png", "training.png", "denoising.gif")
+    for text in (*(f"]({name})" for name in pictures), "continuous time", "297 images"):
+        assert text in card, text
+    assert recorded["data"]["fingerprint"] in card and recorded["versions"]["torch"] in card
+    assert model_card(trained, repo_id="user/tiny", license="apache-2.0") == card
+
+
+def test_the_command_of_the_card_asks_for_the_same_run(trained):
+    from train_options import parse_options
+
+    recorded = json.loads((trained / "options.json").read_text())
+    for given in (None, ["train_batch_size", "max_train_steps", "eval_samples", "num_images", "lr_warmup_steps",
+                         "ddpm_num_inference_steps", "max_eval_images", "ema_decays", "learn_ends", "seed",
+                         "logger"]):  # fmt: skip
+        command = training_command(recorded if given is None else recorded | {"given": given})
+        words = shlex.split(command.replace("\\\n", " "))
+        assert words[:3] == ["accelerate", "launch", "examples/train.py"]
+        again = vars(parse_options("", [*words[3:], "--output_dir", "does-not-exist"]))
+        told = {name for name in again if name not in _NOT_TOLD and not name.startswith(("hub_", "push_"))}
+        # what the network itself says is filled in when it is built
+        differ = {n for n in told if again[n] != recorded["options"].get(n)} - ({"dropout"} if given else set())
+        assert differ == set()
+    assert len(words) < 30
+
+
+def test_its_code_runs_as_it_stands(trained, tmp_path):
+    card = model_card(trained, repo_id=str(trained))
+    block = code(card)
+    assert len([line for line in block.splitlines() if line]) == 6 and "num_inference_steps=5" in block
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", block], cwd=tmp_path, env=environment, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"sample-{i}.png" for i in range(4)]
+
+
+def test_without_a_name_of_a_repository_it_runs_in_the_folder(tmp_path, monkeypatch):
+    folder = saved(tmp_path / "model")
+    card = model_card(folder)
+    monkeypatch.chdir(folder)
+    exec(code(card).replace("250", "2"), {})
+    assert (folder / "sample-3.png").is_file() and "in this folder" in card
+
+
+def test_a_pipeline_alone_claims_nothing(tmp_path):
+    folder = saved(tmp_path / "just a pipeline")
+    card = model_card(folder)
+    data = ModelCard(card).data
+    assert data.eval_results is None and "model-index" not in card and data.license is None and data.datasets is None
+    assert "bits/dim" not in card and "trained on" not in card and "accelerate launch" not in card
+    assert "# just a pipeline" in card and "![" not in card and "register()" in card
+    assert re.findall("^## .*", card, flags=re.MULTILINE) == ["## Use", "## Model and training"]
+
+
+@pytest.mark.slow
+def test_what_evaluate_writes_is_what_the_card_reads(trained, tmp_path):
+    for number, arguments in enumerate(("--num_samples 2 --table 3", "--method vlb --num_steps 5", "--method ode")):
+        path = tmp_path / f"{number}.json"
+        more = ["--rtol", 0.3, "--atol", 0.3] if "ode" in arguments else []
+        run_example(
+            "evaluate.py", "--model", trained, *arguments.split(), *more, "--split", "test[:20]", "--output", path
+        )
+        report, card = json.loads(path.read_text()), model_card(trained, report=path)
+        found = ModelCard(card).data.eval_results
+        values = {result.metric_value for result in found if result.metric_args["num_images"] == 20}
+        assert values == {report["bpd"], *(row["bpd"] for row in report["table"])}
+        assert "split test&#91;&#58;20&#93;" in card and report["weights_fingerprint"] in card
+
+
+# ---- numbers -----------------------------------------------------------------------------------------------------
+
+
+def test_a_report_is_read_back_exactly(tmp_path):
+    folder = saved(tmp_path / "m", description(), [measured(6)])
+    (folder / "report.json").write_text(json.dumps(report_of(folder)))
+    for name in ("report_histogram.png", "samples.png"):
+        (folder / name).write_bytes(b"")
+    card = model_card(folder)
+    found = results(card)
+    limit = "bits/dim (variational bound, continuous time)"  # also measured in training, on other images
+    assert {name: result.metric_value for name, result in found.items() if name != limit} == {
+        "bits/dim (variational bound, T = 250, every term)": 3.0625,
+        "bits/dim (variational bound, T = 10)": 4.5,
+    }
+    limits = [r for r in ModelCard(card).data.eval_results if r.metric_name == limit]
+    assert [(r.metric_value, r.dataset_split) for r in limits] == [(3.03125, "test"), (3.25, "test[:50]")]
+    main = found["bits/dim (variational bound, T = 250, every term)"]
+    assert main.metric_args["stderr"] == 0.001234 and main.metric_args["num_steps"] == 250
+    assert main.metric_args["stderr_is_of"] == "the mean over the population of images"
+    assert main.metric_args["diffusion_bpd"] == 2.5 and main.metric_args["data_fingerprint"].endswith(
+        "fedcba9876543210"
+    )
+    assert (main.dataset_type, main.dataset_name, main.dataset_split) == ("user/pictures", "user/pictures", "test")
+    assert ModelCard(card).data.datasets == ["user/pictures"]
+    raw = yaml.safe_load(card.split("---\n")[1])["model-index"]
+    assert model_index_to_eval_results(raw)[1] == ModelCard(card).data.eval_results
+    assert "3.0625 ± 0.0012" in card and "4.5000 ± 0.0200" in card and "T = 20" not in card
+    assert "(report_histogram.png)" in card and "alice" not in card
+    assert "50 of user/pictures, test&#91;&#58;50&#93;" in card  # said of the number that is of other images
+
+
+def test_the_ode_is_called_what_it_is(tmp_path):
+    folder = saved(tmp_path / "m")
+    ode = {"method": "ode", "num_steps": None, "dequantization": "truncated_normal", "rtol": 1e-5, "table": []}
+    (folder / "r.json").write_text(json.dumps(report_of(folder, **ode)))
+    card = model_card(folder, report=folder / "r.json")
+    (result,) = results(card).values()
+    assert result.metric_name == "bits/dim (probability-flow ODE, truncated-normal dequantisation)"
+    assert result.metric_args["rtol"] == 1e-5 and "num_steps" not in result.metric_args
+    assert "continuous time" not in card and "rtol 1e-05" in card
+
+
+def test_a_ddpm_is_described_as_one(tmp_path):
+    pipe = pipeline(LinearBetaScheduler(num_train_timesteps=100))
+    options = {"objective": "ddpm", "schedule": "linear_beta", "ddpm_num_inference_steps": 250, "gamma_min": -13.3}
+    line = measured(6, eval_num_timesteps=99, eval_weights="raw") | {"train_mse": 0.0321}
+    del line["train_bpd"]
+    folder = saved(tmp_path / "m", description(**options), [line], pipe)
+    card = model_card(folder)
+    assert "A DDPM (" in card and "linear betas" in card and "0.0321 squared error" in card and "raw" in card
+    assert "num_inference_steps=100," in card and "ddpm" in ModelCard(card).data.tags
+    assert "gamma_min" not in card and list(results(card)) == ["bits/dim (variational bound, T = 99)"]
+    # the bound of a checkpoint of diffusers' own is in another convention
+    changes = {"convention": "ddpm", "clip_sample": True, "num_steps": 100, "table": []}
+    (folder / "report.json").write_text(json.dumps(report_of(folder, **changes)))
+    card = model_card(folder)
+    assert "bits/dim (variational bound, T = 100, every term, DDPM's convention, clipped x̂)" in results(card)
+    assert "discretised Gaussian" in card
+
+
+@pytest.mark.parametrize(
+    ("lines", "total"),
+    [
+        ([measured(4), {"step": 6, "train_bpd": 3.4}], 6),  # the run went on
+        ([measured(4)], 6),  # and was to
+        ([measured(4), measured(6, float("nan"))], 6),
+    ],
+)
+def test_an_older_number_is_not_passed_off_as_of_these_weights(tmp_path, lines, total):
+    folder = saved(tmp_path / "m", description(max_train_steps=total), lines)
+    card = model_card(folder)
+    assert results(card) == {} and "3.2500" in card and "nan" not in card.lower()
+    assert "Measured at step 4; the weights here may be of another step." in card
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), None, "3.1", True, [1]])
+def test_what_is_no_number_is_not_claimed(tmp_path, bad):
+    lines = [measured(6) | {"eval_bpd": bad}, ["no", "line"], {"step": "six"}]
+    folder = saved(tmp_path / "m", description(), lines)
+    report = report_of(folder, bpd=bad, table=[{"num_steps": 10, "bpd": bad}, bad])
+    (folder / "report.json").write_text(json.dumps(report))
+    card = model_card(folder)
+    assert "## Likelihood" not in card and results(card) == {}
+    report = report_of(folder, stderr_bpd=bad, prior_bpd=bad, num_images=bad, table=bad)
+    (folder / "report.json").write_text(json.dumps(report))
+    (result,) = results(model_card(folder)).values()
+    assert not {"stderr", "stderr_is_of", "prior_bpd", "num_images"} & set(result.metric_args)
+
+
+def test_images_that_were_trained_on_are_named(tmp_path):
+    folder = saved(tmp_path / "m", description() | {"histogram_bpd": 6.5})
+    data = {"name": "user/pictures, train", "fingerprint": "0123456789abcdef"}
+    (folder / "report.json").write_text(json.dumps(report_of(folder, data=data)))
+    assert "**These are the images that the model was trained on.**" in model_card(folder)
+    held_out = {"name": "user/pictures, test", "images": 50, "fingerprint": "aa", "shared_with_training": 7}
+    more = {"held_out": held_out, "histogram_bpd": 6.5, "device": "NVIDIA H200", "total_steps": 6}
+    folder = saved(tmp_path / "n", description(max_train_steps=None) | more, [measured(6)])
+    card = model_card(folder)
+    assert "**7 of these images are among the training images as well.**" in card
+    assert "give 6.5000" in card and "NVIDIA H200" in card and len(results(card)) == 1
+
+
+# ---- what is refused and left out --------------------------------------------------------------------------------
+
+
+def test_a_report_of_other_weights_or_none_at_all_is_not_believed(tmp_path):
+    folder = saved(tmp_path / "m")
+    path = folder / "report.json"
+    for content, message in {
+        json.dumps(report_of(folder, weights_fingerprint="00")): "must be of the weights of the folder",
+        '{"bpd": 1.0}': "report must be what examples/evaluate.py writes",
+        "{": "is not JSON",
+    }.items():
+        path.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            model_card(folder, report=path)
+        assert "## Likelihood" not in model_card(folder)
+
+
+def test_arguments_that_are_refused(tmp_path):
+    folder = saved(tmp_path / "m")
+    for arguments, error, message in (
+        ({"license": "Apache 2.0\n"}, ValueError, "license must be an identifier"),
+        ({"datasets": "a b"}, ValueError, "datasets must be names"),
+        ({"datasets": ["../x/y"]}, ValueError, "datasets must be names"),
+        ({"repo_id": " "}, ValueError, "repo_id must not be empty"),
+        ({"repo_id": 3}, TypeError, "repo_id must be a str"),
+    ):
+        with pytest.raises(error, match=message):
+            model_card(folder, **arguments)
+    with pytest.raises(ValueError, match="folder must be one that holds a saved pipeline"):
+        model_card("user/not-a-folder")
+    with pytest.raises(OSError, match="it is no pipeline"):
+        model_card(tmp_path)
+
+
+def test_it_is_written_whole_and_no_readme_of_others_is_lost(tmp_path):
+    folder = saved(tmp_path / "m")
+    path = save_model_card(folder, repo_id="user/m")
+    first = path.read_bytes()
+    assert path == folder / "README.md" and first.decode() == model_card(folder, repo_id="user/m")
+    assert save_model_card(folder, repo_id="user/m").read_bytes() == first  # a second push makes no commit
+    assert MARK in first.decode() and not [p for p in folder.iterdir() if p.name.endswith(".tmp")]
+    path.write_text("# by hand")
+    with pytest.raises(ValueError, match="was not made by save_model_card"):
+        save_model_card(folder)
+    assert path.read_text() == "# by hand"
+    save_model_card(folder, overwrite=True)
+    assert MARK in path.read_text(encoding="utf-8")
+
+
+def test_where_things_lie_and_tokens_are_told_to_nobody(tmp_path):
+    home = "/home/alice/secret project"
+    options = {
+        "dataset_name": None, "train_data_dir": f"{home}/faces/", "model_config_name_or_path": f"{home}/unet.json",
+        "output_dir": f"{home}/runs", "cache_dir": f"{home}/cache", "resume_from_checkpoint": f"{home}/c",
+        "hub_token": "hf_abcdefghijklmnopqrstuvwxyz", "image_column": "hf_abcdefghijklmnopqrstuvwxyz",
+        "logging_dir": f"{home}/logs", "schedule": "fixed_linear",
+    }  # fmt: skip
+    told = description(**options) | {"data": {"name": f"{home}/faces/, train", "images": 7}}
+    folder = saved(tmp_path / "m", told, [measured(6)])
+    data = {"name": f"{home}/faces, test", "fingerprint": "fe"}
+    (folder / "report.json").write_text(json.dumps(report_of(folder, data=data)))
+    card = model_card(folder)
+    for word in ("alice", "secret", "hf_abc", "/runs", "cache"):
+        assert word not in card, word
+    assert "--train_data_dir faces " in card and "--model_config_name_or_path unet.json" in card
+    assert "trained on faces." in card and ModelCard(card).data.datasets is None
+    for name in ("C:\\Users\\alice\\faces, train", "~/faces, train", "../a/faces", "a/b/faces, t, streamed, 9 images"):
+        assert data_name(name).name == "faces"
+    assert data_name("user/faces, train").name == "user/faces"
+    assert "--train_data_dir faces" in training_command({"options": {"train_data_dir": "mine/faces", "preset": "x"}})
+    assert (
+        last_part("/") == ""
+        and last_part("a\n/b/c") == "c"
+        and data_name("/, x").name == "a folder"
+        and data_name(None) is None
+    )
+
+
+# ---- other kinds of models ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("null_class", [True, False])
+def test_the_code_of_a_class_conditional_model_runs(tmp_path, monkeypatch, null_class):
+    from diffusers_vdm import VDMPipeline
+
+    pipe = VDMPipeline(network(num_class_embeds=3, null_class=null_class), VDMScheduler())
+    folder = saved(tmp_path / "m", description(ddpm_num_inference_steps=2), pipe=pipe)
+    card = model_card(folder, repo_id=str(folder))
+    monkeypatch.chdir(tmp_path)
+    exec(code(card), {})
+    assert (tmp_path / "sample-3.png").is_file() and "classes in [0, 3)" in card
+    assert "class-conditional" in ModelCard(card).data.tags
+
+
+def test_code_beside_the_weights_is_offered_where_it_is(tmp_path):
+    remote_code = pytest.importorskip("diffusers_vdm.remote_code")
+    folder = saved(tmp_path / "m")
+    assert len(python_blocks(model_card(folder))) == 1
+    remote_code.save_code(folder)
+    card = model_card(folder, repo_id=str(folder))
+    assert "trust_remote_code=True" in code(card, 1) and "register()" not in card
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "c")}
+    check = "\nprint(type(pipe).__module__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code(card, 1) + check], env=environment, capture_output=True, check=False
+    )
+    assert done.returncode == 0 and b"diffusers_modules" in done.stdout, done.stderr
+
+
+def test_a_variant_is_named_where_it_is_loaded(tmp_path):
+    folder = tmp_path / "m"
+    pipeline().to(torch.float16).save_pretrained(folder, variant="fp16")
+    assert 'variant="fp16")' in code(model_card(folder, variant="fp16"))
+
+
+# ---- text of strangers -------------------------------------------------------------------------------------------
+
+
+def strangers(number: int) -> list[str]:
+    """Nasty strings, and mixtures of their parts."""
+    source = random.Random(number)
+    pieces = [piece for text in NASTY for piece in re.split(r"(?<=\W)", text)]
+    return [*NASTY, *("".join(source.choices(pieces, k=source.randint(1, 12))) for _ in range(300))]
+
+
+def test_escaped_text_has_no_character_that_means_something():
+    for text in strangers(0):
+        shown = escaped(text)
+        assert not set(re.sub(r"&#\d+;", "", shown)) & set('!"#$&*:<>@[\\]^`{|}~\n'), text
+        assert re.sub(r"&#(\d+);", lambda m: chr(int(m[1])), shown) == one_line(text)
+        assert table(["a", "b"], [[text, text]]).count("\n") == 2
+        assert ast.literal_eval(literal(text)) == text and "\n" not in literal(text)
+        fence = fenced(text).split("\n")[0]
+        assert fence == fence[0] * len(fence) and fence not in text
+        one_line(text).encode()
+    assert one_line("x" * 300) == "x" * 199 + "…" and one_line("a\tb\n\nc ") == "a b c"
+
+
+def nasty_folder(folder: Path, text: str, pipe) -> Path:
+    """A folder whose every text is `text`."""
+    told = description(dataset_name=None, train_data_dir=text, train_split=text, eval_split=text, lr_scheduler=text)
+    told["options"] |= {text: text, "image_column": [text, text], "allow_tf32": text, "mixed_precision": text}
+    told["data"] |= {"name": text, "fingerprint": text, "images": text}
+    told |= {"versions": {text: text}, "device": text, "global_batch_size": text}
+    held_out = {"name": text, "fingerprint": text}
+    saved(
+        folder, told | {"held_out": held_out}, [measured(6, eval_weights=text, **{f"eval_bpd_ema_{text}": 1.5})], pipe
+    )
+    changes = {"weights": text, "stderr_is_of": text, "dtype": text, "variance_type": text, "model": text}
+    report = report_of(folder, **changes, data={"name": f"{text}, {text}", "fingerprint": text})
+    (folder / f"{text.replace('/', '')[:20].encode('ascii', 'ignore').decode()}.json".replace("\0", "")).write_text("")
+    (folder / "report.json").write_text(json.dumps(report))
+    for name in ("samples.png", "schedule.png", "report_histogram.png"):
+        (folder / name).write_bytes(b"")
+    return folder
+
+
+def test_text_of_strangers_breaks_out_of_nothing(tmp_path):
+    markdown_it = pytest.importorskip("markdown_it")
+    parser = markdown_it.MarkdownIt("commonmark").enable("table")
+    pipe = pipeline()
+    plain = None
+    texts = ["word", *(text for text in strangers(1)[: len(NASTY) + 30] if one_line(text))]
+    for number, text in enumerate(texts):
+        folder = nasty_folder(tmp_path / str(number), text, pipe)
+        card = model_card(folder, repo_id=text)
+        data = ModelCard(card).data
+        assert set(data.to_dict()) == {"library_name", "pipeline_tag", "tags", "model-index"}, text
+        assert {result.metric_value for result in data.eval_results} >= {3.0625, 4.5, 3.03125}
+        assert all(isinstance(result.dataset_name, str) for result in data.eval_results)
+        assert ast.parse(code(card)).body[2].value.args[0].value == text
+        tokens = parser.parse(ModelCard(card).text)
+        shape = [(token.type, token.tag, token.level) for token in tokens]
+        inline = [child for token in tokens for child in token.children or []]
+        kinds = {child.type for child in inline}
+        targets = [child.attrs.get("href") or child.attrs.get("src") for child in inline if child.attrs]
+        plain = plain or (shape, kinds, targets)
+        assert (shape, kinds, targets) == plain, text  # nothing but the words differs
+        title = next(token for token in tokens if token.type == "inline").children[0].content
+        assert title == (one_line(last_part(text.split("/")[-1]), 96) or str(number)), text
+
+
+def test_odd_names_of_folders_and_files(tmp_path):
+    folder = saved(tmp_path / "a`b <i> [x](y) #1")
+    (folder / "my (odd) %#.json").write_text(json.dumps(report_of(folder)))
+    (folder / "my (odd) %#_histogram.png").write_bytes(b"")
+    card = model_card(folder, report=folder / "my (odd) %#.json")
+    assert "](my%20%28odd%29%20%25%23_histogram.png)" in card
+    assert "# a&#96;b &#60;i&#62; &#91;x&#93;(y) &#35;1" in card
+    (tmp_path / "report.json").write_text(json.dumps(report_of(folder)))
+    assert "_histogram" not in model_card(folder, report=tmp_path / "report.json")  # not within the repository
