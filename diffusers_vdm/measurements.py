@@ -183,7 +183,7 @@ def measured_in_training(lines: list[dict[str, Any]], description: dict[str, Any
     line = next((line for line in reversed(lines) if number(line.get("eval_bpd")) is not None), None)
     if line is None:
         return []
-    total = count(description.get("total_steps")) or count(mapping(description.get("options")).get("max_train_steps"))
+    total = _total_steps(description)
     held_out = mapping(description.get("held_out"))
     decay = number(line.get("eval_ema_decay"))
     shared = {
@@ -217,6 +217,15 @@ def measured_in_training(lines: list[dict[str, Any]], description: dict[str, Any
             weights = f"EMA {other}, in the folder ema_{other}"
             found.append(Measurement(float(value), stderr, weights=weights, is_final=False, **shared))
     return found
+
+
+def _total_steps(description: dict[str, Any]) -> int | None:
+    """The steps that a run was to do, as train.py works them out; `None` if that is not known."""
+    options = mapping(description.get("options"))
+    total = count(description.get("total_steps")) or count(options.get("max_train_steps"))
+    images = count(mapping(description.get("data")).get("images"))
+    epochs, batch = count(options.get("num_epochs")), count(description.get("global_batch_size"))
+    return total or (math.ceil(epochs * images / batch) if epochs and images and batch else None)
 
 
 # ---- report.json -------------------------------------------------------------------------------------------------

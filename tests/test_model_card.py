@@ -301,6 +301,13 @@ def test_an_older_number_is_not_passed_off_as_of_these_weights(tmp_path, lines, 
     assert "Measured at step 4; the weights here may be of another step." in card
 
 
+@pytest.mark.parametrize(("step", "claimed"), [(22, 1), (20, 0)])
+def test_the_end_of_a_run_is_also_known_by_its_epochs(tmp_path, step, claimed):
+    told = description(max_train_steps=None, num_epochs=2) | {"global_batch_size": 64}  # 700 images, 22 steps
+    card = model_card(saved(tmp_path / "m", told, [measured(step)]))
+    assert len(results(card)) == claimed
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), None, "3.1", True, [1]])
 def test_what_is_no_number_is_not_claimed(tmp_path, bad):
     lines = [measured(6) | {"eval_bpd": bad}, ["no", "line"], {"step": "six"}]
