@@ -195,7 +195,7 @@ FREE_OPTIONS = frozenset({
     "output_dir", "overwrite_output_dir", "logging_steps", "eval_steps", "eval_batch_size", "eval_samples",
     "max_eval_images", "num_images", "ddpm_num_inference_steps", "checkpointing_steps", "checkpoints_total_limit",
     "milestone_steps", "resume_from_checkpoint", "allow_changed", "logger", "logging_dir", "push_to_hub",
-    "hub_strategy", "hub_include_code",
+    "hub_strategy", "hub_include_code", "hub_license",
     "hub_model_id", "hub_token", "hub_private_repo", "cache_dir", "dataloader_num_workers", "num_threads",
     "gradient_checkpointing", "train_batch_size", "gradient_accumulation_steps", "save_images_epochs",
     "save_model_epochs", "max_nonfinite_steps", "decoded_cache", "dry_run",

@@ -136,6 +136,44 @@ class VDMPipeline(DiffusionPipeline):
         repository.check_files(folder, files, where)
         return str(folder)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+        *,
+        include_code: bool = False,
+        run_dir: str | os.PathLike | None = None,
+        license: str | None = None,
+    ) -> Any:
+        """As [`DiffusionPipeline.push_to_hub`], with a card that is made of what was measured.
+
+        A card that somebody has edited on the Hub stays as it is. All is made before anything is sent, in one commit.
+
+        Args (additions):
+            include_code (`bool`, defaults to `False`): add this package's code, so that the repository also loads by
+                `DiffusionPipeline.from_pretrained(…, trust_remote_code=True)` where the package is not installed.
+            run_dir (`str` or `os.PathLike`, *optional*): the folder of the run that this pipeline was loaded from; its
+                numbers, options, reports and pictures go along, and into the card.
+            license (`str`, *optional*): as the Hub names it, `"apache-2.0"`.
+
+        Returns: the Hub's `CommitInfo`.
+        Raises: `ValueError` for weights that are not those of `run_dir`, and for pickles (`safe_serialization=False`);
+            `OSError` where the Hub refuses.
+        """
+        from .publish import publish
+
+        if not safe_serialization:
+            raise ValueError("safe_serialization must be True, got False: nobody should have to unpickle weights.")
+        arguments = {"include_code": include_code, "run_dir": run_dir, "license": license, "variant": variant}
+        arguments |= {"commit_message": commit_message, "private": private, "token": token, "create_pr": create_pr}
+        return publish(self, repo_id, path_in_repo=subfolder, **arguments)
+
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
         """As [`ConfigMixin.load_config`], with our classes in our modules, wherever the file says that they are."""

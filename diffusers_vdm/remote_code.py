@@ -201,11 +201,21 @@ def _without_own_imports(name: str) -> str:
     """The source of a module as a part of the one file, where names of other modules are there already."""
     source = _source(name)
     lines = source.split("\n")
-    imports = [node for node in ast.parse(source).body if isinstance(node, ast.ImportFrom)]
-    for node in reversed(imports):
-        if node.level or node.module == "__future__":
-            lines[node.lineno - 1 : node.end_lineno] = _in_place_of(node)
+    tree = ast.parse(source)
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    replaced = [(node, _in_place_of(node)) for node in imports if node.level or node.module == "__future__"]
+    methods = [node for cls in tree.body if isinstance(cls, ast.ClassDef) for node in cls.body]
+    replaced += [(node, []) for node in methods if _needs_the_package(node)]
+    for node, text in sorted(replaced, key=lambda pair: -pair[0].lineno):
+        lines[node.lineno - 1 : node.end_lineno] = text
     return "\n".join(lines).strip("\n") + "\n"
+
+
+def _needs_the_package(node: ast.AST) -> bool:
+    """Whether a method imports modules of ours when it is called: it is left out, diffusers' own takes its place."""
+    return isinstance(node, ast.FunctionDef) and any(
+        isinstance(part, ast.ImportFrom) and part.level for part in ast.walk(node)
+    )
 
 
 def _in_place_of(node: ast.ImportFrom) -> list[str]:

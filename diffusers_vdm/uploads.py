@@ -9,7 +9,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import tempfile
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from diffusers.utils import logging
@@ -30,19 +33,20 @@ _IN_A_CHECKPOINT = re.compile(rf"{LAST_CHECKPOINT}/(state\.json|[\w.]+\.safetens
 # ---- there -------------------------------------------------------------------------------------------------------
 
 
-def stage(output_dir: str | os.PathLike, checkpoint: str | os.PathLike | None = None) -> Path:
-    """A copy of what a run shows to others, in a hidden folder of `output_dir`: what [`Uploads.push`] takes.
+def stage(
+    output_dir: str | os.PathLike,
+    checkpoint: str | os.PathLike | None = None,
+    within: str | os.PathLike | None = None,
+) -> Path:
+    """A copy of what a run shows to others, in a new hidden folder `within` another one: what [`Uploads.push`] takes.
 
     It holds the pipeline and those of other averages (`ema_*`), options, metrics, the card, reports and pictures; with
-    `checkpoint`, a folder, that as well, by links, as a `last-checkpoint`.
+    `checkpoint`, a folder, that as well, by links, as a `last-checkpoint`. `within` defaults to `output_dir`.
     """
     output_dir = Path(output_dir)
-    staged = output_dir / ".upload"
-    number = 0
-    while staged.exists():  # one that is still on its way
-        number += 1
-        staged = output_dir / f".upload-{number}"
-    staged.mkdir(parents=True)
+    if not (output_dir / INDEX).is_file() and checkpoint is None:
+        raise FileNotFoundError(f"{output_dir} is no folder of a run: it has no {INDEX}.")
+    staged = Path(tempfile.mkdtemp(prefix=".upload-", dir=within or output_dir))
     try:
         for pattern in _RUN_FILES:
             for path in output_dir.glob(pattern):
@@ -72,6 +76,35 @@ def _link(path: Path, to: Path) -> None:
         shutil.copyfile(path, to)
 
 
+class RefusedError(OSError):
+    """The Hub answers, and does not let this user do it."""
+
+
+def create_repository(
+    repo_id: str, *, private: bool | None = None, token: str | None = None, attempts: int = 4
+) -> str:
+    """Makes sure of a repository and returns its whole name; [`RefusedError`] where this user may not write there."""
+    with refusals(repo_id):
+        create = HfApi(token=token).create_repo
+        return patiently(create, repo_id, private=private, exist_ok=True, attempts=attempts).repo_id
+
+
+@contextmanager
+def refusals(repo_id: str) -> Iterator[None]:
+    """Errors of the client that say that this user may not write to the repository become a [`RefusedError`]."""
+    try:
+        yield
+    except HFValidationError as error:
+        raise RefusedError(f"repo_id {repo_id!r} is no name that the Hub allows: {error}") from error
+    except UNREACHABLE as error:
+        if status_of(error) not in (400, 401, 403, 404):
+            raise
+        raise RefusedError(
+            f"{repo_id} cannot be written to ({reason_of(error)}); pass token=… or run `hf auth login`, as a user who "
+            "may."
+        ) from error
+
+
 class Uploads:
     """Folders that go to one repository, one after another, while the program does something else.
 
@@ -81,10 +114,18 @@ class Uploads:
         repo_id (`str`): `"user/name"`, or a name in the user's own space.
         private (`bool`, *optional*): of a repository that is created; the space's default if not given.
         token (`str`, *optional*): the one that was logged in with, if not given.
+        before_upload (`Callable`, *optional*): called with a folder and the repository's name, on the thread.
     """
 
-    def __init__(self, repo_id: str, *, private: bool | None = None, token: str | None = None):
-        self.repo_id, self.private, self.token = repo_id, private, token
+    def __init__(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        before_upload: Callable[[Path, str], object] | None = None,
+    ):
+        self.repo_id, self.private, self.token, self.before_upload = repo_id, private, token, before_upload
         self.is_created = False
         self._changed = threading.Condition()
         self._next: tuple[Path, str] | None = None
@@ -97,14 +138,9 @@ class Uploads:
         """
         try:
             self._create(attempts=2)
-        except HFValidationError as error:
-            raise OSError(f"hub_model_id {self.repo_id!r} is no name that the Hub allows: {error}") from error
         except UNREACHABLE as error:
-            if status_of(error) in (400, 401, 403, 404):
-                raise OSError(
-                    f"{self.repo_id} cannot be written to ({reason_of(error)}); pass a hub_token or run `hf auth "
-                    "login`, as a user who may"
-                ) from error
+            if isinstance(error, RefusedError):
+                raise
             logger.warning(
                 f"The Hub does not answer ({reason_of(error)}); what is to be uploaded is kept and tried again."
             )
@@ -112,10 +148,8 @@ class Uploads:
         return True
 
     def _create(self, attempts: int = 4) -> None:
-        created = patiently(
-            HfApi(token=self.token).create_repo, self.repo_id, private=self.private, exist_ok=True, attempts=attempts
-        )
-        self.repo_id, self.is_created = created.repo_id, True
+        self.repo_id = create_repository(self.repo_id, private=self.private, token=self.token, attempts=attempts)
+        self.is_created = True
 
     def push(self, folder: str | os.PathLike, message: str) -> None:
         """Takes `folder` over, which is removed in the end, and returns at once; `message` is the commit's."""
@@ -153,6 +187,8 @@ class Uploads:
     def _upload(self, folder: Path, message: str) -> None:
         if not self.is_created:
             self._create()
+        if self.before_upload is not None:
+            self.before_upload(folder, self.repo_id)
         patiently(
             HfApi(token=self.token).upload_folder,
             repo_id=self.repo_id,

@@ -26,6 +26,6 @@ class WholeModelMixin(ModelMixin):
                 more = f" and {len(names) - 3} more" if len(names) > 3 else ""
                 raise ValueError(
                     f"the weights in {pretrained_model_name_or_path} must be those of its config.json, a "
-                    f"{cls.__name__}; they {fault} {', '.join(names[:3])}{more}: they are damaged, or of another model."
+                    f"{cls.__name__}; they {fault} {', '.join(names[:3])}{more}: they are damaged, or another model's."
                 )
         return (model, info) if wants_info else model

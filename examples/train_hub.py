@@ -12,13 +12,19 @@ class Sharing:
 
     def __init__(self, run):
         from diffusers_vdm.checkpoints import list_checkpoints
+        from diffusers_vdm.publish import keep_edited_card
         from diffusers_vdm.uploads import Uploads
 
-        self.run, self.uploads = run, None
+        self.run, self.uploads, self.failure = run, None, None
         o = run.o
         if o.push_to_hub and run.accelerator.is_main_process:
             name = o.hub_model_id or run.out.resolve().name
-            self.uploads = Uploads(name, private=o.hub_private_repo or None, token=o.hub_token)
+            self.uploads = Uploads(
+                name,
+                private=o.hub_private_repo or None,
+                token=o.hub_token,
+                before_upload=lambda folder, repo_id: keep_edited_card(folder, repo_id, o.hub_token),
+            )
             for left_over in run.out.glob(".upload*"):  # of a process that was killed
                 shutil.rmtree(left_over, ignore_errors=True)
             try:
@@ -51,8 +57,9 @@ class Sharing:
         return o.push_to_hub and (at_end or (saved and o.hub_strategy != "end"))
 
     def push(self, title: str) -> None:
-        """Hands over what output_dir holds now, and the newest checkpoint by --hub_strategy checkpoint."""
+        """Hands over what output_dir holds now with a card, and the newest checkpoint by --hub_strategy checkpoint."""
         from diffusers_vdm.checkpoints import list_checkpoints
+        from diffusers_vdm.publish import dress
         from diffusers_vdm.uploads import stage
 
         if self.uploads is None:
@@ -61,8 +68,12 @@ class Sharing:
         checkpoints = list_checkpoints(self.run.out) if o.hub_strategy == "checkpoint" else []
         try:
             staged = stage(self.run.out, checkpoints[-1] if checkpoints else None)
+            if (staged / "model_index.json").exists():  # a run that is stopped early has none yet
+                dress(staged, self.uploads.repo_id, include_code=o.hub_include_code, license=o.hub_license)
             self.uploads.push(staged, f"{title}, step {self.run.step}")
+            self.failure = None
         except (OSError, ValueError) as error:  # a full disk
+            self.failure = str(error)
             print(f"nothing goes to the Hub at step {self.run.step}: {error}")
 
     def stop(self) -> None:
@@ -79,7 +90,7 @@ class Sharing:
         if self.uploads is None:
             return
         print(f"waiting for the upload to {self.uploads.repo_id}", flush=True)
-        failure = self.uploads.wait()
+        failure = self.failure or self.uploads.wait()
         if failure is not None:
             raise OSError(
                 f"the run is whole in {self.run.out}, but its upload to {self.uploads.repo_id} failed: {failure}; "

@@ -110,6 +110,7 @@ OPTIONS: dict[str, list[tuple]] = {
         ("hub_include_code", False, "add code, so that it loads by DiffusionPipeline without this package"),
         ("hub_token", str, "token, defaults to the one logged in with"),
         ("hub_private_repo", False, "make it a private one"),
+        ("hub_license", str, "licence that its card names, as 'apache-2.0'"),
     ],
 }
 
@@ -164,6 +165,8 @@ def parse_options(description: str, arguments: list[str] | None = None) -> argpa
     preset = PRESETS.get(given.preset, {})
     parser.set_defaults(**{k: v for k, v in preset.items() if not (k == "max_train_steps" and given.num_epochs)})
     options = parser.parse_args(arguments)
+    # for those who run it again, beside the preset: what was said on the command line
+    options.given = sorted(k for k, v in vars(options).items() if v != parser.get_default(k))
     try:
         check_options(options)
     except ValueError as error:
@@ -228,8 +231,7 @@ def check_options(o: argparse.Namespace) -> None:
         (o.max_train_steps and o.num_epochs, "give --max_train_steps or --num_epochs, not both"),
         (o.objective == "ddpm" and o.schedule.startswith("learned"), "--objective ddpm cannot train γ: its minimiser "
          "is one γ for all t; use --schedule linear_beta or fixed_linear"),
-        (o.objective == "ddpm" and o.importance_sampling, "--importance_sampling is of the bound, whose terms differ; "
-         "not of --objective ddpm"),
+        (o.objective == "ddpm" and o.importance_sampling, "--importance_sampling is of the bound alone"),
         (o.resume_from_checkpoint == "last-checkpoint" and not o.push_to_hub, "--resume_from_checkpoint "
          "last-checkpoint looks for it on the Hub; add --push_to_hub, with --hub_strategy checkpoint"),
         (o.objective == "ddpm" and o.num_timesteps, "--num_timesteps is of the bound; --objective ddpm has none"),
@@ -241,17 +243,15 @@ def check_options(o: argparse.Namespace) -> None:
     check_choice("preset", o.preset, UNET_PRESETS)
     check_choice("lr_scheduler", o.lr_scheduler, [member.value for member in SchedulerType])
     positive = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_epochs", "learning_rate",
-                "gamma_learning_rate",
-                "max_grad_norm", "logging_steps", "eval_batch_size", "eval_samples", "num_images", "num_timesteps",
-                "ddpm_num_inference_steps", "save_images_epochs", "save_model_epochs", "checkpoints_total_limit",
-                "resolution", "max_eval_images", "num_threads", "adam_epsilon", "ema_inv_gamma", "ema_power",
-                "shuffle_buffer", "num_train_images", "milestone_steps",
+                "gamma_learning_rate", "max_grad_norm", "logging_steps", "eval_batch_size", "eval_samples",
+                "num_images", "num_timesteps", "ddpm_num_inference_steps", "save_images_epochs", "save_model_epochs",
+                "checkpoints_total_limit", "resolution", "max_eval_images", "num_threads", "adam_epsilon",
+                "ema_inv_gamma", "ema_power", "shuffle_buffer", "num_train_images", "milestone_steps",
                 "max_nonfinite_steps")  # fmt: skip
-    ranges = {
-        "lr_warmup_steps": (0, math.inf), "eval_steps": (0, math.inf), "checkpointing_steps": (0, math.inf),
-        "dataloader_num_workers": (0, math.inf),
-        "adam_weight_decay": (0, math.inf), "adam_beta1": (0, 1 - 1e-9), "adam_beta2": (0, 1 - 1e-9),
-        "dropout": (0, 1 - 1e-9), "label_dropout": (0, 1), "ema_max_decay": (0, 1), "ddpm_num_steps": (21, math.inf),
+    counts = ("lr_warmup_steps", "eval_steps", "checkpointing_steps", "dataloader_num_workers", "adam_weight_decay")
+    ranges = dict.fromkeys(counts, (0, math.inf)) | {
+        "adam_beta1": (0, 1 - 1e-9), "adam_beta2": (0, 1 - 1e-9), "dropout": (0, 1 - 1e-9), "label_dropout": (0, 1),
+        "ema_max_decay": (0, 1), "ddpm_num_steps": (21, math.inf),
     }  # fmt: skip
     check_ranges(o, ranges, positive)
     if len(set(o.ema_decays)) < len(o.ema_decays) or not all(0 <= decay <= 1 for decay in o.ema_decays):

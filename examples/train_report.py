@@ -22,6 +22,8 @@ def plan(run, test) -> str:
     run.flops_per_second = world * matmul_flops_per_second(accelerator.device, dtype)
     shared = count_shared(data, test) if isinstance(data, ImageSet) else 0
     run.histogram_bpd = histogram_bpd(data, test) if isinstance(data, ImageSet) else None
+    run.held_out = {"name": test.name, "images": len(test), "fingerprint": test.fingerprint}
+    run.held_out["shared_with_training"] = shared if isinstance(data, ImageSet) else None
     hours = run.total * run.global_rows * cost.flops_per_image / run.flops_per_second / 3600
     lines = {
         "data": f"{data.name}: {images or 'unknown many'} images of {data.shape}; held out, {test.name}: {len(test)}"

@@ -73,7 +73,9 @@ class Run:
         self.finite, self.meter = training.FiniteSteps(accelerator.device), training.LossMeter(accelerator.device)
         self.times = ImportanceTimes(accelerator.device) if o.importance_sampling else None
         self.step, self.sums = 0, []
-        self.flops_per_image = self.flops_per_second = 0  # the plan tells
+        # the plan tells
+        self.flops_per_image = self.flops_per_second = 0
+        self.histogram_bpd, self.held_out = None, {}
 
     def description(self) -> dict:
         """What a run is: its options, its data, and what it ran on."""
@@ -84,7 +86,12 @@ class Run:
 
         modules = (torch, diffusers, accelerate, diffusers_vdm)
         return {
-            "options": vars(self.o) | {"hub_token": None},
+            "options": {k: v for k, v in vars(self.o).items() if k != "given"} | {"hub_token": None},
+            "given": self.o.given,
+            "total_steps": self.total,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else self.accelerator.device.type,
+            "held_out": self.held_out,
+            "histogram_bpd": self.histogram_bpd,
             "data": {"name": self.data.name, "images": self.num_images, "fingerprint": self.data.fingerprint},
             "global_batch_size": self.global_rows,
             "num_processes": self.accelerator.num_processes,

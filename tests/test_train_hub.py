@@ -87,18 +87,27 @@ def pulled(source, **environment):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_trained_pushed_and_pulled_it_is_the_same(hub, run, tmp_path):
+    from huggingface_hub import ModelCard
+
     out = tmp_path / "run"
-    assert ended(out, run(out, "end", "--max_train_steps", "2")) == [0], log_of(out)
+    options = ["--max_train_steps", "2", "--hub_license", "mit", "--hub_include_code"]
+    assert ended(out, run(out, "end", *options)) == [0], log_of(out)
     files = head(hub)
+    card, last = ModelCard(files["README.md"].decode()), read_metrics(out / "metrics.jsonl")[-1]
+    assert card.data.license == "mit" and "from_pretrained(&quot;" not in card.text and REPO in card.text
+    (result,) = card.data.eval_results
+    assert result.metric_value == last["eval_bpd"] and result.metric_args["num_images"] == 297
+    assert "--train_batch_size 4 --max_train_steps 2" in card.text.replace("\\\n    ", "")
+    assert sum(name.endswith(".py") for name in files) == 4
     assert {"model_index.json", "README.md", "metrics.jsonl", "options.json", "samples.png", "training.png"} <= set(
         files
     )
     assert "ema_0.9/unet/diffusion_pytorch_model.safetensors" in files
-    assert not [name for name in files if name.startswith(("checkpoint", "last-checkpoint", ".", "logs"))]
+    assert not [name for name in files if name.startswith(("checkpoint", "last-checkpoint", ".upload", "logs"))]
     assert len(hub.repos[REPO].commits) == 2  # the empty one and this one
     assert pulled(REPO, HF_HOME=str(tmp_path / "elsewhere")) == pulled(out)
     # once more it has nothing to do, and nothing to upload
-    assert ended(out, run(out, "end", "--max_train_steps", "2")) == [0], log_of(out)
+    assert ended(out, run(out, "end", *options)) == [0], log_of(out)
     assert "nothing to do" in log_of(out) and len(hub.repos[REPO].commits) == 2
     assert not list(out.glob(".upload*"))
 

@@ -1,0 +1,136 @@
+"""What `push_to_hub` puts beside the weights: a card, numbers that are of these weights, code if it is asked for."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from hub_server import HubServer
+from huggingface_hub import ModelCard
+from test_hub import client, in_client, like, made  # noqa: F401  client is a fixture
+from test_pipeline import sample
+
+from diffusers_vdm import VDMPipeline
+from diffusers_vdm.model_card import MARK
+
+
+def files_at(hub: HubServer, ref: str = "main", name: str = "user/vdm") -> dict[str, bytes]:
+    repo = hub.repos[name]
+    return {path: blob.data for path, blob in repo.commits[repo.refs[ref]].files.items()}
+
+
+def another() -> VDMPipeline:
+    pipe = made()
+    with torch.no_grad():
+        pipe.unet.conv_in.bias.add_(1.0)
+    return pipe
+
+
+def a_run(folder: Path, pipe: VDMPipeline) -> Path:
+    """A folder as train.py leaves one."""
+    pipe.save_pretrained(folder)
+    line = {"step": 2, "eval_bpd": 1.5, "eval_bpd_stderr": 0.25, "eval_num_images": 7, "eval_num_samples": 3,
+            "eval_weights": "ema", "eval_ema_decay": 0.5, "eval_num_timesteps": None}  # fmt: skip
+    (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    description = {"options": {"eval_split": "test", "max_train_steps": 2}, "total_steps": 2, "given": []}
+    description |= {"data": {"name": "faces", "images": 9, "fingerprint": "f"}, "versions": {"torch": "2"}}
+    description |= {"held_out": {"name": "faces", "images": 7, "fingerprint": "g"}}
+    (folder / "options.json").write_text(json.dumps(description))
+    (folder / "samples.png").write_bytes(b"png")
+    (folder / "checkpoint-2").mkdir()
+    (folder / "checkpoint-2" / "state.json").write_text("{}")
+    return folder
+
+
+@in_client
+def test_a_card_goes_with_it(hub: HubServer, tmp_path: Path):
+    made().push_to_hub("user/vdm", license="mit", commit_message="mine")
+    files = files_at(hub)
+    assert "vdm_code" not in str(sorted(files)) and hub.repos["user/vdm"].at("main").title == "mine"
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.license == "mit" and card.data.library_name == "diffusers" and card.data.eval_results is None
+    assert 'VDMPipeline.from_pretrained("user/vdm")' in card.text
+    commits = len(hub.repos["user/vdm"].commits)
+    made().push_to_hub("user/vdm", license="mit")
+    assert len(hub.repos["user/vdm"].commits) == commits, "the same again is no commit"
+
+
+@in_client
+def test_the_numbers_of_a_run_go_with_its_weights_alone(hub: HubServer, tmp_path: Path):
+    run = a_run(tmp_path / "run", made())
+    loaded = VDMPipeline.from_pretrained(run)
+    loaded.push_to_hub("vdm", run_dir=run)
+    files = files_at(hub)
+    assert {"metrics.jsonl", "options.json", "samples.png"} <= set(files) and "checkpoint" not in str(sorted(files))
+    (result,) = ModelCard(files["README.md"].decode()).data.eval_results
+    assert result.metric_value == 1.5 and result.metric_args["stderr"] == 0.25
+    assert like(VDMPipeline.from_pretrained("user/vdm", cache_dir=tmp_path / "cache"), loaded)
+    before = dict(files)
+    with torch.no_grad():
+        loaded.unet.conv_in.bias.add_(1.0)
+    with pytest.raises(ValueError, match="run_dir must be the folder that this pipeline was loaded from"):
+        loaded.push_to_hub("user/vdm", run_dir=run)
+    for bad, error in ((tmp_path / "nothing", OSError), (tmp_path, OSError)):
+        with pytest.raises(error):
+            loaded.push_to_hub("user/vdm", run_dir=bad)
+    assert files_at(hub) == before
+
+
+@in_client
+def test_a_card_that_was_edited_stays(hub: HubServer, tmp_path: Path):
+    made().push_to_hub("user/vdm")
+    assert MARK in files_at(hub)["README.md"].decode()
+    made().push_to_hub("user/vdm", license="mit")
+    assert b"license: mit" in files_at(hub)["README.md"], "one that was made is made anew"
+    hub.repos["user/vdm"].write(**{"README.md": b"# mine\n"})
+    another().push_to_hub("user/vdm", license="apache-2.0")
+    assert files_at(hub)["README.md"] == b"# mine\n"
+    assert like(VDMPipeline.from_pretrained("user/vdm", cache_dir=tmp_path / "cache"), another())
+
+
+@in_client
+def test_code_goes_with_it_if_asked_for(hub: HubServer, tmp_path: Path):
+    pipe = made()
+    pipe.push_to_hub("user/vdm", include_code=True)
+    files = files_at(hub)
+    code = sorted(name for name in files if name.endswith(".py"))
+    assert len(code) == 4 and "trust_remote_code=True" in files["README.md"].decode()
+    ours = VDMPipeline.from_pretrained("user/vdm", cache_dir=tmp_path / "cache")
+    assert like(ours, pipe) and not list((tmp_path / "cache").rglob("*.py"))
+    theirs = DiffusionPipeline.from_pretrained("user/vdm", trust_remote_code=True, cache_dir=tmp_path / "theirs")
+    assert type(theirs) is not VDMPipeline and torch.equal(
+        sample(theirs), sample(VDMPipeline.from_pretrained("user/vdm"))
+    )
+    # what was loaded by its code is pushed by diffusers, which knows no cards of ours
+    assert type(theirs).push_to_hub is DiffusionPipeline.push_to_hub
+
+
+@in_client
+def test_a_pull_request_and_a_folder(hub: HubServer, tmp_path: Path):
+    made().push_to_hub("user/vdm")
+    before = files_at(hub)
+    another().push_to_hub("user/vdm", create_pr=True, private=False)
+    assert files_at(hub) == before
+    assert like(VDMPipeline.from_pretrained("user/vdm", revision="refs/pr/1", cache_dir=tmp_path / "c"), another())
+    another().push_to_hub("user/vdm", subfolder="older")
+    assert "older/model_index.json" in files_at(hub)
+
+
+@in_client
+def test_what_is_refused_changes_nothing(hub: HubServer, tmp_path: Path):
+    made().push_to_hub("user/vdm")
+    before = files_at(hub)
+    for arguments, error, told in (
+        ({"safe_serialization": False}, ValueError, "safe_serialization must be True"),
+        ({"license": "My Licence!"}, ValueError, "license must be an identifier"),
+        ({"token": "hf_wrong"}, OSError, "hf auth login"),
+        ({"token": "hf_other"}, OSError, "cannot be written to"),
+    ):
+        with pytest.raises(error, match=told):
+            another().push_to_hub("user/vdm", **arguments)
+    with pytest.raises(OSError, match="is no name that the Hub allows"):
+        made().push_to_hub("a/b/c")
+    assert files_at(hub) == before and list(hub.repos) == ["user/vdm"]
+    shutil.rmtree(tmp_path, ignore_errors=True)
