@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,8 @@ def _check_arguments(repo_id: str | None, licence: str | None) -> None:
 def _read(folder: Path, repo_id: str | None, report: str | os.PathLike | None, variant: str | None) -> RunRecord:
     if not folder.is_dir():
         raise ValueError(f"folder must be one that holds a saved pipeline, got {str(folder)!r}.")
-    pipe = VDMPipeline.from_pretrained(folder, variant=variant)
+    with _without_bars():
+        pipe = VDMPipeline.from_pretrained(folder, variant=variant)
     options = folder / "options.json"
     description = read_json(options, options.name) if options.is_file() else {}
     lines = training_lines(folder)
@@ -129,6 +131,19 @@ def _read(folder: Path, repo_id: str | None, report: str | os.PathLike | None, v
         report=found,
         report_path=report_path,
     )
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """No bar of diffusers' for a pipeline that nobody asked to see loaded."""
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def _report_of(

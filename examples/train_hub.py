@@ -11,28 +11,35 @@ class Sharing:
     """The uploads of a run: nothing at all without --push_to_hub, and on all processes but the main one."""
 
     def __init__(self, run):
+        self.run, self.uploads, self.failure = run, None, None
+        if run.o.push_to_hub and run.accelerator.is_main_process:
+            self.uploads = self._open()
+
+    def _open(self):
+        from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+
         from diffusers_vdm.checkpoints import list_checkpoints
         from diffusers_vdm.publish import keep_edited_card
         from diffusers_vdm.uploads import Uploads
 
-        self.run, self.uploads, self.failure = run, None, None
-        o = run.o
-        if o.push_to_hub and run.accelerator.is_main_process:
-            name = o.hub_model_id or run.out.resolve().name
-            self.uploads = Uploads(
-                name,
-                private=o.hub_private_repo or None,
-                token=o.hub_token,
-                before_upload=lambda folder, repo_id: keep_edited_card(folder, repo_id, o.hub_token),
-            )
-            for left_over in run.out.glob(".upload*"):  # of a process that was killed
-                shutil.rmtree(left_over, ignore_errors=True)
-            try:
-                self.uploads.create()
-            except OSError as error:  # a run that is under way goes on without
-                if not list_checkpoints(run.out):
-                    raise
-                print(f"nothing will go to the Hub: {error}")
+        o, out = self.run.o, self.run.out
+        for left_over in out.glob(".upload*"):  # of a process that was killed
+            shutil.rmtree(left_over, ignore_errors=True)
+        if not are_progress_bars_disabled():  # they would run into that of the training
+            disable_progress_bars()
+        uploads = Uploads(
+            o.hub_model_id or out.resolve().name,
+            private=o.hub_private_repo or None,
+            token=o.hub_token,
+            before_upload=lambda folder, repo_id: keep_edited_card(folder, repo_id, o.hub_token),
+        )
+        try:
+            uploads.create()
+        except OSError as error:  # a run that is under way goes on without
+            if not list_checkpoints(out):
+                raise
+            print(f"the run goes on, and each save tries again to reach the Hub: {error}")
+        return uploads
 
     def fetch(self) -> None:
         """For --resume_from_checkpoint last-checkpoint: the Hub's, if it is newer than what is here."""

@@ -250,7 +250,7 @@ def foreign(tmp_path):
     ("method", "more"),
     [
         ("mc", ["--num_samples", 8, "--target_stderr", 0.5, "--importance_sampling"]),
-        ("ode", ["--rtol", 0.01, "--atol", 0.01, "--num_importance_samples", 2, "--num_probes", 2]),
+        ("ode", ["--rtol", 0.1, "--atol", 0.1, "--num_importance_samples", 2, "--num_probes", 2]),
     ],
 )
 def test_the_same_images_get_the_same_bits_on_one_and_two_processes(tmp_path, foreign, method, more):

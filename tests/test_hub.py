@@ -359,6 +359,16 @@ def test_private_repositories_and_tokens(hub: HubServer, tmp_path: Path):
     assert set(hub.repos) == {"user/secret"}
 
 
+@in_client
+def test_a_gated_repository_says_what_to_do(hub: HubServer, tmp_path: Path):
+    made().push_to_hub("user/vdm")
+    gated = {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to model user/vdm is restricted"}
+    hub.fault("GET", "/api/models/", times=10, status=403, headers=gated)
+    with pytest.raises(OSError, match=r"'user/vdm' is gated: accept its conditions at http.*/user/vdm, then"):
+        VDMPipeline.from_pretrained("user/vdm", cache_dir=tmp_path)
+    assert not list(tmp_path.rglob("*.json"))
+
+
 # ---- DiffusionPipeline.from_pretrained -----------------------------------------------------------------------------
 
 
