@@ -249,7 +249,7 @@ def foreign(tmp_path):
 @pytest.mark.parametrize(
     ("method", "more"),
     [
-        ("mc", ["--num_samples", 8, "--target_stderr", 0.5, "--importance_sampling"]),
+        ("mc", ["--num_samples", 8, "--target_stderr", 0.5, "--max_samples", 24, "--importance_sampling"]),
         ("ode", ["--rtol", 0.1, "--atol", 0.1, "--num_importance_samples", 2, "--num_probes", 2]),
     ],
 )

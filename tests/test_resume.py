@@ -137,7 +137,7 @@ def moments(output_dir, rng):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize(("processes", "kills"), [(1, 14), (2, 9)])
+@pytest.mark.parametrize(("processes", "kills"), [(1, 13), (2, 7)])
 def test_a_run_that_is_killed_again_and_again_is_the_run_that_never_was(tmp_path, options, processes, kills):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     batch_size = 4 // processes
