@@ -20,6 +20,7 @@ from .measurements import (
     last_part,
     mapping,
     number,
+    total_steps,
     training_data,
 )
 from .pipeline import VDMPipeline
@@ -42,6 +43,7 @@ class RunRecord:
     Attributes:
         folder (`Path`), name (`str`): where it is, and what the model is called.
         repo_id, variant (`str`, *optional*): what the code of use names.
+        step (`int`, *optional*): of the weights, where training was still going on.
         pipe ([`VDMPipeline`]): the pipeline, loaded.
         has_code (`bool`): whether the repository carries code for those without this package.
         description (`dict`): options.json, empty if there is none.
@@ -54,6 +56,7 @@ class RunRecord:
     name: str
     repo_id: str | None
     variant: str | None
+    step: int | None
     pipe: VDMPipeline
     has_code: bool
     description: dict[str, Any]
@@ -93,7 +96,8 @@ def title_section(run: RunRecord) -> str:
         what = f"A diffusion model of pixels ({_VDM}, {_DDPM})"
     on = f", trained on {escaped(run.data.name)}" if run.data else ""
     picture = _picture(run, "samples.png", "Samples of the model")
-    text = f"# {escaped(run.name)}\n\n{what}{on}. It draws images of {size} pixels"
+    going_on = f" Training was going on: these are its weights after step {run.step}." if run.step else ""
+    text = f"# {escaped(run.name)}\n\n{what}{on}.{going_on} It draws images of {size} pixels"
     channels = {1: ", grayscale", 3: ", RGB"}.get(run.pipe.image_shape[0], "")
     return f"{text}{channels}." + (f"\n\n{picture}" if picture else "")
 
@@ -154,9 +158,13 @@ def likelihood_section(run: RunRecord) -> str:
     termed = [m for m in first_of_each(run.measured) if m.terms_bpd]
     if termed:
         parts.append("The terms of the bound, in bits/dim:")
-        parts.append(table(("what", "diffusion", "reconstruction", "prior"), [_terms(m) for m in termed]))
+        parts.append(table(("what", "images", "diffusion", "reconstruction", "prior"), [_terms(m) for m in termed]))
+    conditional = sum(bool(m.details.get("class_conditional")) for m in run.measured)
+    p = {0: "p(x)", len(run.measured): "p(x | class), given the class of each image,"}.get(
+        conditional, "p(x), or p(x | class) where the class of each image is given,"
+    )
     text = (
-        f"An upper bound on −log₂ p(x) for each of the {math.prod(run.pipe.image_shape)} integers 0 … {levels - 1} of "
+        f"An upper bound on −log₂ {p} for each of the {math.prod(run.pipe.image_shape)} integers 0 … {levels - 1} of "
         f"an image ({shape}): the bits that a lossless code by this model would need. Less is better, and "
         f"{math.log2(levels):.4f} is what every level alike would give."
     )
@@ -227,7 +235,7 @@ def _row(m: Measurement, first: Measurement, run: RunRecord) -> tuple[object, ..
 
 def _terms(m: Measurement) -> tuple[str | None, ...]:
     values = [m.terms_bpd.get(term) for term in ("diffusion", "reconstruction", "prior")]
-    return m.quantity, *(None if value is None else f"{value:.4f}" for value in values)
+    return m.quantity, m.num_images, *(None if value is None else f"{value:.4f}" for value in values)
 
 
 def _is_training_data(m: Measurement, run: RunRecord) -> bool:
@@ -273,7 +281,7 @@ def training_section(run: RunRecord) -> str:
 def _facts(run: RunRecord) -> dict[str, str | None]:
     o, pipe = run.options, run.pipe
     data, recorded = run.data, mapping(run.description.get("data"))
-    steps = run.lines[-1]["step"] if run.lines else None
+    steps, total = run.step or (run.lines[-1]["step"] if run.lines else None), total_steps(run.description)
     skipped = count(run.lines[-1].get("skipped_steps")) if run.lines else None
     loss = {"train_bpd": "bits/dim", "train_mse": "squared error of what the network predicts, for each dimension"}
     last = next(((line, k) for line in reversed(run.lines) for k in loss if number(line.get(k)) is not None), None)
@@ -290,11 +298,14 @@ def _facts(run: RunRecord) -> dict[str, str | None]:
         "scheduler": type(pipe.scheduler).__name__,
         "noise schedule": _noise_schedule(pipe),
         "objective": trained,
-        "optimiser steps": steps and f"{steps}" + (f", of which {skipped} were skipped" if skipped else ""),
+        "optimiser steps": steps
+        and f"{steps}"
+        + (f" of {total}: it was still being trained" if run.step and total and steps < total else "")
+        + (f", of which {skipped} were skipped" if skipped else ""),
         "images a step": run.description.get("global_batch_size"),
         "last loss of training": last and f"{last[0][last[1]]:.4f} {loss[last[1]]}, at step {last[0]['step']}",
-        "averages of the weights": o and (", ".join(f"EMA {_short(d)}" for d in decays) or "none"),
-        "precision": o and {"no": "float32"}.get(str(o.get("mixed_precision")), o.get("mixed_precision")),
+        "averages of the weights": (", ".join(f"EMA {_short(d)}" for d in decays) or "none") if o else None,
+        "precision": {"no": "float32"}.get(str(o.get("mixed_precision")), o.get("mixed_precision")) if o else None,
         "processes": processes and f"{processes}",
         "device": run.description.get("device"),
         "versions": ", ".join(f"{k} {v}" for k, v in versions.items()),
@@ -355,7 +366,9 @@ def _arguments(name: str, value: object) -> list[str]:
         return []
     told = []
     for v in value if isinstance(value, list) else [value]:
-        if isinstance(v, str):
+        if name == "model_config_name_or_path" and isinstance(v, str) and ("/" in v or "\\" in v):
+            v = "unet"  # of this repository: a path of the author's is of no use
+        elif isinstance(v, str):
             v = base_name(v) if name.endswith("_dir") else last_part(v)
         told.append(shlex.quote(one_line(repr(v) if isinstance(v, float) else v)))
     return told

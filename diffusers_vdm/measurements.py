@@ -183,7 +183,7 @@ def measured_in_training(lines: list[dict[str, Any]], description: dict[str, Any
     line = next((line for line in reversed(lines) if number(line.get("eval_bpd")) is not None), None)
     if line is None:
         return []
-    total = _total_steps(description)
+    total = total_steps(description)
     held_out = mapping(description.get("held_out"))
     decay = number(line.get("eval_ema_decay"))
     shared = {
@@ -195,6 +195,7 @@ def measured_in_training(lines: list[dict[str, Any]], description: dict[str, Any
         "data": _data_of(description, "eval_split", held_out.get("name")),
         "data_fingerprint": text(held_out.get("fingerprint")),
         "step": line["step"],
+        "details": {"class_conditional": True} if line.get("eval_class_conditional") is True else {},
     }
     weights = {"ema": "EMA" if decay is None else f"EMA {decay:g}", "raw": "raw"}.get(
         str(line.get("eval_weights")), ""
@@ -219,7 +220,7 @@ def measured_in_training(lines: list[dict[str, Any]], description: dict[str, Any
     return found
 
 
-def _total_steps(description: dict[str, Any]) -> int | None:
+def total_steps(description: dict[str, Any]) -> int | None:
     """The steps that a run was to do, as train.py works them out; `None` if that is not known."""
     options = mapping(description.get("options"))
     total = count(description.get("total_steps")) or count(options.get("max_train_steps"))

@@ -6,6 +6,7 @@ very weights that are there. The same folder makes the same text.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -43,7 +44,10 @@ from .rows import fingerprint
 logger = logging.get_logger(__name__)
 
 NAME = "README.md"
-MARK = "*Made by `diffusers_vdm.model_card` of the files beside it; made again, it loses what was edited.*"
+_MARK = "*Made by `diffusers_vdm.model_card` of the files beside it, as {digest}; once edited, it is not made again.*"
+_MARKED = re.compile(
+    r"(.*\n)\*Made by `diffusers_vdm\.model_card` of the files beside it, as ([0-9a-f]{16});[^\n]*\n*", re.DOTALL
+)
 
 
 def model_card(
@@ -54,6 +58,7 @@ def model_card(
     datasets: str | Sequence[str] | None = None,
     report: str | os.PathLike | None = None,
     variant: str | None = None,
+    step: int | None = None,
 ) -> str:
     """The text of README.md for a saved pipeline: YAML metadata, use, bits/dim with their errors, figures, training.
 
@@ -68,17 +73,29 @@ def model_card(
         report (`str` or `os.PathLike`, *optional*): report of examples/evaluate.py, defaults to report.json of the
             folder; one that is found there and is of other weights, or is damaged, is left out with a warning.
         variant (`str`, *optional*): the variant of the weights in the folder, as `VDMPipeline.from_pretrained` takes.
+        step (`int`, *optional*): the step of training that the weights are of, if it was not the last.
 
     Returns: `str`, the same for the same folder and arguments.
     Raises: `TypeError`, `ValueError` for arguments that are none of these, a report that is none or is of other
         weights, and files that are damaged; `OSError` for a folder without a pipeline.
     """
     _check_arguments(repo_id, license)
-    run = _read(Path(folder), repo_id, report, variant)
+    run = _read(Path(folder), repo_id, report, variant, step)
     metadata = _metadata(run, license, _checked_datasets(datasets, run.data))
     sections = [title_section, use_section, likelihood_section, figures_section, training_section]
     body = "\n\n".join(text for section in sections if (text := section(run)))
-    return f"---\n{metadata.to_yaml()}\n---\n\n{body}\n\n{MARK}\n"
+    text = f"---\n{metadata.to_yaml()}\n---\n\n{body}\n\n"
+    return text + _MARK.format(digest=_digest(text)) + "\n"
+
+
+def is_made_here(text: str) -> bool:
+    """Whether a card is as [`model_card`] made it, and was not edited since."""
+    found = _MARKED.fullmatch("\n".join(text.splitlines()) + "\n")
+    return found is not None and _digest(found[1]) == found[2]
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.strip().encode(), digest_size=8).hexdigest()
 
 
 def save_model_card(folder: str | os.PathLike, *, overwrite: bool = False, **arguments: Any) -> Path:
@@ -86,13 +103,15 @@ def save_model_card(folder: str | os.PathLike, *, overwrite: bool = False, **arg
 
     Args:
         folder (`str` or `os.PathLike`), arguments: as in [`model_card`].
-        overwrite (`bool`, defaults to `False`): replace a README.md that was not made here.
+        overwrite (`bool`, defaults to `False`): replace a README.md that was not made here, or was edited.
 
     Raises: as [`model_card`]; `ValueError` for such a README.md.
     """
     path = Path(folder) / NAME
-    if path.exists() and not overwrite and MARK not in path.read_text(encoding="utf-8", errors="replace"):
-        raise ValueError(f"{NAME} of {folder} was not made by save_model_card; set overwrite=True to replace it.")
+    if path.exists() and not overwrite and not is_made_here(path.read_text(encoding="utf-8", errors="replace")):
+        raise ValueError(
+            f"{NAME} of {folder} was not made by save_model_card, or edited since; set overwrite=True to replace it."
+        )
     write_atomically(path, model_card(folder, **arguments))
     return path
 
@@ -105,11 +124,18 @@ def _check_arguments(repo_id: str | None, licence: str | None) -> None:
         raise TypeError(f"repo_id must be a str like 'user/name', got {type(repo_id).__name__}.")
     if repo_id is not None and not repo_id.strip():
         raise ValueError("repo_id must not be empty; leave it out if there is no repository yet.")
+    check_license(licence)
+
+
+def check_license(licence: str | None) -> None:
+    """`ValueError` for what cannot be an identifier of the Hub's."""
     if licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
         raise ValueError(f"license must be an identifier of the Hub like 'apache-2.0' or 'other', got {licence!r}.")
 
 
-def _read(folder: Path, repo_id: str | None, report: str | os.PathLike | None, variant: str | None) -> RunRecord:
+def _read(
+    folder: Path, repo_id: str | None, report: str | os.PathLike | None, variant: str | None, step: int | None
+) -> RunRecord:
     if not folder.is_dir():
         raise ValueError(f"folder must be one that holds a saved pipeline, got {str(folder)!r}.")
     with _without_bars():
@@ -123,6 +149,7 @@ def _read(folder: Path, repo_id: str | None, report: str | os.PathLike | None, v
         name=one_line(last_part((repo_id or "").split("/")[-1]) or folder.resolve().name, 96) or "model",
         repo_id=repo_id,
         variant=variant,
+        step=step,
         pipe=pipe,
         has_code=isinstance(read_json(folder / INDEX, INDEX).get("_class_name"), list),
         description=description,

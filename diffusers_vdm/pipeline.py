@@ -41,6 +41,7 @@ _REFUSED: dict[str, str] = {
     "proxies": "set the environment's HTTPS_PROXY",
     "use_onnx": "VDMPipeline reads safetensors",
     "dduf_file": "VDMPipeline reads safetensors",
+    "subfolder": "a pipeline stands at the root; components load from a subfolder, by their own classes",
 }
 
 
@@ -159,20 +160,25 @@ class VDMPipeline(DiffusionPipeline):
             include_code (`bool`, defaults to `False`): add this package's code, so that the repository also loads by
                 `DiffusionPipeline.from_pretrained(…, trust_remote_code=True)` where the package is not installed.
             run_dir (`str` or `os.PathLike`, *optional*): the folder of the run that this pipeline was loaded from; its
-                numbers, options, reports and pictures go along, and into the card.
+                numbers, options, report and pictures go along, and into the card.
             license (`str`, *optional*): as the Hub names it, `"apache-2.0"`.
 
         Returns: the Hub's `CommitInfo`.
-        Raises: `ValueError` for weights that are not those of `run_dir`, and for pickles (`safe_serialization=False`);
-            `OSError` where the Hub refuses.
+        Raises: `ValueError` for a pipeline that is not that of `run_dir`, for pickles (`safe_serialization=False`) and
+            a `subfolder`; `OSError` where the Hub refuses.
         """
         from .publish import publish
 
+        if subfolder is not None:
+            raise ValueError(
+                f"subfolder must not be given, got {subfolder!r}: a pipeline stands at the root of its repository; "
+                "push it to one of its own."
+            )
         if not safe_serialization:
             raise ValueError("safe_serialization must be True, got False: nobody should have to unpickle weights.")
         arguments = {"include_code": include_code, "run_dir": run_dir, "license": license, "variant": variant}
         arguments |= {"commit_message": commit_message, "private": private, "token": token, "create_pr": create_pr}
-        return publish(self, repo_id, path_in_repo=subfolder, **arguments)
+        return publish(self, repo_id, **arguments)
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from diffusers.utils import logging
 from huggingface_hub import HfApi, snapshot_download
@@ -26,7 +27,17 @@ from .repository import INDEX, UNREACHABLE, list_files, patiently, read_json
 logger = logging.get_logger(__name__)
 
 LAST_CHECKPOINT = "last-checkpoint"  # the name that transformers' Trainer gives it
-_RUN_FILES = (INDEX, "README.md", "options.json", "metrics.jsonl", "report*.json", "*.png", "*.gif")
+# what train.py and evaluate.py write, and nothing else that may lie in the folder
+_PICTURES = ("samples", "samples-*", "training", "schedule", "loss_by_gamma")
+_OF_A_REPORT = ("by_gamma", "histogram", "most_likely", "most_unlikely")
+_RUN_FILES = (
+    *(INDEX, "README.md", "options.json", "metrics.jsonl", "report.json", "denoising.gif"),
+    *(f"{name}.png" for name in _PICTURES),
+    *(f"report_{name}.png" for name in _OF_A_REPORT),
+)
+# what an older commit may have left that the newer one does not name
+STALE = ["vdm_code_*.py", "*/vdm_code_*.py", "noise_schedule/*"]
+_PREFIX = ".upload-vdm-"
 _IN_A_CHECKPOINT = re.compile(rf"{LAST_CHECKPOINT}/(state\.json|[\w.]+\.safetensors)")
 
 
@@ -40,25 +51,25 @@ def stage(
 ) -> Path:
     """A copy of what a run shows to others, in a new hidden folder `within` another one: what [`Uploads.push`] takes.
 
-    It holds the pipeline and those of other averages (`ema_*`), options, metrics, the card, reports and pictures; with
-    `checkpoint`, a folder, that as well, by links, as a `last-checkpoint`. `within` defaults to `output_dir`.
+    It holds the pipeline and those of other averages (`ema_*`), options, metrics, the card, the report and pictures,
+    as train.py and evaluate.py name them; with `checkpoint`, a folder, that as well, by links, as `last-checkpoint`.
+    `within` defaults to `output_dir`.
     """
     output_dir = Path(output_dir)
     if not (output_dir / INDEX).is_file() and checkpoint is None:
         raise FileNotFoundError(f"{output_dir} is no folder of a run: it has no {INDEX}.")
-    staged = Path(tempfile.mkdtemp(prefix=".upload-", dir=within or output_dir))
+    staged = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=within or output_dir))
     try:
         for pattern in _RUN_FILES:
             for path in output_dir.glob(pattern):
                 shutil.copyfile(path, staged / path.name)
-        if (output_dir / INDEX).is_file():
-            components = [
-                name for name, entry in read_json(output_dir / INDEX, INDEX).items() if isinstance(entry, list)
-            ]
-            folders = [output_dir / name for name in components if not name.startswith("_")]
-            for folder in [*folders, *output_dir.glob("ema_*")]:
-                if folder.is_dir():
-                    shutil.copytree(folder, staged / folder.name)
+        for pipeline in [output_dir, *output_dir.glob("ema_*")]:
+            if (pipeline / INDEX).is_file():
+                target = staged / pipeline.relative_to(output_dir)
+                target.mkdir(exist_ok=True)
+                shutil.copyfile(pipeline / INDEX, target / INDEX)
+                for name in components_in(pipeline):
+                    shutil.copytree(pipeline / name, target / name)
         if checkpoint is not None:
             (staged / LAST_CHECKPOINT).mkdir()
             for path in Path(checkpoint).iterdir():
@@ -67,6 +78,19 @@ def stage(
         shutil.rmtree(staged, ignore_errors=True)
         raise
     return staged
+
+
+def remove_left_overs(output_dir: str | os.PathLike) -> None:
+    """Removes what [`stage`] made in `output_dir` for a process that was killed."""
+    for folder in Path(output_dir).glob(f"{_PREFIX}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def components_in(folder: Path) -> list[str]:
+    """The folders that a pipeline's index names."""
+    index = read_json(folder / INDEX, INDEX).items()
+    named = [name for name, entry in index if isinstance(entry, list) and entry != [None, None] and name[:1] != "_"]
+    return [name for name in named if (folder / name).is_dir()]
 
 
 def _link(path: Path, to: Path) -> None:
@@ -129,7 +153,9 @@ class Uploads:
         self.is_created = False
         self._changed = threading.Condition()
         self._next: tuple[Path, str] | None = None
-        self._is_busy, self._failure, self._thread = False, None, None
+        self._current: tuple[Path, str] | None = None
+        self._failure: str | None = None
+        self._thread: threading.Thread | None = None
 
     def create(self) -> bool:
         """Makes sure of the repository; `False`, and a warning, if the Hub does not answer.
@@ -162,17 +188,31 @@ class Uploads:
                 self._thread.start()
             self._changed.notify_all()
 
+    @property
+    def is_busy(self) -> bool:
+        with self._changed:
+            return self._next is not None or self._current is not None
+
     def wait(self, seconds: float | None = None) -> str | None:
         """Until all is there, or the time is over; the reason why the newest folder is not, `None` if it is."""
         with self._changed:
-            idle = self._changed.wait_for(lambda: self._next is None and not self._is_busy, seconds)
+            idle = self._changed.wait_for(lambda: self._next is None and self._current is None, seconds)
             return self._failure if idle else f"it was not done after {seconds:g} s"
+
+    def close(self) -> None:
+        """Gives up what is not there yet."""
+        with self._changed:
+            waiting = [job[0] for job in (self._next, self._current) if job is not None]
+            self._next = None
+        for folder in waiting:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _work(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._next is not None)
-                (folder, message), self._next, self._is_busy = self._next, None, True
+                self._current, self._next = self._next, None
+                folder, message = self._current
             failure = None
             try:
                 self._upload(folder, message)
@@ -181,7 +221,7 @@ class Uploads:
                 logger.warning(f"{message!r} was not uploaded to {self.repo_id} ({failure}); the next one is tried.")
             shutil.rmtree(folder, ignore_errors=True)
             with self._changed:
-                self._is_busy, self._failure = False, failure
+                self._current, self._failure = None, failure
                 self._changed.notify_all()
 
     def _upload(self, folder: Path, message: str) -> None:
@@ -194,7 +234,7 @@ class Uploads:
             repo_id=self.repo_id,
             folder_path=folder,
             commit_message=message,
-            delete_patterns=[f"{LAST_CHECKPOINT}/*"],  # an older one, whose file of an average may have no successor
+            delete_patterns=[f"{LAST_CHECKPOINT}/*", "ema_*/*", *STALE],
         )
 
 
@@ -212,11 +252,18 @@ def reason_of(error: BaseException) -> str:
 # ---- and back ----------------------------------------------------------------------------------------------------
 
 
-def fetch_checkpoint(repo_id: str, output_dir: str | os.PathLike, *, token: str | None = None) -> Path | None:
+def fetch_checkpoint(
+    repo_id: str,
+    output_dir: str | os.PathLike,
+    *,
+    token: str | None = None,
+    check: Callable[[dict[str, Any]], object] | None = None,
+) -> Path | None:
     """Brings `last-checkpoint` of a repository into `output_dir`, as the `checkpoint-N` that it was, if it is newer.
 
     With it come `options.json` and `metrics.jsonl`, in the place of those that are there. Only safetensors and JSON
-    are fetched, and the checkpoint must be what its own hashes say before it gets its name.
+    are fetched, and the checkpoint must be what its own hashes say before it gets its name. `check` is called with its
+    state before that, too, to refuse by an error what is of another run.
 
     Returns: the folder; `None` where the repository has no checkpoint, or `output_dir` has one as new.
     Raises: `OSError` where the Hub does not answer or refuses, or what came is damaged.
@@ -242,9 +289,14 @@ def fetch_checkpoint(repo_id: str, output_dir: str | os.PathLike, *, token: str 
             return None
         patiently(snapshot_download, repo_id, allow_patterns=[*names, "options.json", "metrics.jsonl"], **options)
         try:
-            load_checkpoint(temporary / LAST_CHECKPOINT)
+            _, found = load_checkpoint(temporary / LAST_CHECKPOINT)
         except ValueError as error:
             raise OSError(f"{LAST_CHECKPOINT} of {repo_id}: {error}") from error
+        try:
+            if check is not None:
+                check(found)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise OSError(f"{LAST_CHECKPOINT} of {repo_id} does not say what run it is of.") from error
         for name in ("options.json", "metrics.jsonl"):
             if (temporary / name).is_file():
                 write_atomically(output_dir / name, (temporary / name).read_bytes())

@@ -23,7 +23,7 @@ from processes import check_processes, check_sharding, hold_process_group, set_t
 from train_data import load_data
 from train_hub import Sharing
 from train_options import build, parse_options
-from train_report import draw, evaluation_metrics, finish, is_finished, plan, save_pipelines
+from train_report import draw, evaluation_metrics, finish, is_finished, plan, remove_results, save_pipelines
 from train_run import Clock, Run
 
 
@@ -87,8 +87,7 @@ def main(o: argparse.Namespace) -> None:
         if is_main:
             if run.step == 0:  # --overwrite_output_dir: nothing of the other run may be taken for this one's
                 checkpoints.remove_checkpoints(out)
-                for old in [out / "model_index.json", *out.glob("samples-*.png"), *out.glob("ema_*/model_index.json")]:
-                    old.unlink(missing_ok=True)
+                remove_results(out)
             write_atomically(out / "options.json", json.dumps(run.description(), indent=2))
             training.truncate_metrics(out / "metrics.jsonl", run.step)
         plain = {k: v for k, v in vars(o).items() if isinstance(v, int | float | str) and k != "hub_token"}
@@ -111,7 +110,12 @@ def main(o: argparse.Namespace) -> None:
                 )
                 sharing.stop()
         if finished:
-            sharing.wait()
+            with training.StopRequest() as stop:
+                try:
+                    with stop.at_once():
+                        sharing.wait()
+                except training.Stopped:
+                    sharing.give_up()
 
 
 def loop(run: Run, test, stop, bar, sharing: Sharing) -> bool:
@@ -161,7 +165,7 @@ def loop(run: Run, test, stop, bar, sharing: Sharing) -> bool:
                     samples = (o.eval_samples, None) if at_end else (1, o.max_eval_images)
                     results = [run.evaluate(test, *samples, decay) for decay in run.decays]
                     for i, (result, decay) in enumerate(zip(results, run.decays, strict=True)):
-                        metrics |= evaluation_metrics(result, decay, is_first=i == 0)
+                        metrics |= evaluation_metrics(result, decay, i == 0, o.class_conditional)
                 if due["images"]:
                     draw(run, f"samples-{run.step}.png")
             if due["pipeline"]:

@@ -20,11 +20,10 @@ class Sharing:
 
         from diffusers_vdm.checkpoints import list_checkpoints
         from diffusers_vdm.publish import keep_edited_card
-        from diffusers_vdm.uploads import Uploads
+        from diffusers_vdm.uploads import Uploads, remove_left_overs
 
         o, out = self.run.o, self.run.out
-        for left_over in out.glob(".upload*"):  # of a process that was killed
-            shutil.rmtree(left_over, ignore_errors=True)
+        remove_left_overs(out)  # of a process that was killed
         if not are_progress_bars_disabled():  # they would run into that of the training
             disable_progress_bars()
         uploads = Uploads(
@@ -43,13 +42,15 @@ class Sharing:
 
     def fetch(self) -> None:
         """For --resume_from_checkpoint last-checkpoint: the Hub's, if it is newer than what is here."""
-        from diffusers_vdm.checkpoints import list_checkpoints
+        from diffusers_vdm.checkpoints import check_same_run, list_checkpoints
         from diffusers_vdm.uploads import fetch_checkpoint
 
         if self.uploads is None:
             return
+        run, o = self.run, self.run.o
+        same = lambda state: check_same_run(state["run"], run.description(), o.allow_changed or ())  # noqa: E731
         try:
-            folder = fetch_checkpoint(self.uploads.repo_id, self.run.out, token=self.run.o.hub_token)
+            folder = fetch_checkpoint(self.uploads.repo_id, run.out, token=o.hub_token, check=same)
         except OSError as error:
             if not list_checkpoints(self.run.out):
                 raise OSError(f"{error} There is no checkpoint here either: a new run would take its place") from error
@@ -72,14 +73,18 @@ class Sharing:
         if self.uploads is None:
             return
         o = self.run.o
-        checkpoints = list_checkpoints(self.run.out) if o.hub_strategy == "checkpoint" else []
+        checkpoints, staged = list_checkpoints(self.run.out) if o.hub_strategy == "checkpoint" else [], None
         try:
             staged = stage(self.run.out, checkpoints[-1] if checkpoints else None)
             if (staged / "model_index.json").exists():  # a run that is stopped early has none yet
-                dress(staged, self.uploads.repo_id, include_code=o.hub_include_code, license=o.hub_license)
+                of_step = self.run.step if self.run.step < self.run.total else None
+                card = {"include_code": o.hub_include_code, "license": o.hub_license, "step": of_step}
+                dress(staged, self.uploads.repo_id, **card)
             self.uploads.push(staged, f"{title}, step {self.run.step}")
             self.failure = None
         except (OSError, ValueError) as error:  # a full disk
+            if staged is not None:
+                shutil.rmtree(staged, ignore_errors=True)
             self.failure = str(error)
             print(f"nothing goes to the Hub at step {self.run.step}: {error}")
 
@@ -91,13 +96,23 @@ class Sharing:
         failure = self.uploads and self.uploads.wait(STOP_SECONDS)
         if failure:
             print(f"it is not on the Hub: {failure}")
+            self.uploads.close()
+
+    def give_up(self) -> None:
+        """For somebody who does not want to wait."""
+        if self.uploads is not None:
+            self.uploads.close()
+            print("the upload was not waited for; the same command with --resume_from_checkpoint latest tries again")
 
     def wait(self) -> None:
         """Until all is there; `OSError` with what to do if it is not."""
         if self.uploads is None:
             return
         print(f"waiting for the upload to {self.uploads.repo_id}", flush=True)
-        failure = self.failure or self.uploads.wait()
+        failure = self.failure or self.uploads.wait(60)
+        while self.uploads.is_busy:
+            print(f"still waiting for the upload to {self.uploads.repo_id}; Ctrl-C ends it", flush=True)
+            failure = self.uploads.wait(600)
         if failure is not None:
             raise OSError(
                 f"the run is whole in {self.run.out}, but its upload to {self.uploads.repo_id} failed: {failure}; "

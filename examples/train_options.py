@@ -240,6 +240,10 @@ def check_options(o: argparse.Namespace) -> None:
         if bad:
             raise ValueError(message)
     check_allowed(o.allow_changed or (), vars(o))
+    if o.hub_license is not None:
+        from diffusers_vdm.model_card import check_license
+
+        check_license(o.hub_license)
     check_choice("preset", o.preset, UNET_PRESETS)
     check_choice("lr_scheduler", o.lr_scheduler, [member.value for member in SchedulerType])
     positive = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_epochs", "learning_rate",
@@ -267,7 +271,8 @@ def check_options(o: argparse.Namespace) -> None:
         o.resume_from_checkpoint in ("latest", "last-checkpoint")
         or Path(o.resume_from_checkpoint).resolve().parent == folder.resolve()
     )
-    if (folder / "metrics.jsonl").exists() and not (o.overwrite_output_dir or own):
+    holds = any((folder / name).exists() for name in ("metrics.jsonl", "model_index.json"))
+    if holds and not (o.overwrite_output_dir or own):
         raise ValueError(
             f"--output_dir {folder} holds another run; go on by --resume_from_checkpoint latest, replace it by "
             "--overwrite_output_dir, or name another folder"

@@ -49,7 +49,7 @@ def plan(run, test) -> str:
     return "\n".join(f"{name + ':':<16}{text}" for name, text in lines.items())
 
 
-def evaluation_metrics(result, decay: float | None, is_first: bool) -> dict:
+def evaluation_metrics(result, decay: float | None, is_first: bool, is_conditional: bool) -> dict:
     """The numbers of an evaluation, with all that a bits/dim must be quoted with; of other averages only the bound."""
     error = None if math.isnan(result.stderr_bpd) else result.stderr_bpd
     if not is_first:
@@ -59,6 +59,7 @@ def evaluation_metrics(result, decay: float | None, is_first: bool) -> dict:
         "eval_bpd_stderr": error,
         **{f"eval_{term}_bpd": getattr(result, f"{term}_bpd") for term in ("prior", "reconstruction", "diffusion")},
         **{f"eval_{name}": getattr(result, name) for name in ("num_images", "num_samples", "num_timesteps")},
+        "eval_class_conditional": is_conditional,
         "eval_weights": "raw" if decay is None else "ema",
         "eval_ema_decay": decay,
     }
@@ -72,6 +73,21 @@ def is_finished(out: Path, total: int) -> bool:
     return (
         bool(lines) and lines[-1]["step"] == total and "eval_bpd" in lines[-1] and (out / "model_index.json").exists()
     )
+
+
+def remove_results(out: Path) -> None:
+    """What another run left in the folder: pipelines and pictures, by their names."""
+    from diffusers_vdm.repository import INDEX
+    from diffusers_vdm.uploads import components_in
+
+    for folder in [out, *out.glob("ema_*")]:
+        if (folder / INDEX).is_file():
+            for name in components_in(folder):
+                shutil.rmtree(folder / name)
+            (folder / INDEX).unlink()
+    pictures = ("samples.png", "samples-*.png", "training.png", "schedule.png", "loss_by_gamma.png", "denoising.gif")
+    for path in (path for pattern in pictures for path in out.glob(pattern)):
+        path.unlink()
 
 
 def make_pipeline(run):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ from huggingface_hub import ModelCard
 from test_hub import client, in_client, like, made  # noqa: F401  client is a fixture
 from test_pipeline import sample
 
-from diffusers_vdm import VDMPipeline
-from diffusers_vdm.model_card import MARK
+from diffusers_vdm import VDMPipeline, VDMScheduler
+from diffusers_vdm.model_card import is_made_here
 
 
 def files_at(hub: HubServer, ref: str = "main", name: str = "user/vdm") -> dict[str, bytes]:
@@ -39,6 +40,9 @@ def a_run(folder: Path, pipe: VDMPipeline) -> Path:
     description |= {"held_out": {"name": "faces", "images": 7, "fingerprint": "g"}}
     (folder / "options.json").write_text(json.dumps(description))
     (folder / "samples.png").write_bytes(b"png")
+    for name in ("private-photo.png", "report-private.json", "ema_private/private.txt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("private")
     (folder / "checkpoint-2").mkdir()
     (folder / "checkpoint-2" / "state.json").write_text("{}")
     return folder
@@ -63,15 +67,24 @@ def test_the_numbers_of_a_run_go_with_its_weights_alone(hub: HubServer, tmp_path
     loaded = VDMPipeline.from_pretrained(run)
     loaded.push_to_hub("vdm", run_dir=run)
     files = files_at(hub)
-    assert {"metrics.jsonl", "options.json", "samples.png"} <= set(files) and "checkpoint" not in str(sorted(files))
+    assert {"metrics.jsonl", "options.json", "samples.png"} <= set(files)
+    assert not [name for name in files if "checkpoint" in name or "private" in name]
+    assert str(tmp_path).encode() not in b"".join(files.values()), "where it lay is nobody's business"
     (result,) = ModelCard(files["README.md"].decode()).data.eval_results
     assert result.metric_value == 1.5 and result.metric_args["stderr"] == 0.25
     assert like(VDMPipeline.from_pretrained("user/vdm", cache_dir=tmp_path / "cache"), loaded)
     before = dict(files)
+    changed = [VDMPipeline.from_pretrained(run) for _ in range(3)]
     with torch.no_grad():
-        loaded.unet.conv_in.bias.add_(1.0)
-    with pytest.raises(ValueError, match="run_dir must be the folder that this pipeline was loaded from"):
-        loaded.push_to_hub("user/vdm", run_dir=run)
+        changed[0].unet.conv_in.bias.add_(1.0)
+    changed[1].scheduler = VDMScheduler(gamma_min=-2.0, gamma_max=1.0)  # its γ is in JSON alone
+    changed[2].register_to_config(num_levels=256)
+    for pipe in changed:
+        with pytest.raises(ValueError, match="run_dir must be the folder that this pipeline was loaded from"):
+            pipe.push_to_hub("user/vdm", run_dir=run)
+    loaded.push_to_hub("user/half", run_dir=run, variant="half")
+    assert "unet/diffusion_pytorch_model.half.safetensors" in files_at(hub, name="user/half")
+    assert "unet/diffusion_pytorch_model.safetensors" not in files_at(hub, name="user/half")
     for bad, error in ((tmp_path / "nothing", OSError), (tmp_path, OSError)):
         with pytest.raises(error):
             loaded.push_to_hub("user/vdm", run_dir=bad)
@@ -81,12 +94,21 @@ def test_the_numbers_of_a_run_go_with_its_weights_alone(hub: HubServer, tmp_path
 @in_client
 def test_a_card_that_was_edited_stays(hub: HubServer, tmp_path: Path):
     made().push_to_hub("user/vdm")
-    assert MARK in files_at(hub)["README.md"].decode()
+    card = files_at(hub)["README.md"].decode()
+    assert is_made_here(card)
     made().push_to_hub("user/vdm", license="mit")
     assert b"license: mit" in files_at(hub)["README.md"], "one that was made is made anew"
-    hub.repos["user/vdm"].write(**{"README.md": b"# mine\n"})
-    another().push_to_hub("user/vdm", license="apache-2.0")
-    assert files_at(hub)["README.md"] == b"# mine\n"
+    for edited in ("# mine\n", card.replace("# vdm", "# My own"), card + "More.\n"):
+        hub.repos["user/vdm"].write(**{"README.md": edited.encode()})
+        another().push_to_hub("user/vdm", license="apache-2.0")
+        assert files_at(hub)["README.md"].decode() == edited
+    # where it cannot be read, nothing is written over it
+    hub.fault("HEAD", r"README\.md", status=500, times=9)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="edited could not be found out"):
+        patch.setattr(time, "sleep", lambda seconds: None)
+        made().push_to_hub("user/vdm")
+    hub.faults.clear()
+    assert files_at(hub)["README.md"].decode() == edited
     assert like(VDMPipeline.from_pretrained("user/vdm", cache_dir=tmp_path / "cache"), another())
 
 
@@ -103,19 +125,20 @@ def test_code_goes_with_it_if_asked_for(hub: HubServer, tmp_path: Path):
     assert type(theirs) is not VDMPipeline and torch.equal(
         sample(theirs), sample(VDMPipeline.from_pretrained("user/vdm"))
     )
+    # what no longer belongs to it does not stay
+    pipe.push_to_hub("user/vdm")
+    assert not [name for name in files_at(hub) if name.endswith(".py")]
     # what was loaded by its code is pushed by diffusers, which knows no cards of ours
     assert type(theirs).push_to_hub is DiffusionPipeline.push_to_hub
 
 
 @in_client
-def test_a_pull_request_and_a_folder(hub: HubServer, tmp_path: Path):
+def test_a_pull_request(hub: HubServer, tmp_path: Path):
     made().push_to_hub("user/vdm")
     before = files_at(hub)
     another().push_to_hub("user/vdm", create_pr=True, private=False)
     assert files_at(hub) == before
     assert like(VDMPipeline.from_pretrained("user/vdm", revision="refs/pr/1", cache_dir=tmp_path / "c"), another())
-    another().push_to_hub("user/vdm", subfolder="older")
-    assert "older/model_index.json" in files_at(hub)
 
 
 @in_client
@@ -124,12 +147,18 @@ def test_what_is_refused_changes_nothing(hub: HubServer, tmp_path: Path):
     before = files_at(hub)
     for arguments, error, told in (
         ({"safe_serialization": False}, ValueError, "safe_serialization must be True"),
+        ({"subfolder": "older"}, ValueError, "subfolder must not be given"),
         ({"license": "My Licence!"}, ValueError, "license must be an identifier"),
         ({"token": "hf_wrong"}, OSError, "hf auth login"),
         ({"token": "hf_other"}, OSError, "cannot be written to"),
     ):
         with pytest.raises(error, match=told):
             another().push_to_hub("user/vdm", **arguments)
+    with pytest.raises(ValueError, match="subfolder must not be given, got 'unet'"):
+        VDMPipeline.from_pretrained("user/vdm", subfolder="unet")
+    for arguments in ({"license": "MIT"}, {"variant": "a.b"}):
+        with pytest.raises(ValueError, match="license|variant"):
+            made().push_to_hub("user/new", **arguments)
     with pytest.raises(OSError, match="is no name that the Hub allows"):
         made().push_to_hub("a/b/c")
     assert files_at(hub) == before and list(hub.repos) == ["user/vdm"]

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -24,11 +26,11 @@ OPTIONS = (
 PULL = """
 import json, sys
 import torch
-from diffusers_vdm import VDMPipeline, VariationalBound
+from diffusers_vdm import VDMPipeline, VariationalBound, noise_schedule_of
 pipeline = VDMPipeline.from_pretrained(sys.argv[1])
 pipeline.set_progress_bar_config(disable=True)
 samples = pipeline(2, 3, torch.Generator().manual_seed(1), output_type="np").images
-bound = VariationalBound(pipeline.unet, pipeline.noise_schedule, num_levels=17)
+bound = VariationalBound(pipeline.unet, noise_schedule_of(pipeline.scheduler), num_levels=17)
 images = torch.randint(0, 17, (4, 1, 8, 8), generator=torch.Generator().manual_seed(2))
 with torch.no_grad():
     total = bound(images, generator=torch.Generator().manual_seed(3)).total
@@ -107,9 +109,16 @@ def test_trained_pushed_and_pulled_it_is_the_same(hub, run, tmp_path):
     assert len(hub.repos[REPO].commits) == 2  # the empty one and this one
     assert pulled(REPO, HF_HOME=str(tmp_path / "elsewhere")) == pulled(out)
     # once more it has nothing to do, and nothing to upload
+    commits = len(hub.repos[REPO].commits)
     assert ended(out, run(out, "end", *options)) == [0], log_of(out)
     assert "nothing to do" in log_of(out) and len(hub.repos[REPO].commits) == 2
-    assert not list(out.glob(".upload*"))
+    assert len(hub.repos[REPO].commits) == commits and not list(out.glob(".upload*"))
+    # another run in its place: nothing of this one goes along
+    ddpm = ["--objective", "ddpm", "--schedule", "linear_beta", "--no-use_ema", "--overwrite_output_dir",
+            "--resume_from_checkpoint", ""]  # fmt: skip
+    assert ended(out, run(out, "end", "--max_train_steps", "1", *ddpm)) == [0], log_of(out)
+    assert not [name for name in head(hub) if name.startswith(("noise_schedule", "ema_")) or name.endswith(".py")]
+    assert pulled(REPO, HF_HOME=str(tmp_path / "third")) == pulled(out)
 
 
 @pytest.mark.slow
@@ -123,6 +132,7 @@ def test_a_run_goes_on_on_another_machine(hub, run, tmp_path):
     process.wait()
     step = json.loads(head(hub)["last-checkpoint/state.json"])["step"]
     assert step in (3, 6)
+    assert f"these are its weights after step {step}." in head(hub)["README.md"].decode()
     assert {"metrics.jsonl", "options.json", "model_index.json", "last-checkpoint/ema_0.9.safetensors"} <= set(
         head(hub)
     )
@@ -132,6 +142,15 @@ def test_a_run_goes_on_on_another_machine(hub, run, tmp_path):
     assert f"checkpoint-{step} came from {REPO}" in log_of(second)
     assert state_of(whole) == state_of(second)
     assert json.loads(head(hub)["last-checkpoint/state.json"])["step"] == 9
+    assert "Training was going on" not in head(hub)["README.md"].decode()
+    # another run does not take it for its own, and loses nothing
+    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    other = ["--hub_model_id", "digits", "--resume_from_checkpoint", "last-checkpoint", "--seed", "3"]
+    (whole / "checkpoint-9" / "state.json").rename(tmp_path / "state.json")  # the Hub's is newer then
+    assert ended(whole, run(whole, "checkpoint", *other)) == [1]
+    assert "this is not the same run: seed" in log_of(whole).splitlines()[-1]
+    (tmp_path / "state.json").rename(whole / "checkpoint-9" / "state.json")
+    assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
     # another average less: its file is not left behind
     assert {name for name in head(hub) if name.startswith("last-checkpoint")} == {
         f"last-checkpoint/{name}"
@@ -172,7 +191,8 @@ def test_training_does_not_wait_for_a_slow_hub(hub, run, tmp_path):
     assert ended(out, run(out, "every_save")) == [0], log_of(out)
     assert hub.faults[0].times == 0
     messages = [commit.title for commit in hub.repos[REPO].commits.values()][1:]
-    assert messages == ["in training, step 3", "trained, step 9"]  # step 6 waited, and the newest went in its place
+    # if step 6 has to wait until step 9 is there, that one goes in its place
+    assert [m for m in messages if "6" not in m] == ["in training, step 3", "trained, step 9"] and len(messages) <= 3
     assert json.loads(head(hub)["metrics.jsonl"].splitlines()[-1])["step"] == 9
 
 
@@ -205,6 +225,21 @@ def test_who_may_not_write_is_told_before_any_work(hub, run, tmp_path):
         last = log_of(out).splitlines()[-1]
         assert told in last and "train.py: " in last and "Traceback" not in log_of(out), log_of(out)
         assert not (out / "metrics.jsonl").exists() and "hf_wrong" not in log_of(out)
+    assert ended(out, run(out, "end", "--hub_license", "The MIT License")) == [2]
+    assert "license must be an identifier" in log_of(out).splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_nobody_has_to_wait_for_a_hub_that_says_nothing(hub, run, tmp_path):
+    out, over = tmp_path / "run", threading.Event()
+    hub.fault("POST", "/commit/", gate=over.wait)
+    (process,) = run(out, "end", "--max_train_steps", "2")
+    wait_for(lambda: "waiting for the upload" in log_of(out))
+    process.send_signal(signal.SIGTERM)
+    assert ended(out, [process]) == [0] and "was not waited for" in log_of(out)
+    over.set()
+    assert not list(out.glob(".upload*")) and (out / "model_index.json").exists()
 
 
 def test_the_last_checkpoint_of_the_hub_needs_the_hub(tmp_path):
