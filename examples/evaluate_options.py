@@ -8,7 +8,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from train_options import check_ranges, image_arguments, option_parser
+from options import check_ranges, image_arguments, option_parser
 
 # name, default, help, as in train_options.py
 OPTIONS: dict[str, list[tuple]] = {

@@ -99,7 +99,8 @@ def main(o: argparse.Namespace) -> None:
                 with tqdm(**bar) as bar:
                     finished = loop(run, test, stop, bar, sharing)
             except training.Stopped:  # within work that can be thrown away, before the next step
-                run.save()
+                if not run.is_sharded:  # whose parts would have to be gathered by all, who stopped in different places
+                    run.save()
                 finished = False
             if finished:
                 accelerator.end_training()
@@ -110,12 +111,7 @@ def main(o: argparse.Namespace) -> None:
                 )
                 sharing.stop()
         if finished:
-            with training.StopRequest() as stop:
-                try:
-                    with stop.at_once():
-                        sharing.wait()
-                except training.Stopped:
-                    sharing.give_up()
+            sharing.wait()
 
 
 def loop(run: Run, test, stop, bar, sharing: Sharing) -> bool:

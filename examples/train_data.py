@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 
-from train_options import image_arguments
+from options import image_arguments
 
 
 def load_data(o: argparse.Namespace, progress_bar: bool):

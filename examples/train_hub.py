@@ -98,24 +98,23 @@ class Sharing:
             print(f"it is not on the Hub: {failure}")
             self.uploads.close()
 
-    def give_up(self) -> None:
-        """For somebody who does not want to wait."""
-        if self.uploads is not None:
-            self.uploads.close()
-            print("the upload was not waited for; the same command with --resume_from_checkpoint latest tries again")
-
     def wait(self) -> None:
-        """Until all is there; `OSError` with what to do if it is not."""
+        """Until all is there, or somebody ends the wait; `OSError` with what to do if it failed."""
+        from diffusers_vdm.training import Stopped, StopRequest
+
         if self.uploads is None:
             return
-        print(f"waiting for the upload to {self.uploads.repo_id}", flush=True)
-        failure = self.failure or self.uploads.wait(60)
-        while self.uploads.is_busy:
-            print(f"still waiting for the upload to {self.uploads.repo_id}; Ctrl-C ends it", flush=True)
-            failure = self.uploads.wait(600)
+        repo, again = self.uploads.repo_id, "the same command with --resume_from_checkpoint latest tries again"
+        print(f"waiting for the upload to {repo}", flush=True)
+        try:
+            with StopRequest() as request, request.at_once():
+                failure = self.failure or self.uploads.wait(60)
+                while self.uploads.is_busy:
+                    print(f"still waiting for the upload to {repo}; Ctrl-C ends it", flush=True)
+                    failure = self.uploads.wait(600)
+        except Stopped:
+            self.uploads.close()
+            return print(f"the upload was not waited for; {again}")
         if failure is not None:
-            raise OSError(
-                f"the run is whole in {self.run.out}, but its upload to {self.uploads.repo_id} failed: {failure}; "
-                "the same command with --resume_from_checkpoint latest tries again"
-            )
-        print(f"uploaded to {self.uploads.repo_id}")
+            raise OSError(f"the run is whole in {self.run.out}, but its upload to {repo} failed: {failure}; {again}")
+        print(f"uploaded to {repo}")

@@ -1,0 +1,71 @@
+"""What the command lines of train.py and evaluate.py share: tables of options, their checks, what names images."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+from collections.abc import Iterable
+
+
+def add_options(parser: argparse.ArgumentParser, groups: dict[str, list[tuple]]) -> None:
+    """One argument for each row (name, default, help) of a table.
+
+    A type stands for an option without a default, a list of one for several values; a tuple for choices, the first the
+    default.
+    """
+    for group, rows in groups.items():
+        section = parser.add_argument_group(group)
+        for name, default, text in rows:
+            if isinstance(default, bool):
+                section.add_argument(
+                    f"--{name}",
+                    action=argparse.BooleanOptionalAction,
+                    default=default,
+                    help=f"{text} (default: {default})",
+                )
+            elif isinstance(default, list):
+                section.add_argument(f"--{name}", type=default[0], nargs="+", help=text)
+            elif isinstance(default, tuple):
+                section.add_argument(f"--{name}", choices=[c for c in default if c], default=default[0], help=text)
+            elif isinstance(default, type):
+                section.add_argument(f"--{name}", type=default, help=text)
+            else:
+                section.add_argument(
+                    f"--{name}", type=type(default), default=default, help=f"{text} (default: {default})"
+                )
+
+
+def option_parser(usage: str, description: str, groups: dict[str, list[tuple]]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        usage=usage, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_options(parser, groups)
+    return parser
+
+
+def image_arguments(o: argparse.Namespace, folder: str | None) -> dict:
+    """What `load_images` and `ImageStream` take of the command line; `folder` is one of image files, if given."""
+    names = ("resolution", "center_crop", "image_mode", "image_column", "label_column", "cache_dir", "seed")
+    return {name: getattr(o, name) for name in names} | {
+        "config_name": o.dataset_config_name,
+        "is_folder": bool(folder),
+    }
+
+
+def check_choice(name: str, value: str | None, known: Iterable[str]) -> None:
+    if value is not None and value not in known:
+        close = difflib.get_close_matches(value, list(known), n=1)
+        raise ValueError(
+            f"--{name} {value!r} is unknown; "
+            + (f"did you mean {close[0]!r}?" if close else f"there are {sorted(known)}")
+        )
+
+
+def check_ranges(o: argparse.Namespace, ranges: dict[str, tuple], positive: Iterable[str] = ()) -> None:
+    """`ValueError` for an option that is outside of its range; `positive` are those that need only be above 0."""
+    for name, (low, high) in (dict.fromkeys(positive, (1e-30, math.inf)) | ranges).items():
+        value = getattr(o, name)
+        if value is not None and not (low <= value <= high and math.isfinite(value)):
+            rule = "positive" if name in positive else f"within [{low}, {high:.4g}]"
+            raise ValueError(f"--{name} must be {rule}, got {value}")
