@@ -20,7 +20,7 @@ from .pipeline import VDMPipeline
 from .remote_code import save_code
 from .repository import INDEX, patiently, read_json
 from .rows import fingerprint
-from .uploads import LAST_CHECKPOINT, STALE, components_in, create_repository, refusals, stage
+from .uploads import LAST_CHECKPOINT, STALE_CODE, components_in, create_repository, refusals, stage
 
 logger = logging.get_logger(__name__)
 
@@ -59,7 +59,7 @@ def publish(
         keep_edited_card(folder, created, token)
         message = commit_message or f"Upload {type(pipeline).__name__}"
         upload = HfApi(token=token).upload_folder
-        where = {"repo_id": created, "create_pr": create_pr, "delete_patterns": STALE}
+        where = {"repo_id": created, "create_pr": create_pr, "delete_patterns": STALE_CODE}
         with refusals(created):
             return patiently(upload, folder_path=folder, commit_message=message, **where)
 

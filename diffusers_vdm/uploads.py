@@ -35,8 +35,7 @@ _RUN_FILES = (
     *(f"{name}.png" for name in _PICTURES),
     *(f"report_{name}.png" for name in _OF_A_REPORT),
 )
-# what an older commit may have left that the newer one does not name
-STALE = ["vdm_code_*.py", "*/vdm_code_*.py", "noise_schedule/*"]
+STALE_CODE = ["vdm_code_*.py", "*/vdm_code_*.py"]  # of an older commit, which the newer index does not name
 _PREFIX = ".upload-vdm-"
 _IN_A_CHECKPOINT = re.compile(rf"{LAST_CHECKPOINT}/(state\.json|[\w.]+\.safetensors)")
 
@@ -234,7 +233,8 @@ class Uploads:
             repo_id=self.repo_id,
             folder_path=folder,
             commit_message=message,
-            delete_patterns=[f"{LAST_CHECKPOINT}/*", "ema_*/*", *STALE],
+            # of an older run, or of one with another schedule and other averages
+            delete_patterns=[f"{LAST_CHECKPOINT}/*", "ema_*/*", "noise_schedule/*", *STALE_CODE],
         )
 
 

@@ -181,7 +181,9 @@ def clean(tmp_path_factory):
         plan = {"out": str(root), "modules": str(root / "modules"), "package": str(PACKAGE.parent), "sources": sources}
         plan |= {kind: str(folders[kind]) for kind in ("learned", "linear betas")}
         plan |= {"refused": ["user/vdm", *([str(folders["learned"])] if ASKS_FOR_FOLDERS else [])]}
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH" and not k.startswith("HF_")}
+        # TRANSFORMERS_OFFLINE silences the client, too
+        environment = {k: v for k, v in os.environ.items() if not (k.startswith("HF_") or k.endswith("_OFFLINE"))}
+        environment.pop("PYTHONPATH", None)
         environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(root / "home"), "NO_PROXY": "*", "no_proxy": "*"}
         environment |= {"HF_MODULES_CACHE": plan["modules"], "HF_HUB_DISABLE_TELEMETRY": "1"}
         result = subprocess.run(
