@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from .diffusers_schedulers import noise_schedule_of
 from .repository import read_json
+from .rows import fingerprint
 from .training import read_metrics
 
 Method = Literal["mc", "vlb", "ode"]
@@ -241,6 +243,14 @@ def read_report(path: str | os.PathLike) -> dict[str, Any]:
             f"weights_fingerprint; {Path(path).name} holds {sorted(report)[:8]}."
         )
     return report
+
+
+def gammas_fingerprint(scheduler: Any) -> str | None:
+    """Hash of the γ(t) of a scheduler, as a report says it; `None` for one that has none [`noise_schedule_of`]."""
+    try:
+        return fingerprint([noise_schedule_of(scheduler).table(257)])
+    except (ValueError, TypeError):
+        return None
 
 
 def measured_in_report(report: dict[str, Any]) -> list[Measurement]:

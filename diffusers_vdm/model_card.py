@@ -31,6 +31,7 @@ from .markdown import one_line
 from .measurements import (
     DataName,
     Measurement,
+    gammas_fingerprint,
     last_part,
     measured_in_report,
     measured_in_training,
@@ -184,18 +185,29 @@ def _report_of(
         found = read_report(path)
         if pipe.unet.dtype != torch.float32:  # in which all is measured
             pipe.unet.to(torch.float32)
-        weights = fingerprint(pipe.unet.state_dict().values())
-        if found["weights_fingerprint"] != weights:
-            raise ValueError(
-                f"report {path.name} must be of the weights of the folder, whose fingerprint is {weights}, got "
-                f"{one_line(found['weights_fingerprint'])}; evaluate these weights again."
-            )
+        _check_same_model(found, pipe, path.name)
     except ValueError as error:
         if report is not None:
             raise
         logger.warning(f"the model card leaves {path.name} out: {error}")
         return {}, None
     return found, path
+
+
+def _check_same_model(report: dict[str, Any], pipe: VDMPipeline, name: str) -> None:
+    """`ValueError` unless the report is of these weights, and of this γ and these levels where it says them."""
+    here = {
+        "weights_fingerprint": fingerprint(pipe.unet.state_dict().values()),
+        "gammas_fingerprint": gammas_fingerprint(pipe.scheduler),
+        "num_levels": pipe.config.num_levels,
+        "prediction_type": pipe.scheduler.config.get("prediction_type", "epsilon"),
+    }
+    for key, value in here.items():
+        if report.get(key) is not None and report[key] != value:
+            raise ValueError(
+                f"report {name} must be of the model of the folder, whose {key} is {value}, got "
+                f"{one_line(report[key])}; evaluate this one again."
+            )
 
 
 def _checked_datasets(datasets: str | Sequence[str] | None, data: DataName | None) -> list[str]:

@@ -187,6 +187,7 @@ def main(o: argparse.Namespace) -> None:
 
     import diffusers_vdm
     from diffusers_vdm.files import write_atomically
+    from diffusers_vdm.measurements import gammas_fingerprint
     from diffusers_vdm.rows import fingerprint
 
     accelerator = accelerate.Accelerator(mixed_precision="no")
@@ -227,6 +228,7 @@ def main(o: argparse.Namespace) -> None:
         "scheduler": type(e.scheduler).__name__,
         "weights": e.weights,
         "weights_fingerprint": fingerprint(e.unet.state_dict().values()),
+        "gammas_fingerprint": gammas_fingerprint(e.scheduler),
         "class_conditional": e.shared["class_labels"] is not None,
         "dtype": "float32" + (", TF32 products" if o.allow_tf32 else ""),
         "seed": o.seed,

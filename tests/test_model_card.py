@@ -347,7 +347,11 @@ def test_a_report_of_other_weights_or_none_at_all_is_not_believed(tmp_path):
     folder = saved(tmp_path / "m")
     path = folder / "report.json"
     for content, message in {
-        json.dumps(report_of(folder, weights_fingerprint="00")): "must be of the weights of the folder",
+        json.dumps(
+            report_of(folder, weights_fingerprint="00")
+        ): "of the folder, whose weights_fingerprint is .* got 00",
+        json.dumps(report_of(folder, gammas_fingerprint="00")): "of the folder, whose gammas_fingerprint is .* got 00",
+        json.dumps(report_of(folder, num_levels=3)): "of the folder, whose num_levels is .* got 3",
         '{"bpd": 1.0}': "report must be what examples/evaluate.py writes",
         "{": "is not JSON",
     }.items():
