@@ -3,6 +3,7 @@
 import logging
 
 import accelerate
+import diffusers
 import pytest
 import torch
 from test_pipeline import learned, pipeline, sample
@@ -63,6 +64,8 @@ def parameters_offload(saved, folder):
     "how", [with_device_map, balanced, network_on_the_disk, model_offload, group_offload, parameters_offload]
 )
 def test_samples_are_the_same_wherever_the_weights_lie(saved, tmp_path, how):
+    if how is group_offload and diffusers.__version__.startswith("0.35"):
+        pytest.skip("this version asks an accelerator for its type, where there is none")
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     # weights that lie elsewhere are summed in another order
     expected = drawn(VDMPipeline.from_pretrained(saved))
