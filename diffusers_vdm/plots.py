@@ -80,6 +80,8 @@ def plot_training(lines: Sequence[dict[str, Any]], path: str | os.PathLike, titl
         points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
         if points:
             left.plot(*zip(*points, strict=True), label=label, linewidth=1)
+            if name == "train_bpd":  # the held-out ones stand on the same axis
+                points += [(line["step"], line["eval_bpd"]) for line in lines if line.get("eval_bpd") is not None]
             later = [y for step, y in points if step >= lines[-1]["step"] / 10] or [points[-1][1]]
             left.set_ylim(0.97 * min(later), 1.1 * max(later))
     held_out = [line for line in lines if line.get("eval_bpd") is not None]
@@ -95,7 +97,8 @@ def plot_training(lines: Sequence[dict[str, Any]], path: str | os.PathLike, titl
     speeds = [(line["step"], line["images_per_second"]) for line in lines if line.get("images_per_second")]
     if speeds:
         right.plot(*zip(*speeds, strict=True), linewidth=1)
-    right.set(xlabel="step", ylabel="images per second", ylim=(0, None))
+        right.set_ylim(0, 1.1 * max(speed for _, speed in speeds))
+    right.set(xlabel="step", ylabel="images per second")
     _save(figure, path, title)
 
 

@@ -1,0 +1,27 @@
+"""The pictures show what they are drawn of."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffusers_vdm import plots
+
+
+def columns_of(path, colour, left_half=True):
+    """Where a colour stands, as shares of the picture's half."""
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    half = pixels.shape[1] // 2
+    pixels = pixels[:, :half] if left_half else pixels[:, half:]
+    found = (np.abs(pixels - np.array(colour)).max(-1) < 12).any(0).nonzero()[0]
+    return found.min() / half, found.max() / half
+
+
+@pytest.mark.parametrize("held_out", [5.2, 9.0])
+def test_held_out_bits_are_in_the_picture_wherever_they_are(tmp_path, held_out):
+    lines = [{"step": 6, "train_bpd": 7.4, "eval_bpd": 5.9, "images_per_second": 111.7},
+             {"step": 12, "train_bpd": 5.6, "eval_bpd": held_out, "images_per_second": 110.0}]  # fmt: skip
+    plots.plot_training(lines, tmp_path / "training.png")
+    loss, bits = (columns_of(tmp_path / "training.png", c) for c in ((31, 119, 180), (255, 127, 14)))
+    assert bits[1] >= loss[1] > 0.85  # as far to the right as the loss
+    with pytest.raises(ValueError, match="lines must not be empty"):
+        plots.plot_training([], tmp_path / "training.png")
