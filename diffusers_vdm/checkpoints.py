@@ -78,14 +78,14 @@ def remove_checkpoints(output_dir: str | os.PathLike, keep: int = 0, milestone_s
     """Removes the complete checkpoints but for the `keep` newest and those at multiples of `milestone_steps`."""
     complete = list_checkpoints(output_dir)
     for folder in complete[: max(0, len(complete) - keep)]:
-        if not (milestone_steps and _step(folder) % milestone_steps == 0):
+        if not (milestone_steps and step_of(folder) % milestone_steps == 0):
             _remove(folder)
 
 
 def list_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     folders = [p for p in Path(output_dir).glob("checkpoint-*") if _CHECKPOINT.fullmatch(p.name)]
-    return sorted((p for p in folders if (p / "state.json").is_file()), key=_step)
+    return sorted((p for p in folders if (p / "state.json").is_file()), key=step_of)
 
 
 def load_checkpoint(folder: str | os.PathLike) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
@@ -128,7 +128,8 @@ def load_latest(
     return None
 
 
-def _step(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint, by its name."""
     return int(folder.name.split("-")[1])
 
 

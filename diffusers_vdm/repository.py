@@ -292,6 +292,11 @@ def patiently(call: Callable, *args, attempts: int = 4, **kwargs):
             time.sleep(min(float(asked), 60.0) if asked.isdigit() else 2.0**attempt)
 
 
+def status_of(error: BaseException) -> int | None:
+    """The status of the answer that made an error of the Hub's client; `None` if there was no answer."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
 def list_files(repo: str, revision: str | None, token: str | bool | None):
     """The commit and its files with sizes and hashes; or None and the reason why the Hub does not answer."""
     try:
@@ -310,7 +315,7 @@ def list_files(repo: str, revision: str | None, token: str | bool | None):
             f"private, {_LOG_IN} local_files_only=True takes what is in the cache."
         ) from error
     except UNREACHABLE as error:
-        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+        if status_of(error) in (401, 403):
             told = getattr(error, "server_message", None) or error
             raise OSError(f"{repo}: the token was not accepted ({told}). Instead, {_LOG_IN}") from error
         logger.warning(

@@ -20,19 +20,19 @@ from diffusers.utils import logging
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from .checkpoints import list_checkpoints, load_checkpoint
+from .checkpoints import list_checkpoints, load_checkpoint, step_of
 from .files import write_atomically
-from .repository import INDEX, UNREACHABLE, list_files, patiently, read_json
+from .repository import INDEX, UNREACHABLE, list_files, patiently, read_json, status_of
 
 logger = logging.get_logger(__name__)
 
 LAST_CHECKPOINT = "last-checkpoint"  # the name that transformers' Trainer gives it
 # what train.py and evaluate.py write, and nothing else that may lie in the folder
-_PICTURES = ("samples", "samples-*", "training", "schedule", "loss_by_gamma")
+PICTURES = ("samples.png", "samples-*.png", "training.png", "schedule.png", "loss_by_gamma.png", "denoising.gif")
 _OF_A_REPORT = ("by_gamma", "histogram", "most_likely", "most_unlikely")
 _RUN_FILES = (
-    *(INDEX, "README.md", "options.json", "metrics.jsonl", "report.json", "denoising.gif"),
-    *(f"{name}.png" for name in _PICTURES),
+    *(INDEX, "README.md", "options.json", "metrics.jsonl", "report.json"),
+    *PICTURES,
     *(f"report_{name}.png" for name in _OF_A_REPORT),
 )
 STALE_CODE = ["vdm_code_*.py", "*/vdm_code_*.py"]  # of an older commit, which the newer index does not name
@@ -238,10 +238,6 @@ class Uploads:
         )
 
 
-def status_of(error: BaseException) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)
-
-
 def reason_of(error: BaseException) -> str:
     """An error of the Hub's client in one line."""
     told = getattr(error, "server_message", None) if isinstance(error, HfHubHTTPError) else None
@@ -285,7 +281,7 @@ def fetch_checkpoint(
         step = read_json(temporary / state, f"{state} of {repo_id}").get("step")
         if not isinstance(step, int) or step < 0:
             raise OSError(f"{state} of {repo_id} says no step.")
-        if here and int(here[-1].name.split("-")[1]) >= step:
+        if here and step_of(here[-1]) >= step:
             return None
         patiently(snapshot_download, repo_id, allow_patterns=[*names, "options.json", "metrics.jsonl"], **options)
         try:

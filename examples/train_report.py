@@ -78,15 +78,14 @@ def is_finished(out: Path, total: int) -> bool:
 def remove_results(out: Path) -> None:
     """What another run left in the folder: pipelines and pictures, by their names."""
     from diffusers_vdm.repository import INDEX
-    from diffusers_vdm.uploads import components_in
+    from diffusers_vdm.uploads import PICTURES, components_in
 
     for folder in [out, *out.glob("ema_*")]:
         if (folder / INDEX).is_file():
             for name in components_in(folder):
                 shutil.rmtree(folder / name)
             (folder / INDEX).unlink()
-    pictures = ("samples.png", "samples-*.png", "training.png", "schedule.png", "loss_by_gamma.png", "denoising.gif")
-    for path in (path for pattern in pictures for path in out.glob(pattern)):
+    for path in (path for pattern in PICTURES for path in out.glob(pattern)):
         path.unlink()
 
 
