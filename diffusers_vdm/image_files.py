@@ -1,4 +1,4 @@
-"""What an image file must be to be data: found, opened, refused with a reason, made into the integers that it holds.
+"""What an image file must be to be data: opened, refused with a reason, made into the integers that it holds.
 
 Bits/dim are of integers. So nothing is changed in silence: what Pillow would clip, round or blend is an error.
 """
@@ -21,68 +21,8 @@ _DEEP = re.compile(r"^L;16|;(16[BLNS]|32|64)")
 _ORIENTATION = 0x0112
 
 
-def open_dataset(
-    path: str, split: str, config_name: str | None, is_folder: bool, cache_dir: str | None, streaming: bool
-) -> Any:
-    """The `datasets.Dataset`, or `IterableDataset` if `streaming`, of a name on the Hub or a folder.
-
-    Raises: `ValueError` where there are no data, the split is unknown, or the files cannot be read; `OSError` for what
-        the network or the disk reports.
-    """
-    import datasets
-
-    where = f"{path!r} ({split})"
-    options: dict[str, Any] = {"split": split, "cache_dir": cache_dir, "streaming": streaming}
-    if int(datasets.__version__.split(".")[0]) < 4:
-        options["trust_remote_code"] = False  # later versions run none
-    try:
-        if is_folder:
-            return datasets.load_dataset("imagefolder", data_dir=path, **options)
-        return datasets.load_dataset(path, config_name, **options)
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{where} has no data files; name a data set on the Hub, a folder of images or a folder of parquet files "
-            f"(datasets says: {_one_line(error)})."
-        ) from error
-    except datasets.exceptions.DatasetsError as error:
-        raise ValueError(f"{where} cannot be read: {_one_line(error.__cause__ or error)}") from error
-    except ValueError as error:
-        if "corresponds to no data" in str(error):
-            raise ValueError(f"{where} has no data: an empty split, or a folder without image files.") from error
-        if str(error).startswith("Bad split"):  # what streaming calls it
-            raise ValueError(
-                f"Unknown split {split!r} of {path!r}.{str(error)[len(f'Bad split: {split}.') :]}"
-            ) from error
-        raise ValueError(f"{where} cannot be read: {_one_line(error)}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500] or type(error).__name__
-
-
-def find_columns(data: Any, image_column: str | None, label_column: str | None) -> tuple[str, str | None, str | None]:
-    """Names of the columns of images and classes (`None` without classes), and the mode that the data set declares.
-
-    Without a name the first column of their type is taken; `label_column=""` takes no classes.
-
-    Raises: `ValueError` for a column that is not there or holds no images, naming those that do.
-    """
-    import datasets
-
-    features = data.features or {}
-    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    if (image_column or next(iter(images), None)) not in images:
-        raise ValueError(
-            f"image_column must name a column of images, got {image_column!r}; there are {images or 'none'} among "
-            f"{list(features)}."
-        )
-    image_column = image_column or images[0]
-    if label_column is None:
-        label_column = next((n for n, f in features.items() if isinstance(f, datasets.ClassLabel)), None)
-    elif label_column and label_column not in features:
-        raise ValueError(f"label_column {label_column!r} is not in the data set, which has {list(features)}.")
-    mode = getattr(features[image_column], "mode", None)
-    return image_column, label_column or None, mode if mode in MODES else None
+class DamagedImage(ValueError):
+    """A file that is damaged, missing or no image at all; one that is whole but refused is a plain `ValueError`."""
 
 
 def check_image_mode(image_mode: str | None) -> None:
@@ -91,30 +31,16 @@ def check_image_mode(image_mode: str | None) -> None:
         raise ValueError(f"image_mode must be one of {MODES} or None, got {image_mode!r}.")
 
 
-def check_label(label: Any, column: str) -> int:
-    """The class as it stands in the row, -1 where there is none; `ValueError` if it is no whole number."""
-    if label is None:
-        return -1
-    if not isinstance(label, int):
-        raise ValueError(
-            f"label_column {column!r} must hold whole numbers, the indices of the classes, got {label!r}; cast it to "
-            "datasets.ClassLabel, or take another column."
-        )
-    return max(label, -1)
-
-
-def missing_label(column: str) -> ValueError:
-    """The error for a row without a class."""
-    return ValueError(
-        f"label_column {column!r} holds no class (none, or -1) here; leave such images out, or set label_column='' to "
-        "take all images without classes."
-    )
-
-
 def row_name(row: dict[str, Any] | None) -> str:
     """', file NAME' where the row of an undecoded image column tells it, for error messages."""
     name = (row or {}).get("path")
     return f", file {name}" if name else ""
+
+
+def check_frames(frames: str | None) -> None:
+    """`ValueError` for anything but `"first"`, `"all"` and `None`."""
+    if frames not in (None, "first", "all"):
+        raise ValueError(f"frames must be 'first', 'all' or None, got {frames!r}.")
 
 
 def decode(
@@ -123,11 +49,12 @@ def decode(
     convert: bool,
     resolution: int | None = None,
     crop_key: tuple[int | str, ...] | None = None,
+    frame: int | None = None,
 ) -> np.ndarray:
     """uint8 array `(C, H, W)` of one row of a column cast to `datasets.Image(decode=False)`.
 
     Taken are 8-bit grayscale and RGB. Always refused are more than 8 bits a value, as far as the file tells it (all of
-    Pillow's deep modes; 16-bit colours in PNG, TIFF, PPM and SGI, but not in JPEG 2000 or AVIF), and images with
+    Pillow's deep modes; 16-bit colors in PNG, TIFF, PPM and SGI, but not in JPEG 2000 or AVIF), and images with
     transparent pixels: what lies under them is whatever the program that wrote the file left there. The image is
     turned as its EXIF orientation says, as `datasets` does.
 
@@ -137,21 +64,37 @@ def decode(
         convert (`bool`): convert to `mode` what is 8-bit and opaque: palettes, CMYK, black and white, ….
         resolution (`int`, *optional*): side of the square that is resized and cropped to.
         crop_key (`tuple`, *optional*): key of the place of the crop; without it the middle is cropped.
+        frame (`int`, *optional*): which frame of a file with several (TIFF, GIF, APNG, WebP) is taken; without it such
+            a file is refused.
 
     Raises: `ValueError` that says what came and why it is no data; it does not name the image, which the caller knows.
     """
     if mode is not None:
         check_image_mode(mode)
+    content = _content(row)
     try:
-        image = Image.open(BytesIO(_content(row)))
+        image = Image.open(BytesIO(content))
+        count = _num_frames(image)
+        if frame:
+            image.seek(frame)
         depth = _deep_layout(image)  # known until the pixels are loaded
         image.load()
         if image.getexif().get(_ORIENTATION) is not None:
             image = ImageOps.exif_transpose(image)
-    except Exception as error:  # Pillow raises whatever a damaged file leads it to
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(
-            f"cannot be decoded ({_one_line(error)}); the file is damaged or missing, replace it or leave it out."
+            f"has too many pixels for Pillow ({_one_line(error)}); if the file can be trusted, raise "
+            "PIL.Image.MAX_IMAGE_PIXELS."
         ) from error
+    except Exception as error:  # Pillow raises whatever a damaged file leads it to
+        raise DamagedImage(
+            f"cannot be decoded ({_one_line(error)}); the file is damaged, replace it or leave it out."
+        ) from error
+    if count > 1 and frame is None:
+        raise ValueError(
+            f"has {count} frames; set frames='first' to take the first of each file, or frames='all' to take each "
+            "frame as an image."
+        )
     if depth is not None:
         raise ValueError(
             f"{depth!r} holds more than 8 bits a value. Conversion would clip or round them in silence, and bits/dim "
@@ -167,18 +110,49 @@ def decode(
     return _pixels(image, mode or image.mode, convert, resolution, crop_key)
 
 
-def _content(row: dict[str, Any] | None) -> bytes:
-    if row is None or (row.get("bytes") is None and not row.get("path")):
-        raise ValueError("the row holds no image")
-    if row.get("bytes") is not None:
-        return row["bytes"]
-    if "://" not in row["path"]:
-        with open(row["path"], "rb") as file:
-            return file.read()
-    import fsspec
+def num_frames(row: dict[str, Any] | None) -> int:
+    """How many images a file holds; 1 for a file that cannot be opened, which [`decode`] then says."""
+    try:
+        return _num_frames(Image.open(BytesIO(_content(row))))
+    except Exception:  # Pillow raises whatever a damaged file leads it to
+        return 1
 
-    with fsspec.open(row["path"], "rb") as file:  # 'hf://…', 'zip://…::…': what streaming does not download
-        return file.read()
+
+def _num_frames(image: Image.Image) -> int:
+    if image.format == "MPO":  # a photo with a preview or a depth map behind it
+        return 1
+    return getattr(image, "n_frames", 1)
+
+
+def _content(row: dict[str, Any] | None) -> bytes:
+    """The bytes of the file; `DamagedImage` where there are none, or something else than an image."""
+    if row is None or (row.get("bytes") is None and not row.get("path")):
+        raise DamagedImage("cannot be decoded: the row holds no image.")
+    content = row.get("bytes")
+    try:
+        if content is None and "://" not in row["path"]:
+            with open(row["path"], "rb") as file:
+                content = file.read()
+        elif content is None:
+            import fsspec
+
+            with fsspec.open(row["path"], "rb") as file:  # 'hf://…', 'zip://…::…': what streaming does not download
+                content = file.read()
+    except FileNotFoundError as error:
+        raise DamagedImage("cannot be decoded: the file is missing, or a link that leads nowhere.") from error
+    start = content[:512].lstrip().lower()
+    if not content:
+        raise DamagedImage("cannot be decoded: the file is empty, it has 0 bytes.")
+    if start.startswith(b"version https://git-lfs"):
+        raise DamagedImage("cannot be decoded: the file is a pointer of Git LFS; run `git lfs pull` for its content.")
+    if start.startswith((b"<!doctype html", b"<html")):
+        raise DamagedImage("cannot be decoded: the file is a web page (HTML), as a download that failed leaves it.")
+    return content
+
+
+def _one_line(error: BaseException) -> str:
+    text = re.sub(r"<_io\.BytesIO object at 0x[0-9a-f]+>", "its content", str(error))
+    return " ".join(text.split())[:500] or type(error).__name__
 
 
 def _deep_layout(image: Image.Image) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -16,8 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from .image_files import check_image_mode, check_label, decode, find_columns, missing_label, open_dataset, row_name
+from .image_files import DamagedImage, check_image_mode, decode, row_name
+from .image_sources import check_label, missing_label, open_source
 from .randomness import keyed_generator
+
+logger = logging.getLogger(__name__)
 
 # files are gathered into so many shards at most: the state holds a number for each
 MAX_SHARDS = 1024
@@ -43,8 +47,11 @@ class ImageStream:
     Args:
         path, split, config_name, is_folder (`str`, `str`, `str`, `bool`): as for [`load_images`], but that slices of a
             split cannot be streamed.
-        resolution, center_crop, image_mode, image_column, label_column, cache_dir: as for [`load_images`]; the place
-            of a crop is drawn once for each image.
+        resolution, center_crop, image_mode, image_column, label_column, allow_shared, cache_dir: as for
+            [`load_images`]; the place of a crop is drawn once for each image.
+        frames (`"first"`, *optional*): take the first frame of files with several, which are refused else.
+        skip_damaged (`int`, defaults to 0): go on in spite of up to so many files that are damaged or missing. The
+            image that follows in the order takes the place of such a one; [`ImageStream.damaged`] lists them.
         seed (`int`, defaults to 0): key of the order and of the crops.
         num_workers (`int`, defaults to 2): decoding threads.
         buffer_size (`int`, defaults to 1000): images of a block.
@@ -68,6 +75,9 @@ class ImageStream:
         image_mode: str | None = None,
         image_column: str | None = None,
         label_column: str | None = None,
+        frames: str | None = None,
+        allow_shared: bool = False,
+        skip_damaged: int = 0,
         cache_dir: str | None = None,
         seed: int = 0,
         num_workers: int = 2,
@@ -77,16 +87,30 @@ class ImageStream:
         import datasets
 
         check_image_mode(image_mode)
+        if frames not in (None, "first"):
+            raise ValueError(f"frames must be 'first' or None in a stream, got {frames!r}; load_images takes 'all'.")
         if "[" in split:
             raise ValueError(f"slices of a split cannot be streamed, got split={split!r}; name a whole one.")
         for name, value in (("buffer_size", buffer_size), ("num_images", num_images)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
-        data = open_dataset(path, split, config_name, is_folder, cache_dir, streaming=True)
-        found = label_column is None
-        self._image_column, self._label_column, declared_mode = find_columns(data, image_column, label_column)
+        source = open_source(
+            path,
+            split,
+            config_name=config_name,
+            is_folder=is_folder,
+            image_column=image_column,
+            label_column=label_column,
+            cache_dir=cache_dir,
+            streaming=True,
+            allow_shared=allow_shared,
+        )
+        data, found = source.data, label_column is None
+        self._image_column, self._label_column = source.image_column, source.label_column
+        self.class_names, self.files = source.class_names, source.files
+        self.classes_in_split = source.classes_in_split
         declared = (data.info.splits or {}).get(split)
-        self._declared = num_images or getattr(declared, "num_examples", None) or None
+        self._declared = num_images or source.num_rows or getattr(declared, "num_examples", None) or None
         self._rows = data.cast_column(self._image_column, datasets.Image(decode=False))
         self._num_shards = min(data.num_shards, MAX_SHARDS)
         self._lengths: dict[int, int] = {}
@@ -94,17 +118,27 @@ class ImageStream:
         self._resolution, self._center_crop = resolution, center_crop
         self.name = f"{path}, {split}, streamed"
 
-        self._mode, self._convert = image_mode or declared_mode, bool(image_mode or declared_mode)
+        self._mode = image_mode or source.image_mode
+        self._convert, self._frame = bool(self._mode), 0 if frames == "first" else None
+        self._skip_damaged = skip_damaged
+        # why each file that was left out is damaged, by shard and row
+        self.damaged: dict[tuple[int, int], str] = {}
         self.shape: tuple[int, int, int] | None = None
-        first = next(((s, 0, row) for s in range(self._num_shards) for row in islice(self._read_shard(s), 1)), None)
+        rows = ((s, i, row) for s in range(self._num_shards) for i, row in enumerate(self._read_shard(s)))
+        first = next(rows, None)
         if first is None:
             raise ValueError(f"split {split!r} of {path!r} is empty; there is nothing to train on.")
         if found and self._label_column and check_label(first[2][self._label_column], self._label_column) < 0:
             self._label_column = None  # a split without classes
-        pixels, _ = self._decode(first)
+        self.num_classes: int | None = source.num_classes if self._label_column else None
+        decoded = self._decode_or_note(first)
+        while decoded is None:
+            first = next(rows, None)
+            if first is None:
+                raise ValueError(f"all images of {path!r} ({split}) are damaged: {next(iter(self.damaged.values()))}")
+            decoded = self._decode_or_note(first)
+        pixels, _ = decoded
         self.shape, self._mode = pixels.shape, "L" if pixels.shape[0] == 1 else "RGB"
-        feature = data.features[self._label_column] if self._label_column else None
-        self.num_classes: int | None = getattr(feature, "num_classes", None)
         identity = [self._num_shards, self._image_column, self._label_column, self.num_classes, list(self.shape)]
         digest = hashlib.blake2b(json.dumps(identity).encode(), digest_size=8)
         digest.update(pixels)
@@ -112,6 +146,16 @@ class ImageStream:
 
         self._following: Iterator[tuple[int, int, dict[str, Any]]] | None = None  # rows of an epoch, from a place on
         self._epoch = self._offset = 0  # the place of the next of them
+
+    @property
+    def image_column(self) -> str:
+        """The column of the images."""
+        return self._image_column
+
+    @property
+    def label_column(self) -> str | None:
+        """The column of the classes, `None` without classes."""
+        return self._label_column
 
     @property
     def has_labels(self) -> bool:
@@ -175,7 +219,12 @@ class ImageStream:
             raise ValueError(f"positions must be whole numbers from 0, at least one, got {positions[:5]}.")
         rows = [self._row_at(position) for position in positions]
         with ThreadPoolExecutor(self._num_workers) as pool:
-            pixels, labels = zip(*pool.map(self._decode, rows), strict=True)
+            decoded = list(pool.map(self._decode_or_note, rows))
+        for k, position in enumerate(positions):
+            while decoded[k] is None:  # damaged: the next image in the order takes its place
+                position += 1
+                decoded[k] = self._decode_or_note(self._row_at(position))
+        pixels, labels = zip(*decoded, strict=True)
         images = torch.from_numpy(np.stack(pixels))
         return images, torch.tensor(labels, dtype=torch.int64) if self.has_labels else None
 
@@ -263,13 +312,26 @@ class ImageStream:
         image, label = row[self._image_column], None
         crop_key = None if self._center_crop else (self._seed, "stream crop", shard, i)
         try:
-            pixels = decode(image, self._mode, self._convert, self._resolution, crop_key)
+            pixels = decode(image, self._mode, self._convert, self._resolution, crop_key, self._frame)
             if self.shape is not None and pixels.shape != self.shape:
                 raise ValueError(f"size {pixels.shape[1:]}, but the first image has {self.shape[1:]}; set resolution.")
             if self._label_column is not None:
-                label = check_label(row[self._label_column], self._label_column)
+                label = check_label(row[self._label_column], self._label_column, self.num_classes)
                 if label < 0:
                     raise missing_label(self._label_column)
         except (ValueError, OSError) as error:
-            raise ValueError(f"image {i} of shard {shard} of {self.name}{row_name(image)}: {error}") from error
+            kind = DamagedImage if isinstance(error, DamagedImage) else ValueError
+            raise kind(f"image {i} of shard {shard} of {self.name}{row_name(image)}: {error}") from error
         return pixels, label
+
+    def _decode_or_note(self, place: tuple[int, int, dict[str, Any]]) -> tuple[np.ndarray, int | None] | None:
+        """The image and its class; `None` for a damaged file, which is noted, while there are few enough of them."""
+        try:
+            return self._decode(place)
+        except DamagedImage as error:
+            if place[:2] not in self.damaged:
+                if len(self.damaged) >= self._skip_damaged:
+                    raise
+                self.damaged[place[:2]] = str(error)
+                logger.warning(f"left out: {error}")
+            return None

@@ -9,7 +9,7 @@ import math
 import shutil
 import struct
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,14 @@ from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 from .files import whole_file
-from .image_files import check_image_mode, check_label, decode, find_columns, missing_label, open_dataset, row_name
+from .image_files import DamagedImage, check_frames, check_image_mode, decode, num_frames, row_name
+from .image_sources import MAX_CLASSES, ImageSource, check_label, missing_label, open_source
 from .threads import in_order
 
 logger = logging.getLogger(__name__)
 
 # of the files of `decoded_cache`; a new number where the same arguments give other pixels
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 MODE_OF = {1: "L", 3: "RGB"}  # by the number of channels
 # images a thread decodes ahead of the one that is waited for
 LOOK_AHEAD = 16
@@ -40,13 +41,24 @@ class ImageSet:
     """Images as integers, decoded once and kept in memory, or in a file that is mapped into it.
 
     `images` are uint8 levels in [0, num_levels) of shape `(N, C, H, W)`, `labels` are int64 classes of shape `(N,)` or
-    `None`, `name` tells where they come from, to be recorded with every number.
+    `None`, `name` says where they come from, to be recorded with every number. `known_classes` is the number of
+    classes of the whole data set and `class_names` are their names, where the data set has them: this split need not
+    have an image of each. `classes_in_split` are those that the whole split has, of which this set may be a slice.
+    `image_column` and `label_column` are the columns that were read, `files` says in one line which files are used,
+    `damaged` names those that were left out for being damaged.
     """
 
     images: torch.Tensor
     labels: torch.Tensor | None
     num_levels: int
     name: str
+    known_classes: int | None = None
+    class_names: tuple[str, ...] | None = None
+    classes_in_split: frozenset[int] | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    files: str | None = None
+    damaged: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -62,8 +74,10 @@ class ImageSet:
 
     @property
     def num_classes(self) -> int | None:
-        """One more than the largest class, `None` without classes."""
-        return None if self.labels is None else int(self.labels.max()) + 1
+        """The classes of the data set, or one more than the largest label; `None` without labels."""
+        if self.labels is None:
+            return None
+        return self.known_classes or int(self.labels.max()) + 1
 
     @cached_property
     def fingerprint(self) -> str:
@@ -85,8 +99,9 @@ def load_digits_split() -> tuple[ImageSet, ImageSet]:
     images = torch.from_numpy(digits.images.astype(np.uint8))[:, None]
     labels = torch.from_numpy(digits.target.astype(np.int64))
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))
+    names = tuple(str(digit) for digit in range(10))
     return tuple(
-        ImageSet(images[part], labels[part], 17, f"scikit-learn digits, {name}")
+        ImageSet(images[part], labels[part], 17, f"scikit-learn digits, {name}", len(names), names)
         for part, name in ((order[:1500], "1500 training"), (order[1500:], "297 held-out"))
     )
 
@@ -102,6 +117,9 @@ def load_images(
     image_mode: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    frames: str | None = None,
+    allow_shared: bool = False,
+    skip_damaged: int = 0,
     cache_dir: str | None = None,
     seed: int = 0,
     num_workers: int = 2,
@@ -111,85 +129,179 @@ def load_images(
     """A data set of images, from the Hub, a local copy of one, or a folder of image files.
 
     Args:
-        path (`str`): name on the Hub, or folder, of parquet files or of images.
+        path (`str`): name on the Hub, or folder, of parquet files or of images; see [`read_image_folder`] for how the
+            folders of images make splits and classes.
         split, config_name (`str`): split, slices allowed (`"train[:2000]"`), and configuration of the data set.
-        is_folder (`bool`, defaults to `False`): read `path` with the `imagefolder` builder.
+        is_folder (`bool`, defaults to `False`): read `path` as a folder of image files, whatever else is in it.
         resolution (`int`, *optional*): side of the square images; smaller sides are resized to it and the rest is
             cropped. Without it images stay as they are and must all have one size.
         center_crop (`bool`, defaults to `False`): crop the middle; else a place drawn once for each image.
         image_mode (`"RGB"` or `"L"`, *optional*): convert to it; else all images must have the mode of the first one,
             which must be one of these two. See [`image_files.decode`] for what is refused always.
-        image_column, label_column (`str`, *optional*): columns; found by their type if not given. A class column that
-            was found and holds no class at all is none; `label_column=""` takes no classes.
+        image_column, label_column (`str`, *optional*): columns; found by their type if not given, which must leave no
+            choice. A class column that was found and holds no class at all is none; `label_column=""` takes no
+            classes.
+        frames (`"first"` or `"all"`, *optional*): which frames of files with several become images (TIFF, GIF, APNG,
+            WebP); without it such files are refused.
+        allow_shared (`bool`, defaults to `False`): take a folder of image files that has a file in two splits.
+        skip_damaged (`int`, defaults to 0): leave out up to so many files that are damaged or missing, each with a
+            warning in the log.
         cache_dir (`str`, *optional*): datasets' cache.
         seed (`int`, defaults to 0): key of the crops.
         num_workers (`int`, defaults to 2): decoding threads.
         progress_bar (`bool`, defaults to `True`): show a tqdm bar while decoding.
         decoded_cache (`bool`, defaults to `False`): decode into a file below `cache_dir`, or take the one that is
             there, and map it into memory: decoded once, shared by all processes of a machine, no larger in memory than
-            what is in use. Its name is a hash of all that makes the pixels, `datasets`' fingerprint of the files
-            included.
+            what is in use. Its name is a hash of all that makes the pixels, of the files included.
 
     Returns: [`ImageSet`] with 256 levels. Writing to images of a decoded cache changes this process's copy alone.
-    Raises: `ValueError` for data that are not there, missing columns and classes, images that cannot be read, differ
-        in size or mode, or are no 8-bit grayscale or RGB, naming the image.
+    Raises: `ValueError` for data that are not there, missing columns and classes, a file in two splits, images that
+        cannot be read, differ in size or mode, or are no 8-bit grayscale or RGB, naming the image.
     """
     import datasets
 
     check_image_mode(image_mode)
-    data = open_dataset(path, split, config_name, is_folder, cache_dir, streaming=False)
+    check_frames(frames)
+    source = open_source(
+        path,
+        split,
+        config_name=config_name,
+        is_folder=is_folder,
+        image_column=image_column,
+        label_column=label_column,
+        cache_dir=cache_dir,
+        allow_shared=allow_shared,
+    )
+    data, found = source.data, label_column is None
     if len(data) == 0:
         raise ValueError(f"split {split!r} of {path!r} is empty; there is nothing to train on.")
-    found = label_column is None
-    image_column, label_column, declared_mode = find_columns(data, image_column, label_column)
-    rows = data.cast_column(image_column, datasets.Image(decode=False))
-    declared_mode = image_mode or declared_mode
+    rows, workers = data.cast_column(source.image_column, datasets.Image(decode=False)), max(1, num_workers)
+    declared_mode = image_mode or source.image_mode
 
-    def read(i: int, shape: tuple[int, ...] | None) -> np.ndarray:
+    def read(place: tuple[int, int | None], shape: tuple[int, ...] | None) -> np.ndarray:
+        i, frame = place
         row, mode = None, declared_mode or (shape and MODE_OF[shape[0]])
-        crop_key = None if center_crop else (seed, i)
+        crop_key = None if center_crop else (seed, i) if not frame else (seed, i, frame)
         try:
-            row = rows[i][image_column]
-            pixels = decode(row, mode, declared_mode is not None, resolution, crop_key)
+            row = rows[i][source.image_column]
+            pixels = decode(row, mode, declared_mode is not None, resolution, crop_key, frame)
             if shape and pixels.shape != shape:
                 raise ValueError(f"size {pixels.shape[1:]}, but the first image has {shape[1:]}; set resolution.")
             return pixels
         except (ValueError, OSError) as error:
-            raise ValueError(f"image {i} of {path!r} ({split}{row_name(row)}): {error}") from error
+            kind = DamagedImage if isinstance(error, DamagedImage) else ValueError
+            raise kind(f"image {i} of {path!r} ({split}{row_name(row)}): {error}") from error
 
-    def decoded() -> tuple[tuple[int, ...], torch.Tensor | None, Iterable[np.ndarray]]:
-        shape = read(0, None).shape
-        labels = None if label_column is None else _labels(data, label_column, found, f"{path!r} ({split}")
-        workers = max(1, num_workers)
-        results = in_order(lambda i: read(i, shape), range(len(data)), workers, LOOK_AHEAD * workers - 1)
-        return (len(data), *shape), labels, tqdm(results, total=len(data), desc="decoding", disable=not progress_bar)
+    def in_threads(function: Callable, keys: Iterable) -> Iterable:
+        return in_order(function, keys, workers, LOOK_AHEAD * workers - 1)
+
+    def places(left_out: set[int]) -> list[tuple[int, int | None]]:
+        """(row, frame) of every image."""
+        kept = [i for i in range(len(data)) if i not in left_out]
+        if frames != "all":
+            return [(i, 0 if frames == "first" else None) for i in kept]
+        counts = in_threads(lambda i: num_frames(rows[i][source.image_column]), kept)
+        return [(i, frame) for i, count in zip(kept, counts, strict=True) for frame in range(count)]
+
+    def decoded() -> _Decoded:
+        damaged = _find_damaged(len(data), lambda i: read((i, 0), None), in_threads, skip_damaged, progress_bar)
+        chosen = places(set(damaged))
+        if not chosen:
+            raise ValueError(f"all images of {path!r} ({split}) are damaged.")
+        shape = read(chosen[0], None).shape
+        labels = _labels(source, found, f"{path!r} ({split}", [i for i, _ in chosen])
+        results = in_threads(lambda place: read(place, shape), chosen)
+        bar = tqdm(results, total=len(chosen), desc="decoding", disable=not progress_bar)
+        return _Decoded((len(chosen), *shape), labels, bar, list(damaged.values()))
 
     name = f"{path}, {split}"
     if decoded_cache:
         pixels_of = {
             "version": CACHE_VERSION, "pillow": PIL.__version__, "data": data._fingerprint, "name": name,
-            "columns": [image_column, label_column], "found": found, "mode": declared_mode, "resolution": resolution,
-            "crop": None if resolution is None else "center" if center_crop else seed,
+            "columns": [source.image_column, source.label_column], "found": found, "mode": declared_mode,
+            "resolution": resolution, "crop": None if resolution is None else "center" if center_crop else seed,
+            "frames": frames, "skip_damaged": skip_damaged,
         }  # fmt: skip
         folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser() / "decoded_images"
-        return _stored(folder, pixels_of, name, decoded)
-    shape, labels, results = decoded()
-    images = torch.empty(shape, dtype=torch.uint8)
-    for image, pixels in zip(images, results, strict=True):
-        image.copy_(torch.from_numpy(pixels))
-    return ImageSet(images, labels, 256, name)
+        result = _stored(folder, pixels_of, name, decoded)
+    else:
+        new = decoded()
+        images = torch.empty(new.shape, dtype=torch.uint8)
+        for image, pixels in zip(images, new.images, strict=True):
+            image.copy_(torch.from_numpy(pixels))
+        result = ImageSet(images, new.labels, 256, name, damaged=tuple(new.damaged))
+    files = source.files + (f", but for {len(result.damaged)} that are damaged" if result.damaged else "")
+    for reason in result.damaged:
+        logger.warning(f"left out: {reason}")
+    return _replaced(
+        result,
+        known_classes=source.num_classes,
+        class_names=source.class_names,
+        classes_in_split=source.classes_in_split,
+        image_column=source.image_column,
+        label_column=source.label_column,
+        files=files,
+    )
 
 
-def _labels(data: Any, column: str, found: bool, where: str) -> torch.Tensor | None:
-    """int64 classes `(N,)`; `None` if the column was found by its type and holds none at all."""
-    labels, i = [], 0
+@dataclass(frozen=True)
+class _Decoded:
+    """What is to be stored: the shape of all images, their classes, the images as they come, and what was left out."""
+
+    shape: tuple[int, ...]
+    labels: torch.Tensor | None
+    images: Iterable[np.ndarray]
+    damaged: list[str]
+
+
+def _replaced(data: ImageSet, **fields: Any) -> ImageSet:
+    """`dataclasses.replace` for fields that are not pixels, with the fingerprint if it has been taken."""
+    new = replace(data, **fields)
+    if "fingerprint" in vars(data):
+        vars(new)["fingerprint"] = data.fingerprint
+    return new
+
+
+def _find_damaged(
+    count: int, read: Callable[[int], Any], in_threads: Callable, limit: int, progress_bar: bool
+) -> dict[int, str]:
+    """The files that are damaged and why, by their rows; `ValueError` for more than `limit`. None without a limit."""
+
+    def reason(i: int) -> str | None:
+        try:
+            read(i)
+        except DamagedImage as error:
+            return str(error)
+        except ValueError:  # it is whole, and refused when it is decoded
+            pass
+        return None
+
+    damaged: dict[int, str] = {}
+    if limit:
+        reasons = tqdm(
+            in_threads(reason, range(count)), total=count, desc="looking for damage", disable=not progress_bar
+        )
+        for i, text in enumerate(reasons):
+            if text is not None:
+                damaged[i] = text
+            if len(damaged) > limit:
+                raise ValueError(f"more than skip_damaged={limit} images are damaged; the last one: {text}")
+    return damaged
+
+
+def _labels(source: ImageSource, found: bool, where: str, rows: list[int]) -> torch.Tensor | None:
+    """int64 classes `(N,)` of some rows; `None` without classes, or if a column that was found holds none at all."""
+    column = source.label_column
+    if column is None:
+        return None
+    values, labels, i = source.data[column][:], [], 0
     try:
-        for i, label in enumerate(data[column][:]):  # noqa: B007
-            labels.append(check_label(label, column))
+        for i in rows:
+            labels.append(check_label(values[i], column, source.num_classes and min(source.num_classes, MAX_CLASSES)))
         if found and max(labels) < 0:
             return None
         if min(labels) < 0:
-            i = labels.index(-1)
+            i = rows[labels.index(-1)]
             raise missing_label(column)
     except ValueError as error:
         raise ValueError(f"image {i} of {where}): {error}") from error
@@ -203,7 +315,7 @@ def _stored(
     folder: Path,
     pixels_of: dict[str, Any],
     name: str,
-    decoded: Callable[[], tuple[tuple[int, ...], torch.Tensor | None, Iterable[np.ndarray]]],
+    decoded: Callable[[], _Decoded],
 ) -> ImageSet:
     """The images of the file in `folder` that belongs to `pixels_of`; written first, by one process, if need be."""
     from filelock import FileLock
@@ -216,7 +328,7 @@ def _stored(
         with FileLock(f"{path}.lock"):  # a process that dies lets go of it
             data = _read_cache(path, name, warn=False)  # what another process wrote while this one waited
             if data is None:
-                _write_cache(path, *decoded(), {"pixels_of": key})
+                _write_cache(path, decoded(), {"pixels_of": key})
                 data = _read_cache(path, name)
     if data is None:
         raise OSError(f"the decoded images of {name} cannot be read from {path}, where they were written just now.")
@@ -235,19 +347,18 @@ def _read_cache(path: Path, name: str, warn: bool = True) -> ImageSet | None:
         if warn:
             logger.warning(f"the decoded images in {path} are damaged ({error}); {name} is decoded again.")
         return None
-    data = ImageSet(images, labels, 256, name)
+    data = ImageSet(images, labels, 256, name, damaged=tuple(json.loads(metadata["damaged"])))
     vars(data)["fingerprint"] = metadata["fingerprint"]  # a property that is taken once; never of a part of the set
     return data
 
 
 def _write_cache(
     path: Path,
-    shape: tuple[int, ...],
-    labels: torch.Tensor | None,
-    results: Iterable[np.ndarray],
+    new: _Decoded,
     metadata: dict[str, str],
 ) -> None:
     """Writes a safetensors file row by row, beside `path`, and renames it when it is whole."""
+    shape, labels, metadata = new.shape, new.labels, metadata | {"damaged": json.dumps(new.damaged)}
     size, free = math.prod(shape), shutil.disk_usage(path.parent).free
     if size > free:
         raise OSError(
@@ -259,7 +370,7 @@ def _write_cache(
         file.write(_header(shape, labels is not None, metadata | {"fingerprint": "0" * 16}))
         if labels is not None:
             file.write(labels.numpy().tobytes())
-        for pixels in results:
+        for pixels in new.images:
             digest.update(pixels)
             file.write(pixels)
         file.seek(0)

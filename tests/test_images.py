@@ -272,7 +272,7 @@ def test_classes_that_are_missing(tmp_path, labels, options, expected):
     [
         (lambda rng: [picture(rng), picture(rng), picture(rng, (8, 9)), picture(rng)], "set resolution"),
         (lambda rng: [picture(rng), picture(rng), picture(rng, mode="L"), picture(rng)], "set image_mode"),
-        (lambda rng: [picture(rng, mode="RGBA")] * 4, "set image_mode"),
+        (lambda rng: [picture(rng, mode="RGBA") for _ in range(4)], "set image_mode"),
     ],
 )
 @pytest.mark.parametrize("decoded_cache", [False, True])
@@ -313,7 +313,8 @@ def test_no_images_is_said_in_one_line(tmp_path, is_folder):
     if not is_folder:
         with pytest.raises(ValueError, match="cannot be read.*[Pp]arquet"):
             load_images(str(tmp_path), "train", **options)
-    path = write_folder(tmp_path / "data", [picture(np.random.default_rng(0)) for _ in range(3)])
+    rng = np.random.default_rng(0)
+    path = write_folder(tmp_path / "data", [picture(rng) for _ in range(3)])
     with pytest.raises(ValueError, match="nknown split"):
         load_images(path, "validation", **options)
     with pytest.raises(ValueError, match="no data|empty"):

@@ -1,0 +1,501 @@
+"""A folder of image files as a data set: its splits, its classes and its metadata, with every file accounted for.
+
+Only the names of the folders at the top level make splits, and only the names of folders make classes. `datasets`'
+`imagefolder` builder looks for words such as "train" and "test" anywhere in a path instead, so that an image can be in
+two splits or in none (datasets issues 4015 and 5021). What has no clear meaning here is an error that names it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import posixpath
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+# the words that name a split, as in `datasets`
+SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+_ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+# formats that Pillow identifies but does not decode
+_STUBS = {"HDF5", "GRIB", "BUFR", "MPEG", "WMF"}
+# more names than this are left out of a message
+_NAMES_SHOWN = 3
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """The suffixes of the image files that Pillow decodes, lower case and with the dot."""
+    Image.init()
+    return frozenset(suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN and kind not in _STUBS)
+
+
+@dataclass
+class FolderSplit:
+    """The rows of one split, column by column, and what of its files is left out.
+
+    `columns` holds lists of one length. Columns of images (`image_columns`) hold paths relative to the root.
+    `num_files` counts the files that stand in the split, `left_out` the reasons for those that are in no row.
+    """
+
+    columns: dict[str, list] = field(default_factory=dict)
+    image_columns: list[str] = field(default_factory=list)
+    num_files: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+    why_no_classes: str | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return len(next(iter(self.columns.values()), ()))
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """What a folder of image files holds; see [`read_image_folder`].
+
+    `class_names` are those of all splits together, sorted, so that an index means the same class in each. `stamps` are
+    the size and the time of change of each file.
+    """
+
+    path: str
+    splits: dict[str, FolderSplit]
+    class_names: tuple[str, ...] | None
+    stamps: dict[str, tuple[int, int]]
+
+    def dataset(self, split: str) -> Any:
+        """The `datasets.Dataset` of a split or a slice of it, such as `"train[:100]"`, with paths for images.
+
+        Raises: `ValueError` for a split that is not there and for slices that overlap.
+        """
+        import datasets
+
+        rows = [(name, i) for name, start, stop in self._parts(split) for i in range(start, stop)]
+        used = dict.fromkeys(name for name, _ in rows)
+        names = dict.fromkeys(column for name in used for column in self.splits[name].columns)
+        if not names:  # a slice without an image
+            names = dict.fromkeys(column for part in self.splits.values() for column in part.columns)
+        images = {column for part in self.splits.values() for column in part.image_columns}
+        columns, features, stamps = {}, {}, []
+        for column in names:
+            values = [self.splits[name].columns.get(column, _Nothing())[i] for name, i in rows]
+            if column in images:
+                columns[column] = [None if value is None else os.path.join(self.path, value) for value in values]
+                features[column] = datasets.Image()
+                stamps += [self.stamps.get(value) for value in values]
+            elif column == "label" and self.class_names:
+                columns[column], features[column] = values, datasets.ClassLabel(names=list(self.class_names))
+            else:
+                columns[column], features[column] = _of_one_type(values)
+        data = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+        state = json.dumps([columns, list(map(str, features.values())), stamps], default=str)
+        # of the files as they are now, which their paths do not tell
+        data._fingerprint = hashlib.blake2b(state.encode(), digest_size=16).hexdigest()
+        return data
+
+    def summary(self, split: str) -> str:
+        """One line: how many of the files that stand in the splits are used, and why others are not."""
+        names = list(dict.fromkeys(name for name, _, _ in self._parts(split)))
+        used = sum(self.splits[name].num_rows for name in names)
+        total = sum(self.splits[name].num_files for name in names)
+        reasons: Counter[str] = sum((self.splits[name].left_out for name in names), Counter())
+        why = [f"{count} {reason}" for reason, count in sorted(reasons.items())]
+        why += [f"no classes, since {self.splits[n].why_no_classes}" for n in names if self.splits[n].why_no_classes]
+        return f"{used} of {total} files of {self.path} ({' + '.join(names)}) are used" + (
+            f"; {'; '.join(why)}" if why else ""
+        )
+
+    def classes_in(self, split: str) -> set[int] | None:
+        """The indices of the classes that a whole split holds, slices aside; `None` without classes."""
+        names = [name for name, _, _ in self._parts(split)]
+        labels = [self.splits[name].columns.get("label") for name in names]
+        return {label for values in labels for label in values} if self.class_names and all(labels) else None
+
+    def shared_files(self) -> list[tuple[str, str]]:
+        """Pairs of files of two splits that are one file by a link, or hold the same bytes."""
+        split_of = {
+            file: name
+            for name, part in self.splits.items()
+            for column in part.image_columns
+            for file in part.columns[column]
+            if file is not None
+        }
+        by_size: dict[int, list[str]] = {}
+        for file in split_of:
+            size = self.stamps.get(file, (0, 0))[0]
+            if size > 0:
+                by_size.setdefault(size, []).append(file)
+        pairs = []
+        for files in by_size.values():
+            if len({split_of[file] for file in files}) < 2:
+                continue
+            first_with: dict[bytes, str] = {}
+            for file in files:
+                first = first_with.setdefault(_digest(os.path.join(self.path, file)), file)
+                if split_of[first] != split_of[file]:
+                    pairs.append((first, file))
+        return pairs
+
+    def _parts(self, split: str) -> list[tuple[str, int, int]]:
+        """(name, start, stop) of what a split such as `"train[:100]+test"` means."""
+        lengths = {name: part.num_rows for name, part in self.splits.items()}
+        unknown = [name for name in _split_names(split) if name not in lengths]
+        if unknown:
+            raise ValueError(
+                f"Unknown split {unknown[0]!r} of {self.path!r}; there are {sorted(lengths)}, by the names of the "
+                "folders at its top level."
+            )
+        return split_parts(split, lengths, self.path)
+
+
+class _Nothing:
+    """A column that a split lacks."""
+
+    def __getitem__(self, i: int) -> None:
+        return None
+
+
+def split_parts(split: str, lengths: dict[str, int], path: str) -> list[tuple[str, int, int]]:
+    """(name, start, stop) of each part of a split such as `"train[:100]+test"`, of data with these lengths.
+
+    Raises: `ValueError` for what is no split or slice, and for parts that take an image twice.
+    """
+    import datasets
+
+    try:
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+    except (ValueError, AssertionError) as error:
+        raise ValueError(f"split {split!r} of {path!r} must be a split or a slice of it ({error}).") from error
+    ranges = sorted((p.splitname, p.from_ or 0, lengths[p.splitname] if p.to is None else p.to) for p in parts)
+    for name, start, stop in ranges:
+        if start > stop:
+            raise ValueError(f"split {split!r} of {path!r} must not end before it starts, got {name}[{start}:{stop}].")
+    for (name, _, stop), (following, start, end) in zip(ranges, ranges[1:], strict=False):
+        if name == following and start < min(stop, end):
+            raise ValueError(f"split {split!r} of {path!r} takes some images twice; its parts must not overlap.")
+    return [(p.splitname, p.from_ or 0, lengths[p.splitname] if p.to is None else p.to) for p in parts]
+
+
+def _split_names(split: str) -> list[str]:
+    return [re.sub(r"(\[.*|\(.*)$", "", part.strip()) for part in split.split("+")]
+
+
+def has_image_files(path: str | os.PathLike) -> bool:
+    """Whether a folder is one of loose image files, and not one of parquet, Arrow or tar files."""
+    found = False
+    for file, *_ in _walk(Path(path)):
+        suffix = posixpath.splitext(file)[1].lower()
+        if suffix in (".parquet", ".arrow", ".tar") and posixpath.basename(file) not in METADATA_NAMES:
+            return False
+        found = found or suffix in image_suffixes()
+    return found
+
+
+def read_image_folder(path: str | os.PathLike) -> ImageFolder:
+    """The splits, classes, metadata and files of a folder of images.
+
+    - A folder at the top level with the name of a split ("train", "val", "test", …) holds that split. Without any, all
+      images are of the split "train".
+    - The images of a split have classes if all of them stand in folders of one depth below it: the name of the last
+      folder. Folders that are named like splits are no classes.
+    - Where a split has a metadata.csv, metadata.jsonl or metadata.parquet, the images that it lists are taken, in its
+      order, with its columns. `file_name` and `…_file_name` are paths relative to the metadata file.
+    - Symbolic links are followed. Hidden files, and other files than images, are left out and counted.
+
+    Raises: `ValueError` where the meaning of a folder is not clear, and where metadata cannot be read, lists an image
+        twice or lists one that is not there.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise ValueError(f"{str(path)!r} has no data files: there is no such folder.")
+    stamps, real_paths = {}, {}
+    for file, size, changed, real in _walk(root):
+        stamps[file], real_paths[file] = (size, changed), real
+    seen = [file for file in stamps if not any(part.startswith((".", "__")) for part in file.split("/"))]
+    metadata = [file for file in seen if posixpath.basename(file) in METADATA_NAMES]
+    rows = _metadata_rows(root, metadata, stamps)
+    listed = {row["file_name"] for row in rows}
+    images = [file for file in seen if file in listed or _is_image(file)]
+    others = sorted(set(seen) - set(images) - set(metadata))
+    hidden = [file for file in sorted(set(stamps) - set(seen) - listed) if _is_image(file)]
+    if not images:
+        archives = [file for file in others if file.lower().endswith(_ARCHIVES)]
+        why = f"; archives are not opened, extract {_some(archives)} first" if archives else f": {_kinds(others)}"
+        raise ValueError(f"{str(path)!r} has no data files that Pillow decodes{why if others else ''}.")
+    split_of_folder = _splits_of(images, str(path))
+
+    def split_of(file: str) -> str | None:
+        if not split_of_folder:
+            return "train"
+        return split_of_folder.get(file.split("/")[0]) if "/" in file else None
+
+    splits = {name: FolderSplit() for name in sorted(set(split_of_folder.values()) or {"train"})}
+    by_split: dict[str, list[str]] = {name: [] for name in splits}
+    beside: Counter[str] = Counter()
+    for file in images:
+        name = split_of(file)
+        if name is None:
+            beside["beside the folders of the splits"] += 1
+        else:
+            by_split[name].append(file)
+            splits[name].num_files += 1
+    for kind, files in (("hidden", hidden), ("not an image that Pillow decodes", others)):
+        for file in files:
+            reason = kind if kind == "hidden" else f"{_suffix(file)}: {kind}"
+            name = split_of(file)
+            for part in [splits[name]] if name in splits else []:
+                part.num_files += 1
+                part.left_out[reason] += 1
+    for part in splits.values():  # those at the top level could be of any split
+        part.left_out += beside
+        part.num_files += sum(beside.values())
+    for name, part in splits.items():
+        _check_links(by_split[name], real_paths, str(path))
+        own = [row for row in rows if split_of(row["file_name"]) == name]
+        if own:
+            _fill_from_metadata(part, own, by_split[name], str(path))
+        else:
+            part.columns, part.image_columns = {"image": by_split[name]}, ["image"]
+    class_names = _add_classes(splits, bool(split_of_folder))
+    return ImageFolder(str(path), splits, class_names, stamps)
+
+
+# ---- files -------------------------------------------------------------------------------------------------------
+
+
+def _walk(root: Path) -> Iterator[tuple[str, int, int, str]]:
+    """(path with "/" relative to `root`, size, time of change, real path) of every file, sorted; follows links."""
+    found = []
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        # a link to a folder that holds it would never end
+        folders[:] = [name for name in folders if not _leads_back(os.path.join(folder, name), real)]
+        for name in files:
+            full = os.path.join(folder, name)
+            relative = os.path.relpath(full, root).replace(os.sep, "/")
+            try:
+                stat = os.stat(full)
+                found.append((relative, stat.st_size, stat.st_mtime_ns, os.path.realpath(os.path.join(real, name))))
+            except OSError:  # a broken link: reading it will name it
+                found.append((relative, 0, 0, os.path.join(real, name)))
+    return iter(sorted(found))
+
+
+def _check_links(files: list[str], real_paths: dict[str, str], path: str) -> None:
+    """`ValueError` where two names in a split lead to one file by symbolic links."""
+    first_at: dict[str, str] = {}
+    for file in files:
+        first = first_at.setdefault(real_paths[file], file)
+        if first != file:
+            raise ValueError(f"{path!r} holds one image twice, {first} and {file} by a link; remove one of the names.")
+
+
+def _is_image(file: str) -> bool:
+    return posixpath.splitext(file)[1].lower() in image_suffixes()
+
+
+def _leads_back(folder: str, parent: str) -> bool:
+    if not os.path.islink(folder):
+        return False
+    real = os.path.realpath(folder)
+    return parent == real or parent.startswith(real + os.sep)
+
+
+def _digest(path: str) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        with open(path, "rb") as file:
+            for block in iter(lambda: file.read(1 << 20), b""):
+                digest.update(block)
+    except OSError:
+        return os.urandom(16)  # what cannot be read is like nothing else; to decode it says so
+    return digest.digest()
+
+
+# ---- splits and classes ------------------------------------------------------------------------------------------
+
+
+def _splits_of(images: list[str], path: str) -> dict[str, str]:
+    """The split of each folder at the top level, empty where none has the name of one; `ValueError` if unclear."""
+    tops = sorted({file.split("/")[0] for file in images if "/" in file})
+    named = {top: SPLIT_WORDS[top.lower()] for top in tops if top.lower() in SPLIT_WORDS}
+    if not named:
+        _check_for_hidden_splits(images, tops, path)
+        return {}
+    for split, count in Counter(named.values()).items():
+        if count > 1:
+            folders = [top for top in named if named[top] == split]
+            raise ValueError(f"{path!r} has several folders of the split {split!r}: {folders}; keep one of them.")
+    rest = [top for top in tops if top not in named]
+    if rest:
+        raise ValueError(
+            f"{path!r} has folders that name splits ({_some(list(named))}) beside others with images ({_some(rest)}). "
+            f"If all of them are classes, move them into one folder 'train'; else move {_some(rest)} elsewhere."
+        )
+    return named
+
+
+def _check_for_hidden_splits(images: list[str], tops: list[str], path: str) -> None:
+    """`ValueError` where folders look like splits that are not at the top level, or not named as splits are."""
+    words = [top for top in tops if set(re.split(r"[^a-z0-9]+", top.lower())) & set(SPLIT_WORDS)]
+    if words and words == tops and all("/" in file for file in images):
+        raise ValueError(
+            f"{path!r} has only folders that look like splits ({_some(words)}); name them train, validation or test. "
+            "If they are classes, move them into one folder 'train'."
+        )
+    inner = sorted({file.split("/")[1] for file in images if file.count("/") > 1})
+    inner = [name for name in inner if name.lower() in SPLIT_WORDS]
+    if len(tops) == 1 and inner:
+        raise ValueError(
+            f"{path!r} has the splits {_some(inner)} one folder deeper; name {os.path.join(path, tops[0])!r} instead."
+        )
+    parents = sorted({file.split("/")[-2] for file in images if "/" in file})
+    if parents and all(parent.lower() in SPLIT_WORDS for parent in parents):
+        raise ValueError(
+            f"{path!r} has folders that name splits ({_some(parents)}) within other folders ({_some(tops)}); splits "
+            "must be at the top level, as in train/cat/1.png."
+        )
+
+
+def _add_classes(splits: dict[str, FolderSplit], has_splits: bool) -> tuple[str, ...] | None:
+    """Adds the column "label" where the folders tell the classes; returns the names of all of them."""
+    names_of: dict[str, list[str]] = {}
+    if any("label" in part.columns for part in splits.values()):  # the metadata have their own
+        return None
+    for name, part in splits.items():
+        files = part.columns[part.image_columns[0]]
+        depths = Counter(file.count("/") - has_splits for file in files)
+        if set(depths) == {0}:
+            continue
+        if len(depths) > 1:
+            usual = depths.most_common(1)[0][0]
+            odd = [file for file in files if file.count("/") - has_splits != usual]
+            part.why_no_classes = f"{_some(odd)} not in a folder of a class as the others are"
+            continue
+        names_of[name] = [file.split("/")[-2] for file in files]
+    known = sorted({name for names in names_of.values() for name in names})
+    if len(known) < 2 or all(name.lower() in SPLIT_WORDS for name in known):
+        return None
+    index = {name: i for i, name in enumerate(known)}
+    for name, labels in names_of.items():
+        splits[name].columns["label"] = [index[label] for label in labels]
+    return tuple(known)
+
+
+# ---- metadata ----------------------------------------------------------------------------------------------------
+
+
+def _metadata_rows(root: Path, files: Iterable[str], known: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of all metadata files, with the paths in them made relative to the root; "" stands for no file."""
+    rows = []
+    for file in files:
+        where, folder = str(root / file), posixpath.dirname(file)
+        for number, row in enumerate(_read_metadata(root / file), 1):
+            if not isinstance(row.get("file_name"), str):
+                raise ValueError(f"{where} must have a file_name in each row, row {number} has {sorted(row)}.")
+            for column in [column for column in row if column == "file_name" or column.endswith("_file_name")]:
+                value = row[column]
+                if value is None:
+                    continue
+                target = posixpath.normpath(posixpath.join(folder, str(value)))
+                if "://" in str(value) or posixpath.isabs(str(value)) or target.startswith("../"):
+                    raise ValueError(f"{where} must name files within {str(root)!r}, row {number} has {value!r}.")
+                if target not in known:
+                    raise ValueError(f"{where} lists {value!r} in row {number}, and there is no such file.")
+                row[column] = target
+            rows.append(row)
+    return rows
+
+
+def _read_metadata(path: Path) -> list[dict[str, Any]]:
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            return pyarrow.parquet.read_table(path).to_pylist()
+        if path.suffix == ".jsonl":
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            rows = [json.loads(line) for line in lines if line.strip()]
+            wrong = next((row for row in rows if not isinstance(row, dict)), None)
+            if wrong is not None:
+                raise ValueError(f"each line must be an object, got {str(wrong)[:60]!r}")
+            return rows
+        import pandas
+
+        names = pandas.read_csv(path, nrows=0, encoding="utf-8-sig").columns
+        paths = {name: str for name in names if name == "file_name" or str(name).endswith("_file_name")}
+        table = pandas.read_csv(path, dtype=paths, encoding="utf-8-sig").convert_dtypes()
+        return [
+            {name: None if pandas.isna(value) else value for name, value in row.items()}
+            for row in table.to_dict("records")
+        ]
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} must be UTF-8, but its byte {error.start} is {error.object[error.start]:#04x} ({error.reason}); "
+            "save it as UTF-8."
+        ) from error
+    except Exception as error:  # whatever pandas, JSON or Arrow make of a damaged file
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())[:300]}") from error
+
+
+def _fill_from_metadata(part: FolderSplit, rows: list[dict[str, Any]], files: list[str], path: str) -> None:
+    """The columns of a split whose images are those that metadata lists."""
+    counts = Counter(row["file_name"] for row in rows)
+    twice = [file for file, count in counts.items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"the metadata of {path!r} list some images more than once ({_some(twice)}); an image is one row."
+        )
+    names = dict.fromkeys(name for row in rows for name in row)
+    for name in names:
+        is_path = name == "file_name" or name.endswith("_file_name")
+        column = (name.removesuffix("file_name").removesuffix("_") or "image") if is_path else name
+        part.columns[column] = [row.get(name) for row in rows]
+        if is_path:
+            part.image_columns.append(column)
+    named = {file for column in part.image_columns for file in part.columns[column]}
+    other = len((named - set(counts)) & set(files))
+    part.left_out += Counter({"named by other columns of the metadata": other})
+    part.left_out += Counter({"not listed in the metadata": len(set(files) - named)})
+    part.image_columns.sort(key=lambda column: column != "image")
+
+
+def _of_one_type(values: list) -> tuple[list, Any]:
+    """A column and its feature; of mixed types, as text."""
+    import datasets
+    import pyarrow as pa
+
+    try:
+        array = pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
+        values = [None if value is None else str(value) for value in values]
+        array = pa.array(values, pa.string())
+    return array.to_pylist(), datasets.Features.from_arrow_schema(pa.schema({"column": array.type}))["column"]
+
+
+# ---- messages ----------------------------------------------------------------------------------------------------
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(names[:_NAMES_SHOWN]) + more
+
+
+def _suffix(file: str) -> str:
+    return posixpath.splitext(file)[1].lower() or posixpath.basename(file)
+
+
+def _kinds(files: list[str]) -> str:
+    counts = Counter(_suffix(file) for file in files)
+    return ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items()))

@@ -1,0 +1,334 @@
+"""Where images come from: a split of a data set, opened; its columns and classes, found or refused by name."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import posixpath
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .image_files import MODES
+from .image_folder import SPLIT_WORDS, ImageFolder, has_image_files, read_image_folder, split_parts
+
+logger = logging.getLogger(__name__)
+
+# a column of whole numbers with larger ones is no column of classes
+MAX_CLASSES = 100_000
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """A split of a data set: rows with images, and which of the columns are which.
+
+    `data` is a `datasets.Dataset`, or an `IterableDataset` where it is streamed. `label_column` and `class_names` are
+    `None` where there are no classes or no names for them. `num_classes` counts the classes of the whole data set, as
+    far as its declaration or a column of labels tells, also those that no row of this split has. `files` says in one
+    line which files are used, `classes_in_split` which classes the whole split holds, `num_rows` how many rows there
+    are, where these are known.
+    """
+
+    data: Any
+    image_column: str
+    label_column: str | None
+    image_mode: str | None
+    class_names: tuple[str, ...] | None
+    num_classes: int | None
+    files: str
+    classes_in_split: frozenset[int] | None = None
+    num_rows: int | None = None
+
+
+def open_source(
+    path: str,
+    split: str,
+    *,
+    config_name: str | None = None,
+    is_folder: bool = False,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    cache_dir: str | None = None,
+    streaming: bool = False,
+    allow_shared: bool = False,
+) -> ImageSource:
+    """Opens a split of a data set of images; the arguments are those of [`load_images`].
+
+    Raises: `ValueError` where there are no data, the split is unknown, the files cannot be read, a file is in two
+        splits, or it is not clear which column holds the images or the classes; `OSError` for what the network or the
+        disk reports.
+    """
+    folder = _image_folder(path, is_folder)
+    if folder is not None:
+        data, files = folder.dataset(split), folder.summary(split)
+        shared = [] if allow_shared else folder.shared_files()
+        if shared:
+            raise ValueError(
+                f"{path!r} has {len(shared)} images in two splits, the first {shared[0][0]} and {shared[0][1]}; "
+                "remove them from one, or set allow_shared to count them in both."
+            )
+        lengths = {name: part.num_rows for name, part in folder.splits.items()}
+    else:
+        data = _open_dataset(path, split, config_name, cache_dir, streaming)
+        lengths = {name: part.num_examples or 0 for name, part in (data.info.splits or {}).items()}
+        files = f"all images of {path} ({split}) are used"
+    if lengths and not streaming and all(lengths.values()):
+        split_parts(split, lengths, path)
+    image_column, label_column, declared_mode = find_columns(data, image_column, label_column)
+    names = class_names_of(data, label_column)
+    classes = folder.classes_in(split) if folder is not None and label_column == "label" and names else None
+    count = len(names) if names else None
+    if label_column and not names and (folder is not None or not streaming):
+        count = _count_classes(data, label_column, folder, path, split, config_name, cache_dir)
+    num_rows = None if folder is None else len(data)
+    if folder is not None and streaming:
+        data = data.to_iterable_dataset()
+    classes = None if classes is None else frozenset(classes)
+    return ImageSource(data, image_column, label_column, declared_mode, names, count, files, classes, num_rows)
+
+
+def _image_folder(path: str, is_folder: bool) -> ImageFolder | None:
+    """A folder of image files, also where it is given as the copy of a data set; `None` for any other data set."""
+    if is_folder:
+        return read_image_folder(path)
+    if os.path.isdir(path) and not _declares_files(path) and has_image_files(path):
+        return read_image_folder(path)
+    return None
+
+
+def _declares_files(path: str | os.PathLike) -> bool:
+    """Whether the README.md of a local data set says which files make which split."""
+    try:
+        text = (Path(path) / "README.md").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+    header = re.match(r"---\n(.*?)\n---", text.replace("\r\n", "\n"), re.DOTALL)
+    return bool(header and re.search(r"^configs:", header[1], re.MULTILINE))
+
+
+# ---- other data sets ---------------------------------------------------------------------------------------------
+
+
+def _open_dataset(path: str, split: str, config_name: str | None, cache_dir: str | None, streaming: bool) -> Any:
+    """The `datasets.Dataset`, or `IterableDataset` if `streaming`, of a name on the Hub or a folder of data files."""
+    import datasets
+
+    where = f"{path!r} ({split})"
+    options: dict[str, Any] = {"cache_dir": cache_dir}
+    if int(datasets.__version__.split(".")[0]) < 4:
+        options["trust_remote_code"] = False  # later versions run none
+    try:
+        check_data_files(datasets.load_dataset_builder(path, config_name, **options), path)
+        return datasets.load_dataset(path, config_name, split=split, streaming=streaming, **options)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{where} has no data files; name a data set on the Hub, a folder of images or a folder of parquet files "
+            f"(datasets says: {_one_line(error)})."
+        ) from error
+    except datasets.exceptions.DatasetsError as error:
+        raise ValueError(f"{where} cannot be read: {_one_line(error.__cause__ or error)}") from error
+    except _SplitError as error:
+        raise ValueError(str(error)) from None
+    except ValueError as error:
+        if "corresponds to no data" in str(error):
+            raise ValueError(f"{where} has no data: an empty split, or a folder without image files.") from error
+        if str(error).startswith("Bad split"):  # what streaming calls it
+            raise ValueError(
+                f"Unknown split {split!r} of {path!r}.{str(error)[len(f'Bad split: {split}.') :]}"
+            ) from error
+        raise ValueError(f"{where} cannot be read: {_one_line(error)}") from error
+
+
+class _SplitError(ValueError):
+    """Files that `datasets` has put into two splits, or into none, by words in their paths."""
+
+
+def check_data_files(builder: Any, path: str) -> None:
+    """Raises `ValueError` where a file of a data set is in two splits, or in none, by a guess of `datasets`.
+
+    `datasets` takes any word such as "train" or "test" in a path for a split. A file that is in no split is noticed in
+    a local folder without declared files, and in a data set on the Hub that consists of image files.
+    """
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder as ImageFolderBuilder
+
+    splits = {str(name): [str(file) for file in files] for name, files in (builder.config.data_files or {}).items()}
+    split_of: dict[str, str] = {}
+    for name, files in splits.items():
+        for file in files:
+            other = split_of.setdefault(file, name)
+            if other != name:
+                raise _SplitError(
+                    f"the file {_short(file)!r} of {path!r} is in the splits {other!r} and {name!r}, by words in its "
+                    "path. Put it below a folder that is named by its split alone, or declare data_files in the "
+                    "README.md of the data set."
+                )
+    is_local = os.path.isdir(path)
+    if not splits or (is_local and _declares_files(path)):
+        return
+    if is_local:
+        there: Iterable[str] = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
+    elif isinstance(builder, ImageFolderBuilder):
+        there = _files_on_the_hub(builder)
+    else:
+        return
+    suffixes = {posixpath.splitext(file)[1].lower() for file in split_of}
+    used = {_short(file, path) for file in split_of}
+    ignored = {"dataset_info.json", "dataset_infos.json", "state.json", "config.json", "dataset_dict.json"}
+    unused = sorted(
+        name
+        for name in (_short(file, path) for file in there)
+        if posixpath.splitext(name)[1].lower() in suffixes
+        and name not in used
+        and posixpath.basename(name) not in ignored
+        and not any(part.startswith((".", "__")) for part in name.split("/"))
+    )
+    if unused:
+        raise _SplitError(
+            f"{len(unused)} files of {path!r} are in no split, the first {unused[0]!r}: words in the paths of others "
+            f"were taken for the splits {sorted(splits)}. Name files and folders by their split alone, or declare "
+            "data_files in the README.md of the data set."
+        )
+
+
+def _short(file: str, root: str | None = None) -> str:
+    """A file's path within its data set, as far as it can be told from where the data set lies."""
+    if "://" in file:
+        return re.sub(r"^hf://datasets/[^/]+/[^/@]+@[^/]+/", "", file)
+    return os.path.relpath(os.path.realpath(file), os.path.realpath(root)).replace(os.sep, "/") if root else file
+
+
+def _files_on_the_hub(builder: Any) -> list[str]:
+    import fsspec
+
+    try:
+        base = builder.base_path
+        system, folder = fsspec.core.url_to_fs(base)
+        return [f"hf://{name}" if str(base).startswith("hf://") else name for name in system.find(folder)]
+    except Exception as error:  # a Hub that cannot be asked, or a data set in the cache alone
+        logger.info(f"the files of {getattr(builder, 'repo_id', None)} cannot be listed: {_one_line(error)}")
+        return []
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:500] or type(error).__name__
+
+
+# ---- columns and classes -----------------------------------------------------------------------------------------
+
+
+def find_columns(data: Any, image_column: str | None, label_column: str | None) -> tuple[str, str | None, str | None]:
+    """Names of the columns of images and classes (`None` without classes), and the mode that the data set declares.
+
+    A column that is not named is found by its type; `label_column=""` takes no classes. `ClassLabel`s whose names are
+    all words for splits are no classes: `datasets` makes them of folders named "train" and "test" (its issue 7880).
+
+    Raises: `ValueError` for a column that is not there or holds no images, naming those that do, and where several
+        columns of one type leave the choice open.
+    """
+    import datasets
+
+    features = data.features or {}
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    if image_column is None and len(images) > 1:
+        raise ValueError(f"image_column must name one of the columns of images, of which there are {images}.")
+    if (image_column or next(iter(images), None)) not in images:
+        raise ValueError(
+            f"image_column must name a column of images, got {image_column!r}; there are {images or 'none'} among "
+            f"{list(features)}."
+        )
+    image_column = image_column or images[0]
+    if label_column is None:
+        classes = [name for name, f in features.items() if isinstance(f, datasets.ClassLabel) and not _are_splits(f)]
+        if len(classes) > 1:
+            raise ValueError(
+                f"label_column must name one of the columns of classes, of which there are {classes}; label_column='' "
+                "takes no classes."
+            )
+        label_column = next(iter(classes), None)
+    elif label_column and label_column not in features:
+        raise ValueError(f"label_column {label_column!r} is not in the data set, which has {list(features)}.")
+    elif label_column and _are_splits(features[label_column]):
+        raise ValueError(
+            f"label_column {label_column!r} has the classes {features[label_column].names}, which are the names of "
+            "splits; set label_column='' to take no classes."
+        )
+    mode = getattr(features[image_column], "mode", None)
+    return image_column, label_column or None, mode if mode in MODES else None
+
+
+def _are_splits(feature: Any) -> bool:
+    names = getattr(feature, "names", None)
+    return bool(names) and all(str(name).lower() in SPLIT_WORDS for name in names)
+
+
+def class_names_of(data: Any, label_column: str | None) -> tuple[str, ...] | None:
+    """The names of the classes, where the column is a `ClassLabel`."""
+    names = getattr((data.features or {}).get(label_column), "names", None) if label_column else None
+    return tuple(names) if names else None
+
+
+def _count_classes(
+    data: Any,
+    column: str,
+    folder: ImageFolder | None,
+    path: str,
+    split: str,
+    config_name: str | None,
+    cache_dir: str | None,
+) -> int | None:
+    """One more than the largest class of the whole split that `split` is a part of, for classes without names."""
+    if "[" in split:
+        whole = "+".join(dict.fromkeys(re.sub(r"\[.*?\]", "", part.strip()) for part in split.split("+")))
+        data = folder.dataset(whole) if folder else _open_dataset(path, whole, config_name, cache_dir, False)
+    labels = [label for label in data[column][:] if isinstance(label, int)]
+    return max(labels) + 1 if labels and max(labels) >= 0 else None
+
+
+def check_label(label: Any, column: str, num_classes: int | None = None) -> int:
+    """The class as it stands in the row, -1 where there is none; `ValueError` if it is no index of a class."""
+    if label is None:
+        return -1
+    if not isinstance(label, int) or isinstance(label, bool):
+        raise ValueError(
+            f"label_column {column!r} must hold whole numbers, the indices of the classes, got {label!r}; cast it to "
+            "datasets.ClassLabel, or take another column."
+        )
+    limit = MAX_CLASSES if num_classes is None else num_classes
+    if label >= limit:
+        raise ValueError(
+            f"label_column {column!r} must hold indices of classes from 0 to {limit - 1}, got {label}; cast it to "
+            "datasets.ClassLabel, which numbers the values, or take another column."
+        )
+    return max(label, -1)
+
+
+def missing_label(column: str) -> ValueError:
+    """The error for a row without a class."""
+    return ValueError(
+        f"label_column {column!r} holds no class (none, or -1) here; leave such images out, or set label_column='' to "
+        "take all images without classes."
+    )
+
+
+# ---- images in two splits ----------------------------------------------------------------------------------------
+
+
+def count_shared_rows(source: ImageSource, other: ImageSource) -> int:
+    """How many rows of a source have an image file, byte for byte, that stands in another one as well."""
+    known = set(_file_digests(other))
+    return sum(digest in known for digest in _file_digests(source))
+
+
+def _file_digests(source: ImageSource) -> Iterable[bytes]:
+    import datasets
+
+    rows = source.data.cast_column(source.image_column, datasets.Image(decode=False)).select_columns(
+        source.image_column
+    )
+    for row in rows:
+        content = (row[source.image_column] or {}).get("bytes")
+        if content is not None:
+            yield hashlib.blake2b(content, digest_size=16).digest()
