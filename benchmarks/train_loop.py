@@ -66,6 +66,10 @@ def main() -> None:
             run.optimizer.step()
             run.optimizer.zero_grad()
 
+        def loop() -> None:
+            run.fetch(batches)
+            run.train_step()
+
         def seconds(work) -> float:
             clock = time.perf_counter()
             for _ in range(b.steps):
@@ -74,7 +78,7 @@ def main() -> None:
                 torch.cuda.synchronize()
             return (time.perf_counter() - clock) / b.steps
 
-        works = {"bare": bare, "loop": lambda: run.train_step(batches)}
+        works = {"bare": bare, "loop": loop}
         for work in works.values():
             seconds(work)
         rounds = [{name: seconds(work) for name, work in works.items()} for _ in range(b.rounds)]

@@ -199,7 +199,7 @@ FREE_OPTIONS = frozenset({
     "hub_strategy", "hub_include_code", "hub_license",
     "hub_model_id", "hub_token", "hub_private_repo", "cache_dir", "dataloader_num_workers", "num_threads",
     "gradient_checkpointing", "train_batch_size", "gradient_accumulation_steps", "save_images_epochs",
-    "save_model_epochs", "max_nonfinite_steps", "decoded_cache", "dry_run",
+    "save_model_epochs", "max_nonfinite_steps", "decoded_cache", "dry_run", "allow_shared", "skip_damaged",
 })  # fmt: skip
 
 

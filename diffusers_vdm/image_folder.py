@@ -277,18 +277,26 @@ def read_image_folder(path: str | os.PathLike) -> ImageFolder:
 def _walk(root: Path) -> Iterator[tuple[str, int, int, str]]:
     """(path with "/" relative to `root`, size, time of change, real path) of every file, sorted; follows links."""
     found = []
-    for folder, folders, files in os.walk(root, followlinks=True):
+
+    def visit(folder: str, prefix: str, above: tuple[str, ...]) -> None:
         real = os.path.realpath(folder)
-        # a link to a folder that holds it would never end
-        folders[:] = [name for name in folders if not _leads_back(os.path.join(folder, name), real)]
-        for name in files:
-            full = os.path.join(folder, name)
-            relative = os.path.relpath(full, root).replace(os.sep, "/")
-            try:
-                stat = os.stat(full)
-                found.append((relative, stat.st_size, stat.st_mtime_ns, os.path.realpath(os.path.join(real, name))))
-            except OSError:  # a broken link: reading it will name it
-                found.append((relative, 0, 0, os.path.join(real, name)))
+        if real in above:  # a link to a folder that holds it would never end
+            return
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    visit(entry.path, f"{prefix}{entry.name}/", (*above, real))
+                    continue
+                path = os.path.join(real, entry.name)
+                try:
+                    stat = entry.stat()
+                except OSError:  # a broken link: reading it will name it
+                    found.append((prefix + entry.name, 0, 0, path))
+                    continue
+                path = os.path.realpath(path) if entry.is_symlink() else path
+                found.append((prefix + entry.name, stat.st_size, stat.st_mtime_ns, path))
+
+    visit(os.fspath(root), "", ())
     return iter(sorted(found))
 
 
@@ -303,13 +311,6 @@ def _check_links(files: list[str], real_paths: dict[str, str], path: str) -> Non
 
 def _is_image(file: str) -> bool:
     return posixpath.splitext(file)[1].lower() in image_suffixes()
-
-
-def _leads_back(folder: str, parent: str) -> bool:
-    if not os.path.islink(folder):
-        return False
-    real = os.path.realpath(folder)
-    return parent == real or parent.startswith(real + os.sep)
 
 
 def _digest(path: str) -> bytes:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import posixpath
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tqdm.auto import tqdm
 
 from .image_files import MODES
 from .image_folder import SPLIT_WORDS, ImageFolder, has_image_files, read_image_folder, split_parts
@@ -28,8 +31,8 @@ class ImageSource:
     `data` is a `datasets.Dataset`, or an `IterableDataset` where it is streamed. `label_column` and `class_names` are
     `None` where there are no classes or no names for them. `num_classes` counts the classes of the whole data set, as
     far as its declaration or a column of labels tells, also those that no row of this split has. `files` says in one
-    line which files are used, `classes_in_split` which classes the whole split holds, `num_rows` how many rows there
-    are, where these are known.
+    line which files are used, `parts` which rows of which splits (name, start, stop), `classes_in_split` which classes
+    the whole split holds, `num_rows` how many rows there are, where these are known.
     """
 
     data: Any
@@ -39,6 +42,7 @@ class ImageSource:
     class_names: tuple[str, ...] | None
     num_classes: int | None
     files: str
+    parts: tuple[tuple[str, int, float], ...]
     classes_in_split: frozenset[int] | None = None
     num_rows: int | None = None
 
@@ -75,8 +79,9 @@ def open_source(
         data = _open_dataset(path, split, config_name, cache_dir, streaming)
         lengths = {name: part.num_examples or 0 for name, part in (data.info.splits or {}).items()}
         files = f"all images of {path} ({split}) are used"
-    if lengths and not streaming and all(lengths.values()):
-        split_parts(split, lengths, path)
+    parts: list[tuple[str, int, float]] = [(split, 0, math.inf)]
+    if lengths and all(lengths.values()):
+        parts = split_parts(split, lengths, path)
     image_column, label_column, declared_mode = find_columns(data, image_column, label_column)
     names = class_names_of(data, label_column)
     classes = folder.classes_in(split) if folder is not None and label_column == "label" and names else None
@@ -87,7 +92,18 @@ def open_source(
     if folder is not None and streaming:
         data = data.to_iterable_dataset()
     classes = None if classes is None else frozenset(classes)
-    return ImageSource(data, image_column, label_column, declared_mode, names, count, files, classes, num_rows)
+    columns = (image_column, label_column, declared_mode)
+    return ImageSource(data, *columns, names, count, files, tuple(parts), classes, num_rows)
+
+
+def overlap(parts: Iterable[tuple[str, int, float]], others: Iterable[tuple[str, int, float]]) -> float:
+    """How many rows two selections of one data set have in common; see [`ImageSource.parts`]."""
+    return sum(
+        max(0, min(stop, end) - max(start, begin))
+        for name, start, stop in parts
+        for other, begin, end in others
+        if name == other
+    )
 
 
 def _image_folder(path: str, is_folder: bool) -> ImageFolder | None:
@@ -316,19 +332,29 @@ def missing_label(column: str) -> ValueError:
 # ---- images in two splits ----------------------------------------------------------------------------------------
 
 
-def count_shared_rows(source: ImageSource, other: ImageSource) -> int:
-    """How many rows of a source have an image file, byte for byte, that stands in another one as well."""
-    known = set(_file_digests(other))
-    return sum(digest in known for digest in _file_digests(source))
+def shared_with_other_splits(path: str, split: str, *, progress_bar: bool = True, **options: Any) -> dict[str, int]:
+    """How many image files of a split each other split holds as well, byte for byte.
+
+    Splits without such files are left out. A folder of images is compared when it is opened, and not here. `options`
+    are those of [`open_source`].
+    """
+    source = open_source(path, split, **options)
+    own = {name for name, _, _ in source.parts}
+    others = [str(name) for name in (source.data.info.splits or {}) if name not in own]
+    digests = set(_file_digests(source, f"hashing {split}", progress_bar)) if others else set()
+    counts = {}
+    for name in others if digests else ():
+        other = open_source(path, name, **options)
+        counts[name] = len(digests & set(_file_digests(other, f"comparing with {name}", progress_bar)))
+    return {name: count for name, count in counts.items() if count}
 
 
-def _file_digests(source: ImageSource) -> Iterable[bytes]:
+def _file_digests(source: ImageSource, title: str, progress_bar: bool) -> Iterator[bytes]:
     import datasets
 
-    rows = source.data.cast_column(source.image_column, datasets.Image(decode=False)).select_columns(
-        source.image_column
-    )
-    for row in rows:
-        content = (row[source.image_column] or {}).get("bytes")
+    column = source.image_column
+    rows = source.data.cast_column(column, datasets.Image(decode=False)).select_columns(column)
+    for row in tqdm(rows, desc=title, disable=not progress_bar):
+        content = (row[column] or {}).get("bytes")
         if content is not None:
             yield hashlib.blake2b(content, digest_size=16).digest()

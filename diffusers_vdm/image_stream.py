@@ -108,7 +108,7 @@ class ImageStream:
         data, found = source.data, label_column is None
         self._image_column, self._label_column = source.image_column, source.label_column
         self.class_names, self.files = source.class_names, source.files
-        self.classes_in_split = source.classes_in_split
+        self.classes_in_split, self.parts = source.classes_in_split, source.parts
         declared = (data.info.splits or {}).get(split)
         self._declared = num_images or source.num_rows or getattr(declared, "num_examples", None) or None
         self._rows = data.cast_column(self._image_column, datasets.Image(decode=False))
@@ -121,8 +121,7 @@ class ImageStream:
         self._mode = image_mode or source.image_mode
         self._convert, self._frame = bool(self._mode), 0 if frames == "first" else None
         self._skip_damaged = skip_damaged
-        # why each file that was left out is damaged, by shard and row
-        self.damaged: dict[tuple[int, int], str] = {}
+        self._damaged: dict[tuple[int, int], str] = {}  # by shard and row
         self.shape: tuple[int, int, int] | None = None
         rows = ((s, i, row) for s in range(self._num_shards) for i, row in enumerate(self._read_shard(s)))
         first = next(rows, None)
@@ -135,7 +134,7 @@ class ImageStream:
         while decoded is None:
             first = next(rows, None)
             if first is None:
-                raise ValueError(f"all images of {path!r} ({split}) are damaged: {next(iter(self.damaged.values()))}")
+                raise ValueError(f"all images of {path!r} ({split}) are damaged: {self.damaged[0]}")
             decoded = self._decode_or_note(first)
         pixels, _ = decoded
         self.shape, self._mode = pixels.shape, "L" if pixels.shape[0] == 1 else "RGB"
@@ -146,6 +145,11 @@ class ImageStream:
 
         self._following: Iterator[tuple[int, int, dict[str, Any]]] | None = None  # rows of an epoch, from a place on
         self._epoch = self._offset = 0  # the place of the next of them
+
+    @property
+    def damaged(self) -> tuple[str, ...]:
+        """The files that were left out so far, and why."""
+        return tuple(self._damaged.values())
 
     @property
     def image_column(self) -> str:
@@ -329,9 +333,9 @@ class ImageStream:
         try:
             return self._decode(place)
         except DamagedImage as error:
-            if place[:2] not in self.damaged:
-                if len(self.damaged) >= self._skip_damaged:
+            if place[:2] not in self._damaged:
+                if len(self._damaged) >= self._skip_damaged:
                     raise
-                self.damaged[place[:2]] = str(error)
+                self._damaged[place[:2]] = str(error)
                 logger.warning(f"left out: {error}")
             return None

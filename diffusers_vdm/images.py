@@ -45,7 +45,8 @@ class ImageSet:
     classes of the whole data set and `class_names` are their names, where the data set has them: this split need not
     have an image of each. `classes_in_split` are those that the whole split has, of which this set may be a slice.
     `image_column` and `label_column` are the columns that were read, `files` says in one line which files are used,
-    `damaged` names those that were left out for being damaged.
+    `damaged` names those that were left out for being damaged, `parts` are the rows of the data set, as (split, start,
+    stop).
     """
 
     images: torch.Tensor
@@ -59,6 +60,7 @@ class ImageSet:
     label_column: str | None = None
     files: str | None = None
     damaged: tuple[str, ...] = ()
+    parts: tuple[tuple[str, int, float], ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -233,14 +235,18 @@ def load_images(
     files = source.files + (f", but for {len(result.damaged)} that are damaged" if result.damaged else "")
     for reason in result.damaged:
         logger.warning(f"left out: {reason}")
+    classes = source.classes_in_split
+    if classes is None and result.labels is not None and "[" not in split:
+        classes = frozenset(result.labels.tolist())
     return _replaced(
         result,
         known_classes=source.num_classes,
         class_names=source.class_names,
-        classes_in_split=source.classes_in_split,
+        classes_in_split=classes,
         image_column=source.image_column,
         label_column=source.label_column,
         files=files,
+        parts=source.parts,
     )
 
 

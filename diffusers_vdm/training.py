@@ -260,6 +260,8 @@ class StopRequest:
 
     def __init__(self, num_processes: int = 1):
         self.signal: str | None = None
+        self.error: Exception | None = None
+        self.has_failed = False
         self._since = math.inf
         self._at_once = False
         # agreed on over a group on the CPU: to ask must not wait for the accelerator
@@ -301,16 +303,24 @@ class StopRequest:
         finally:
             self._at_once = False
 
+    def fail(self, error: Exception) -> None:
+        """Notes an error of this process after which no step can be made; [`agreed`] brings it to the others."""
+        self.error = error
+
     def agreed(self) -> bool:
-        """Whether any process was asked to stop; all must call it at the same step, and get the same answer."""
-        asked = self.signal is not None
-        if self._group is None:
-            return asked
-        flag = torch.tensor(float(asked))
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, self._group)
-        if flag > 0 and self.signal is None:
+        """Whether any process was asked to stop or failed; all must call it at the same step, for the same answer.
+
+        `has_failed` then says whether one failed, and `error` is this process's own.
+        """
+        asked = 2.0 if self.error is not None else float(self.signal is not None)
+        if self._group is not None:
+            flag = torch.tensor(asked)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, self._group)
+            asked = float(flag)
+        self.has_failed = asked == 2
+        if asked == 1 and self.signal is None:
             self.signal = "another process"
-        return bool(flag > 0)
+        return asked > 0
 
 
 # ---- metrics -----------------------------------------------------------------------------------------------------

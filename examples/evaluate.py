@@ -39,8 +39,11 @@ class Evaluation:
         from diffusers_vdm import noise_schedule_of
 
         self.o, self.accelerator = o, accelerator
-        self.unet, self.scheduler, self.num_levels, self.weights = load_model(o.model)
-        self.data = load_data(o, self.num_levels, accelerator.is_main_process)
+        self.unet, self.scheduler, self.num_levels, self.weights, names = load_model(o.model)
+        num_classes = self.unet.config.get("num_class_embeds")
+        self.data = load_data(o, self.num_levels, num_classes, names, accelerator.is_main_process)
+        if accelerator.is_main_process and self.data.files:
+            print(self.data.files)
         if self.unet.dtype != torch.float32:
             self.unet.to(torch.float32)
         self.unet.to(accelerator.device).eval()
@@ -236,7 +239,10 @@ def main(o: argparse.Namespace) -> None:
             "name": e.data.name,
             "shape": list(e.data.images.shape),
             "fingerprint": e.data.fingerprint,
-            **{name: getattr(o, name) for name in ("resolution", "center_crop", "image_mode")},
+            "files": e.data.files,
+            "image_column": e.data.image_column,
+            "label_column": e.data.label_column,
+            **{name: getattr(o, name) for name in ("resolution", "center_crop", "image_mode", "frames")},
         },
         "versions": {module.__name__: module.__version__ for module in modules},
         "num_processes": accelerator.num_processes,

@@ -43,6 +43,8 @@ OPTIONS: dict[str, list[tuple]] = {
         ("image_column", str, "column of the images, found by its type if not given"),
         ("label_column", str, "column of the classes, found by its type if not given"),
         ("image_mode", (None, "RGB", "L"), "convert images to it"),
+        ("frames", (None, "first", "all"), "which frames of files with several are images; refused if not given"),
+        ("allow_shared", False, "go on where images of the split are in another split of the data set, too"),
         ("resolution", int, "resize and crop to squares of this side"),
         ("center_crop", False, "crop the middle instead of a place drawn for each image"),
         ("cache_dir", str, "cache of data sets"),
@@ -96,7 +98,8 @@ def parse_options(description: str, arguments: list[str] | None = None) -> argpa
             raise ValueError("give --num_steps or --timesteps, not both")
         if o.target_stderr and o.max_samples < (o.num_samples or 20):
             raise ValueError(f"--max_samples {o.max_samples} must be at least --num_samples {o.num_samples or 20}")
-        ignored = ("dataset_config_name", "image_column", "label_column", "image_mode", "resolution", "center_crop")
+        ignored = ("dataset_config_name", "image_column", "label_column", "image_mode", "resolution", "center_crop",
+                   "frames")  # fmt: skip
         for name in ignored if not (o.dataset_name or o.data_dir) else ():
             if getattr(o, name):
                 raise ValueError(f"--{name} is of a data set; name one by --dataset_name or --data_dir")
@@ -120,7 +123,7 @@ def parse_options(description: str, arguments: list[str] | None = None) -> argpa
 
 
 def load_model(name: str):
-    """The network, the scheduler, the number of levels, and which weights they are, of a pipeline."""
+    """(network, scheduler, number of levels, which weights they are, names of the classes) of a saved pipeline."""
     from diffusers import DiffusionPipeline
 
     from diffusers_vdm import VDMPipeline
@@ -140,14 +143,23 @@ def load_model(name: str):
         raise SystemExit(f"{name} is a {index.get('_class_name')}, without a unet and a scheduler")
     cls = VDMPipeline if index["_class_name"] == "VDMPipeline" else DiffusionPipeline
     pipe = cls.from_pretrained(name)
-    weights, recorded = "as saved in the pipeline", Path(name) / "options.json"
+    weights, class_names, recorded = "as saved in the pipeline", None, Path(name) / "options.json"
     if recorded.is_file():  # train.py's
-        averaged = json.loads(recorded.read_text()).get("options", {}).get("use_ema")
+        run = json.loads(recorded.read_text(encoding="utf-8"))
+        averaged, class_names = run.get("options", {}).get("use_ema"), run.get("class_names")
         weights = {True: "average (EMA)", False: "last step"}.get(averaged, weights)
-    return pipe.unet, pipe.scheduler, pipe.config.get("num_levels", 256), weights
+    return pipe.unet, pipe.scheduler, pipe.config.get("num_levels", 256), weights, class_names
 
 
-def load_data(o: argparse.Namespace, num_levels: int, progress_bar: bool):
+def load_data(
+    o: argparse.Namespace,
+    num_levels: int,
+    num_classes: int | None,
+    class_names: list[str] | None,
+    progress_bar: bool,
+):
+    """The images to measure, with classes if the model has `num_classes` of them, which may have names."""
+    from diffusers_vdm.image_sources import shared_with_other_splits
     from diffusers_vdm.images import load_digits_split, load_images
 
     if o.dataset_name is None and o.data_dir is None:
@@ -159,12 +171,45 @@ def load_data(o: argparse.Namespace, num_levels: int, progress_bar: bool):
         if len(data) == 0:
             raise SystemExit(f"--split {o.split} of the digits is empty")
     else:
-        shared = image_arguments(o, o.data_dir) | {"progress_bar": progress_bar}
+        path, shared = o.dataset_name or o.data_dir, image_arguments(o, o.data_dir, num_classes is not None)
         try:
-            data = load_images(o.dataset_name or o.data_dir, o.split, **shared)
+            data = load_images(path, o.split, progress_bar=progress_bar, **shared)
+            if not o.allow_shared:
+                names = ("config_name", "is_folder", "image_column", "label_column", "cache_dir")
+                same = {name: shared[name] for name in names}
+                found = shared_with_other_splits(path, o.split, progress_bar=progress_bar, **same)
+                if found:
+                    raise ValueError(
+                        f"images of {data.name} are in other splits of the data set, too: {found}. If the model was "
+                        "trained on those, this is no held-out number; set --allow_shared to measure it all the same"
+                    )
         except (ValueError, OSError) as error:
             hint = " Set --split, slices allowed: 'train[:1000]'." if "nknown split" in str(error) else ""
             raise SystemExit(f"the data: {error}{hint}") from error
     if data.num_levels != num_levels:
         raise SystemExit(f"the model is of data with {num_levels} levels, {data.name} has {data.num_levels}")
+    if num_classes is not None and data.labels is not None:
+        check_classes(data, num_classes, class_names)
     return data
+
+
+def check_classes(data, num_classes: int, class_names: list[str] | None) -> None:
+    """`SystemExit` unless a label of the data stands for the class that the model knows by this number."""
+    highest = int(data.labels.max())
+    if highest >= num_classes:
+        raise SystemExit(
+            f"the model has {num_classes} classes, and {data.name} has images of class {highest}, which it does not "
+            "know. Leave these images out, or measure without classes by --label_column ''"
+        )
+    if class_names and data.class_names and list(class_names) != list(data.class_names):
+        raise SystemExit(
+            f"the model was trained with the classes {list(class_names)}, and {data.name} has "
+            f"{list(data.class_names)}: a label would stand for another class. Use the same names, or measure "
+            "without classes by --label_column ''"
+        )
+    if not class_names and data.class_names and len(data.class_names) != num_classes:
+        raise SystemExit(
+            f"the model has {num_classes} classes, and {data.name} has {len(data.class_names)} "
+            f"({', '.join(data.class_names[:10])}, …): their numbers need not mean the same. Measure without classes "
+            "by --label_column ''"
+        )

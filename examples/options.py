@@ -44,12 +44,16 @@ def option_parser(usage: str, description: str, groups: dict[str, list[tuple]]) 
     return parser
 
 
-def image_arguments(o: argparse.Namespace, folder: str | None) -> dict:
-    """What `load_images` and `ImageStream` take of the command line; `folder` is one of image files, if given."""
-    names = ("resolution", "center_crop", "image_mode", "image_column", "label_column", "cache_dir", "seed")
+def image_arguments(o: argparse.Namespace, folder: str | None, classes: bool) -> dict:
+    """The arguments of `load_images` and `ImageStream`; `folder` is one of image files, if it is given.
+
+    Without the need for `classes` no column is looked for: a data set may have several of them.
+    """
+    names = ("resolution", "center_crop", "image_mode", "image_column", "frames", "allow_shared", "cache_dir", "seed")
     return {name: getattr(o, name) for name in names} | {
         "config_name": o.dataset_config_name,
         "is_folder": bool(folder),
+        "label_column": "" if o.label_column is None and not classes else o.label_column,
     }
 
 

@@ -104,6 +104,13 @@ def main(o: argparse.Namespace) -> None:
                 finished = False
             if finished:
                 accelerator.end_training()
+            elif stop.has_failed:
+                sharing.stop()
+                raise ValueError(
+                    f"{stop.error or 'another process could not read its images'}\nthe {run.step} steps before it are "
+                    "saved; the same command with --resume_from_checkpoint latest goes on, and with --skip_damaged N "
+                    "it does so without up to N images that are damaged"
+                )
             else:
                 accelerator.print(
                     f"\nstopped by {stop.signal} after step {run.step} of {run.total}, which is saved; the same "
@@ -139,11 +146,17 @@ def loop(run: Run, test, stop, bar, sharing: Sharing) -> bool:
         due["upload"] = sharing.is_due(due["checkpoint"], at_end)
         due["pipeline"] = due["pipeline"] or due["upload"]
         due["log"] = due["evaluation"] or is_due(run.step, o.logging_steps)
-        stopping = new and stop.agreed()
+        if not at_end:
+            clock.go()
+            try:
+                clock.waited += run.fetch(batches)
+            except (ValueError, OSError) as error:
+                stop.fail(error)
+        stopping = stop.agreed() and (new or stop.has_failed)
         if stopping or any(due.values()):
             run.gather()
             clock.pause()
-        if due["checkpoint"] or stopping:
+        if due["checkpoint"] or (stopping and new):
             run.save()
         if stopping:
             accelerator.wait_for_everyone()  # a launcher may end the rest with the first of them
@@ -184,7 +197,7 @@ def loop(run: Run, test, stop, bar, sharing: Sharing) -> bool:
         if at_end:
             return True
         clock.go()
-        clock.waited += run.train_step(batches)
+        run.train_step()
         clock.steps, new = clock.steps + 1, True
         bar.update()
 

@@ -13,9 +13,49 @@ def load_data(o: argparse.Namespace, progress_bar: bool):
     train, test = _load(o, progress_bar)
     if o.random_rotation and train.shape[1] != train.shape[2]:
         raise ValueError(f"--random_rotation needs square images, got {train.shape}; set --resolution")
-    if o.class_conditional and test.labels is None:
-        raise ValueError(f"--class_conditional: {test.name} has no classes; name a split that has by --eval_split")
+    if o.class_conditional:
+        check_classes(train, test)
+    if not o.allow_shared:
+        check_shared(train, test)
     return train, test
+
+
+def check_classes(train, test) -> None:
+    """`ValueError` unless the network will know each class of the held-out images."""
+    if train.num_classes is None:
+        raise ValueError(
+            f"--class_conditional: {train.name} has no classes; name them by --label_column ({train.files})"
+        )
+    if test.labels is None:
+        raise ValueError(
+            f"--class_conditional: {test.name} has no classes; name a split that has by --eval_split ({test.files})"
+        )
+    names = test.class_names or train.class_names or {}
+    held_out = set(test.labels.tolist())
+    known = train.classes_in_split if train.classes_in_split is not None else set(range(train.num_classes))
+    unknown = [
+        f"{label} ({names[label]})" if label < len(names) else str(label) for label in sorted(held_out - set(known))
+    ]
+    if unknown or (train.class_names and test.class_names and train.class_names != test.class_names):
+        raise ValueError(
+            f"--class_conditional: {test.name} has classes that {train.name} has not: "
+            f"{', '.join(unknown) or test.class_names}; leave their images out, or name another --eval_split"
+        )
+
+
+def check_shared(train, test) -> None:
+    """`ValueError` where a held-out image is a training image, by its place in the data set or by its pixels."""
+    from diffusers_vdm.image_sources import overlap
+    from diffusers_vdm.images import ImageSet, count_shared
+
+    shared = overlap(train.parts, test.parts)
+    if not shared and isinstance(train, ImageSet):
+        shared = count_shared(train, test)
+    if shared:
+        raise ValueError(
+            f"{'all' if shared == math.inf else shared} of the held-out images, {test.name}, are among the training "
+            f"images, {train.name}: their bits/dim would not be held out. Name other splits, or set --allow_shared"
+        )
 
 
 def _load(o: argparse.Namespace, progress_bar: bool):
@@ -24,14 +64,15 @@ def _load(o: argparse.Namespace, progress_bar: bool):
 
     if o.digits:
         return load_digits_split()
-    shared = image_arguments(o, o.train_data_dir) | {"num_workers": o.dataloader_num_workers}
+    shared = image_arguments(o, o.train_data_dir, o.class_conditional) | {"num_workers": o.dataloader_num_workers}
     path = o.dataset_name or o.train_data_dir
+    damage = {"skip_damaged": o.skip_damaged}
     try:
         if not o.streaming:
             shared |= {"progress_bar": progress_bar, "decoded_cache": o.decoded_cache}
-            return tuple(load_images(path, split, **shared) for split in (o.train_split, o.eval_split))
+            return load_images(path, o.train_split, **shared, **damage), load_images(path, o.eval_split, **shared)
         stream = ImageStream(
-            path, o.train_split, buffer_size=o.shuffle_buffer, num_images=o.num_train_images, **shared
+            path, o.train_split, buffer_size=o.shuffle_buffer, num_images=o.num_train_images, **shared, **damage
         )
         held_out = ImageStream(path, o.eval_split, buffer_size=o.shuffle_buffer, **shared)
     except ValueError as error:
@@ -44,4 +85,15 @@ def _load(o: argparse.Namespace, progress_bar: bool):
         raise ValueError(f"--max_eval_images must say how many of {held_out.name} to take: nobody declared its number")
     if not stream.num_images and (o.num_epochs or o.save_images_epochs or o.save_model_epochs):
         raise ValueError(f"--num_train_images must tell the length of an epoch of {stream.name}: nobody declared it")
-    return stream, ImageSet(*held_out.batch(range(count)), 256, f"{held_out.name}, {count} images")
+    test = ImageSet(
+        *held_out.batch(range(count)),
+        256,
+        f"{held_out.name}, {count} images",
+        known_classes=held_out.num_classes,
+        class_names=held_out.class_names,
+        image_column=held_out.image_column,
+        label_column=held_out.label_column,
+        files=held_out.files,
+        parts=held_out.parts,
+    )
+    return stream, test

@@ -20,6 +20,9 @@ OPTIONS: dict[str, list[tuple]] = {
         ("image_column", str, "column of the images, found by its type if not given"),
         ("label_column", str, "column of the classes, found by its type if not given"),
         ("image_mode", (None, "RGB", "L"), "convert images to it"),
+        ("frames", (None, "first", "all"), "which frames of files with several are images; refused if not given"),
+        ("allow_shared", False, "go on where held-out images are among the training images"),
+        ("skip_damaged", 0, "go on without up to so many training images that are damaged"),
         ("resolution", int, "resize and crop to squares of this side; all images must have one size without it"),
         ("center_crop", False, "crop the middle instead of a place drawn once for each image"),
         ("random_flip", False, "flip half of the images, telling the network where it has the flag for it"),
@@ -153,7 +156,8 @@ def check_options(o: argparse.Namespace) -> None:
     from diffusers_vdm.checkpoints import check_allowed
 
     o.digits = o.dataset_name is None and o.train_data_dir is None
-    of_a_data_set = ("resolution", "image_mode", "image_column", "label_column", "streaming", "num_train_images")
+    of_a_data_set = ("resolution", "image_mode", "image_column", "label_column", "streaming", "num_train_images",
+                     "frames", "skip_damaged")  # fmt: skip
     ignored = [name for name in of_a_data_set if o.digits and getattr(o, name)]
     if ignored:
         raise ValueError(f"--{ignored[0]} is of a data set; name one by --dataset_name or --train_data_dir")
@@ -196,7 +200,8 @@ def check_options(o: argparse.Namespace) -> None:
                 "checkpoints_total_limit", "resolution", "max_eval_images", "num_threads", "adam_epsilon",
                 "ema_inv_gamma", "ema_power", "shuffle_buffer", "num_train_images", "milestone_steps",
                 "max_nonfinite_steps")  # fmt: skip
-    counts = ("lr_warmup_steps", "eval_steps", "checkpointing_steps", "dataloader_num_workers", "adam_weight_decay")
+    counts = ("lr_warmup_steps", "eval_steps", "checkpointing_steps", "dataloader_num_workers", "adam_weight_decay",
+              "skip_damaged")  # fmt: skip
     ranges = dict.fromkeys(counts, (0, math.inf)) | {
         "adam_beta1": (0, 1 - 1e-9), "adam_beta2": (0, 1 - 1e-9), "dropout": (0, 1 - 1e-9), "label_dropout": (0, 1),
         "ema_max_decay": (0, 1), "ddpm_num_steps": (21, math.inf),
@@ -236,8 +241,6 @@ def build(o: argparse.Namespace, data):
         config["fourier_exponents"] = [math.log2(data.num_levels) - 2, math.log2(data.num_levels) - 1]
     o.dropout = config["dropout"] = config.get("dropout", 0.0) if o.dropout is None else o.dropout
     if o.class_conditional:
-        if data.num_classes is None:
-            raise ValueError("--class_conditional: this data set has no classes; name them by --label_column")
         config |= {"num_class_embeds": data.num_classes, "null_class": True}
     unet = VDMUNet2DModel.from_config(config)
     if o.gradient_checkpointing:

@@ -24,10 +24,16 @@ def plan(run, test) -> str:
     run.histogram_bpd = histogram_bpd(data, test) if isinstance(data, ImageSet) else None
     run.held_out = {"name": test.name, "images": len(test), "fingerprint": test.fingerprint}
     run.held_out["shared_with_training"] = shared if isinstance(data, ImageSet) else None
+    run.held_out["files"] = test.files
     hours = run.total * run.global_rows * cost.flops_per_image / run.flops_per_second / 3600
+    untrained = []
+    if run.o.class_conditional and isinstance(data, ImageSet):
+        untrained = sorted(set(test.labels.tolist()) - set(data.labels.tolist()))
     lines = {
         "data": f"{data.name}: {images or 'unknown many'} images of {data.shape}; held out, {test.name}: {len(test)}"
         + (f", of which {shared} ARE AMONG THE TRAINING IMAGES" if shared else ""),
+        **{f"files{'' if part is data else ', held out'}": part.files for part in (data, test) if part.files},
+        **({"columns": columns_of(data)} if data.image_column else {}),
         "network": f"{type(run.unet).__name__}, {cost.num_parameters:,} parameters, predicts {o.prediction_type}",
         "noise schedule": f"{type(schedule).__name__}, {schedule.describe()}",
         "objective": {"vdm": "variational bound, ", "ddpm": "unweighted squared error"}[o.objective]
@@ -44,9 +50,17 @@ def plan(run, test) -> str:
         "memory": f"about {cost.memory_bytes(o.train_batch_size) / 2**30:.2f} GiB a process, "
         f"{cost.fixed_bytes / 2**30:.2f} of them for weights, gradients, moments and averages",
     }
+    if untrained:
+        lines["classes"] = f"held-out images are of the classes {untrained}, OF WHICH THERE IS NO TRAINING IMAGE"
     if run.histogram_bpd is not None:
         lines["baseline"] = f"histogram of each training pixel: {run.histogram_bpd:.4f} bits/dim held out"
     return "\n".join(f"{name + ':':<16}{text}" for name, text in lines.items())
+
+
+def columns_of(data) -> str:
+    """The columns of a data set that are read."""
+    classes = "no classes" if data.label_column is None else f"classes {data.label_column!r} ({data.num_classes})"
+    return f"images {data.image_column!r}, {classes}"
 
 
 def evaluation_metrics(result, decay: float | None, is_first: bool, is_conditional: bool) -> dict:
@@ -148,10 +162,13 @@ def draw(run, name: str, animation: str | None = None) -> None:
 
 def finish(run, result, metrics: dict) -> None:
     """Draws the pictures, prints the table; all processes must call it."""
+    from accelerate.utils import gather_object
+
     from diffusers_vdm import plots
     from diffusers_vdm.training import read_metrics
 
     out = run.out
+    damaged = sorted(set(gather_object(list(run.data.damaged))))  # each process reads images of its own
     draw(run, "samples.png", "denoising.gif")
     with run.lent():
         if run.accelerator.is_main_process:
@@ -174,4 +191,6 @@ def finish(run, result, metrics: dict) -> None:
     print(f"\nbits/dim on {result.num_images} held-out images, {result.num_samples} draws each")
     for row in table:
         print(f"  {row[0]:<36}{row[1]:>18}")
+    if damaged:
+        print("\n".join([f"{len(damaged)} damaged images were left out of the training:", *damaged]))
     print(f"pipeline, metrics and pictures are in {out}")

@@ -73,6 +73,7 @@ class Run:
         self.finite, self.meter = training.FiniteSteps(accelerator.device), training.LossMeter(accelerator.device)
         self.times = ImportanceTimes(accelerator.device) if o.importance_sampling else None
         self.step, self.sums = 0, []
+        self.next_inputs: list[tuple[int, dict]] = []  # the micro-batches of the next step
         # the plan tells
         self.flops_per_image = self.flops_per_second = 0
         self.histogram_bpd, self.held_out = None, {}
@@ -93,6 +94,10 @@ class Run:
             "held_out": self.held_out,
             "histogram_bpd": self.histogram_bpd,
             "data": {"name": self.data.name, "images": self.num_images, "fingerprint": self.data.fingerprint},
+            "columns": {"image": self.data.image_column, "label": self.data.label_column},
+            "class_names": self.data.class_names if self.o.class_conditional else None,
+            "files": self.data.files,
+            "damaged": list(self.data.damaged),
             "global_batch_size": self.global_rows,
             "num_processes": self.accelerator.num_processes,
             "versions": {module.__name__: module.__version__ for module in modules},
@@ -129,13 +134,19 @@ class Run:
         workers = 1 if o.streaming else max(1, o.dataloader_num_workers)
         return in_order(make, keys, workers, look_ahead=2 * workers)
 
-    def train_step(self, batches) -> float:
-        """One optimiser step; returns the seconds that it waited for data."""
-        waited = 0.0
-        for _ in range(self.o.gradient_accumulation_steps):
-            clock = time.perf_counter()
-            seed, inputs = next(batches)
-            waited += time.perf_counter() - clock
+    def fetch(self, batches) -> float:
+        """Waits for all micro-batches of the next step, before any of them changes a thing; returns the seconds.
+
+        Raises: `ValueError`, `OSError` for images that cannot be read.
+        """
+        clock = time.perf_counter()
+        self.next_inputs = [next(batches) for _ in range(self.o.gradient_accumulation_steps)]
+        return time.perf_counter() - clock
+
+    def train_step(self) -> None:
+        """One optimiser step on what `fetch` got."""
+        parts, self.next_inputs = self.next_inputs, []
+        for seed, inputs in parts:
             inputs = {k: v.to(self.accelerator.device, non_blocking=True) for k, v in inputs.items()}
             if self.times is not None:
                 inputs["t"], inputs["t_density"] = self.times.warp(inputs["t"])
@@ -157,7 +168,6 @@ class Run:
         self.lr_scheduler.step()
         self.averages.step()
         self.step += 1
-        return waited
 
     @contextmanager
     def lent(self, decay: float | None = None):
