@@ -30,7 +30,9 @@ from .unet import VDMUNet2DModel
 
 # diffusers reads these annotations, old ones neither as strings nor as `X | Y`; `from_pipe` compares exact classes
 _Network = Union[VDMUNet2DModel, UNet2DModel]  # noqa: UP007
-_Schedule = Union[FixedLinearGamma, LearnedLinearGamma, MonotoneGammaNetwork, LinearBetaGamma, TableGamma, None]  # noqa: UP007
+_Schedule = Union[  # noqa: UP007
+    FixedLinearGamma, LearnedLinearGamma, MonotoneGammaNetwork, LinearBetaGamma, BetaGamma, TableGamma, None
+]  # fmt: skip
 
 _OURS: tuple[type, ...] = (
     *(VDMUNet2DModel, VDMScheduler, LinearBetaScheduler),
@@ -200,6 +202,16 @@ class VDMPipeline(DiffusionPipeline):
         needed = [name for name in expected if name not in kwargs]
         classes = repository.component_classes(index, needed, names, where)
         return repository.needed_files(names, classes, kwargs.get("variant"), where)
+
+    @property
+    def device(self) -> torch.device:
+        """The network's. Diffusers would ask the first module in alphabetical order, the noise schedule."""
+        return self.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The network's; noise schedules stay in float32."""
+        return self.unet.dtype
 
     @property
     def num_timesteps(self) -> int:
