@@ -34,7 +34,7 @@ class WholeModelMixin(ModelMixin):
         return (model, info) if wants_info else model
 
     def to(self, *args: Any, **kwargs: Any):
-        """As [`ModelMixin.to`], without its warning that a cast reaches what has to stay float32: none of ours does."""
+        """As [`ModelMixin.to`], without its warning of a cast of what has to stay float32: ours stays so."""
         with _without_warning_of_casts():
             return super().to(*args, **kwargs)
 
