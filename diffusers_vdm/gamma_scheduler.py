@@ -7,7 +7,6 @@ to the coefficients.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -18,7 +17,7 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from . import diffusion
+from . import call_arguments, diffusion
 from .diffusers_schedulers import betas_of_gammas, check_keys, scheduler_of_gammas, unknown_key
 from .diffusion import Generators
 from .noise_schedules import TableGamma, as_written
@@ -208,13 +207,9 @@ class GammaScheduler(SchedulerMixin, ConfigMixin):
                 f"timesteps={'None' if timesteps is None else 'a list'}."
             )
         if timesteps is None:
-            number = isinstance(num_inference_steps, int | float) and math.isfinite(num_inference_steps)
-            if not number or num_inference_steps < 1 or num_inference_steps % 1:
-                raise ValueError(f"num_inference_steps must be a positive integer, got {num_inference_steps!r}.")
+            call_arguments.positive_integer("num_inference_steps", num_inference_steps)
         else:
-            values = [float(t) for t in timesteps]
-            if not values or any(not b < a for a, b in zip(values, values[1:], strict=False)):
-                raise ValueError(f"timesteps must be a decreasing list of at least one value, got {values[:8]}.")
+            call_arguments.decreasing_numbers("timesteps", timesteps)
 
     @classmethod
     def from_config(cls, config=None, return_unused_kwargs: bool = False, **kwargs):
