@@ -115,8 +115,8 @@ def check_repository_name(name: str) -> None:
         validate_repo_id(name)
     except HFValidationError:
         raise OSError(
-            f"there is no folder {name!r} (from {os.getcwd()}), and it cannot be a repository on the Hub, whose names "
-            "are like 'user/name': give the path of the folder that the pipeline was saved in."
+            f"{name!r} is neither a folder here nor a name that the Hub allows, as 'user/name' is: there is no such "
+            "folder; give the one that the pipeline was saved in."
         ) from None
 
 
@@ -351,7 +351,7 @@ def _cached(repo: str, choose: Callable, cached: dict[str, Any], reason: str) ->
     try:
         folder = Path(hf_hub_download(repo, INDEX, local_files_only=True, **cached)).parent
     except (LocalEntryNotFoundError, EntryNotFoundError) as error:
-        raise OSError(f"{missing}.") from error
+        raise OSError(f"{missing}; nor is there a folder of that name here.") from error
     try:
         files = choose(folder, _cached_names(repo, folder, cached))
     except OSError as error:

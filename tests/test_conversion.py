@@ -892,6 +892,17 @@ def test_diffusers_pipeline_and_network_alone(tmp_path, generator, capsys):
         samples(pipe, tmp_path / "again")
 
 
+@pytest.mark.parametrize("path", ["runs/my model", "./missing", "a/b/c"])
+def test_a_pipeline_that_is_not_there(path, tmp_path):
+    ddpm().save_pretrained(tmp_path / "ddpm")
+    message = "neither a folder here nor a name that the Hub allows"
+    for arguments in ([path], [str(tmp_path / "ddpm"), "--scheduler", path]):
+        with pytest.raises(SystemExit, match=message):
+            conversion.main(["diffusers", arguments[0], str(tmp_path / "out"), *arguments[1:]])
+    with pytest.raises(SystemExit, match=message):
+        conversion.main(["to-official", path, str(tmp_path / "out")])
+
+
 def test_other_betas_become_a_table_of_levels(tmp_path):
     ddpm(beta_schedule="squaredcos_cap_v2").save_pretrained(tmp_path / "cosine")
     pipe = load_diffusers(tmp_path / "cosine")
