@@ -2,6 +2,9 @@
 
 import copy
 import logging
+import os
+import subprocess
+import sys
 
 import accelerate
 import diffusers
@@ -20,6 +23,7 @@ from diffusers_vdm import (
     VDMScheduler,
     VDMUNet2DModel,
 )
+from diffusers_vdm.remote_code import save_code
 
 
 @pytest.fixture(scope="module")
@@ -216,3 +220,31 @@ def test_regional_compilation_finds_the_blocks_that_are_repeated():
         compiled = [type(m).__name__ for m in unet.modules() if m._compiled_call_impl is not None]
         assert set(compiled) == {"ResnetBlock2D", "Attention"} == set(unet._repeated_blocks)
         torch.testing.assert_close(unet(x, t).sample, expected, rtol=1e-5, atol=1e-5)
+
+
+REMOTE = """
+import sys, torch
+from diffusers import DiffusionPipeline
+torch.set_num_threads(1)
+for folder in sys.argv[1:]:
+    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True).to("cpu")
+    pipe.set_progress_bar_config(disable=True)
+    arguments = {"num_inference_steps": 4, "generator": torch.Generator().manual_seed(7), "output_type": "latent"}
+    print(float(pipe(**arguments).images.sum()), pipe.to("meta").device, "diffusers_vdm" in sys.modules)
+"""
+
+
+def test_every_schedule_samples_by_the_code_beside_its_weights(tmp_path):
+    expected = []
+    for kind in SCHEDULES:
+        pipe = pipeline_with(kind)
+        pipe.save_pretrained(tmp_path / kind)
+        save_code(tmp_path / kind)
+        expected.append(float(drawn(pipe).sum()))
+    command = [sys.executable, "-c", REMOTE, *(str(tmp_path / kind) for kind in SCHEDULES)]
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [line[1:] for line in lines] == [["meta", "False"]] * len(SCHEDULES)
+    assert [float(line[0]) for line in lines] == pytest.approx(expected, rel=1e-3, abs=0.05)
