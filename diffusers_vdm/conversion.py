@@ -50,6 +50,7 @@ from .official_checkpoint import (
     write_checkpoint,
 )
 from .pipeline import VDMPipeline
+from .repository import check_repository_name
 from .schedulers import LinearBetaScheduler, VDMScheduler
 from .unet import VDMUNet2DModel
 
@@ -319,6 +320,9 @@ def load_diffusers(path: str | os.PathLike, scheduler: str | os.PathLike | None 
     Raises: `ValueError` for latent and conditional pipelines and for betas that no scheduler of ours has.
     """
     path, theirs = str(path), None
+    for place in (path, scheduler):
+        if place is not None and not os.path.isdir(place):
+            check_repository_name(os.fspath(place))
     try:
         index = DiffusionPipeline.load_config(path)
     except OSError:  # no model_index.json

@@ -5,13 +5,18 @@ Their tables are float32, which at γ = −13 costs up to 0.2 in γ; here they a
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
+import reprlib
+from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
+import diffusers
 import torch
 from diffusers.configuration_utils import ConfigMixin
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 
 from .diffusion import log_alpha_squared
 from .noise_schedules import BetaGamma, NoiseSchedule
@@ -40,6 +45,15 @@ _OF_THE_LEVELS = {
     "num_train_timesteps", "trained_betas", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr",
     "prediction_type", "use_flow_sigmas", "sigma_min", "sigma_max", "use_dynamic_shifting", "shift",
 }  # fmt: skip
+# arguments that say how a sampler of diffusers steps, and nothing of the levels
+_OF_THE_SAMPLER = {
+    "algorithm_type", "corrector_order", "disable_corrector", "dynamic_thresholding_ratio", "euler_at_final",
+    "final_sigmas_type", "flow_shift", "interpolation_type", "lambda_min_clipped", "lower_order_final",
+    "noise_sampler_seed", "predict_x0", "predictor_order", "sample_max_value", "set_alpha_to_one", "skip_prk_steps",
+    "solver_order", "solver_p", "solver_type", "tau_func", "time_shift_type", "timestep_spacing",
+}  # fmt: skip
+# what diffusers makes its table of, unless there are `trained_betas`
+_LINEAR_BETAS = ("beta_start", "beta_end", "beta_schedule")
 
 
 def noise_schedule_of(scheduler: ConfigMixin) -> NoiseSchedule:
@@ -63,8 +77,8 @@ def diffusers_betas(scheduler: ConfigMixin) -> torch.Tensor:
     if config.get("rescale_betas_zero_snr", False):
         raise ValueError("rescale_betas_zero_snr leaves no signal at the last step: ε̂ says nothing of x there.")
     if config.get("trained_betas") is not None:
-        betas = torch.as_tensor(config["trained_betas"], dtype=torch.float64)
-    elif "beta_schedule" not in config or not hasattr(scheduler, "betas"):
+        return checked_betas(config["trained_betas"])
+    if "beta_schedule" not in config or not hasattr(scheduler, "betas"):
         raise ValueError(
             f"{type(scheduler).__name__} has no table of betas, so no likelihood can be read off it; give the "
             "scheduler that the network was trained with."
@@ -82,9 +96,97 @@ def diffusers_betas(scheduler: ConfigMixin) -> torch.Tensor:
             betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
         else:
             betas = scheduler.betas.double()
-    if betas.ndim != 1 or len(betas) < 2 or not bool(((betas > 0) & (betas < 1)).all()):
-        raise ValueError("the scheduler's betas must be at least two numbers within (0, 1).")
-    return betas
+    return checked_betas(betas, "the scheduler's betas")
+
+
+def checked_betas(
+    betas: Sequence[float] | torch.Tensor, name: str = "trained_betas", count: int | None = None
+) -> torch.Tensor:
+    """`betas` in float64; `ValueError` unless they are at least two numbers within (0, 1), and `count` of them."""
+    try:
+        table = torch.as_tensor(betas, dtype=torch.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be a list of numbers, got {reprlib.repr(betas)}.") from error
+    if table.ndim != 1 or len(table) < 2 or not bool(((table > 0) & (table < 1)).all()):
+        raise ValueError(f"{name} must be at least two numbers within (0, 1), got {reprlib.repr(table.tolist())}.")
+    if count is not None and len(table) != count:
+        raise ValueError(
+            f"{name} must hold one beta for each of num_train_timesteps={count}, got {len(table)} of them; give "
+            f"num_train_timesteps={len(table)}."
+        )
+    return table
+
+
+def same_betas(one: Any, other: torch.Tensor) -> bool:
+    """Whether both tables are those of the same levels, up to the rounding of a table that was computed elsewhere."""
+    one = torch.as_tensor(one, dtype=torch.float64)
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-6, atol=0)
+
+
+def check_keys(cls: type, config: dict[str, Any], has_levels: bool) -> None:
+    """`ValueError` for a key of a config that `cls`, a scheduler of ours, neither knows nor may ignore.
+
+    It may ignore what says nothing of the levels: the arguments by which a sampler of diffusers steps, the betas that
+    `trained_betas` overrides, and what has the value that diffusers gives it by default.
+
+    Args:
+        cls (`type`): the class that the config is for.
+        config (`dict`): the config of a scheduler.
+        has_levels (`bool`): whether the config says the noise levels in words that `cls` knows.
+    """
+    known = set(inspect.signature(cls.__init__).parameters) - {"self"}
+    source = config.get("_class_name", "scheduler's")
+    for key, value in config.items():
+        if key in known or key.startswith("_"):
+            continue
+        shown, allowed = reprlib.repr(value), _allowed_values(key)
+        if allowed is None:
+            raise ValueError(unknown_key(cls, key, value))
+        overridden = has_levels and config.get("trained_betas") is not None
+        linear = key == "beta_schedule" and value == "linear" and "beta_start" in known
+        if not has_levels or (key in _LINEAR_BETAS and not overridden and not linear):
+            raise ValueError(
+                f"{cls.__name__} cannot take its noise levels from a {source} config with {key}={shown}"
+                f"{' and trained_betas=None' if has_levels else ''}; linear betas "
+                "go with LinearBetaScheduler, a table of γ with VDMScheduler(trained_gammas=…), and the levels of any "
+                "scheduler of diffusers with betas with VDMScheduler.from_diffusers(scheduler)."
+            )
+        if key not in _OF_THE_SAMPLER and key not in _LINEAR_BETAS and not _is_among(value, allowed):
+            raise ValueError(
+                f"{cls.__name__} cannot honour {key}={shown} of a {source} config: it takes {allowed} only, as other "
+                "values change the levels or what the network says."
+            )
+
+
+def unknown_key(cls: type, key: str, value: Any) -> str:
+    """What to say of a key that is no argument of `cls`, and most likely misspelt."""
+    known = set(inspect.signature(cls.__init__).parameters) - {"self"}
+    close = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"it knows {sorted(known)}."
+    return f"{cls.__name__} does not know the config key {key!r} (value {reprlib.repr(value)}); {hint}"
+
+
+def _is_among(value: Any, allowed: list[Any]) -> bool:
+    return (value is None or isinstance(value, str | int | float)) and value in allowed  # it may be an array
+
+
+def _allowed_values(key: str) -> list[Any] | None:
+    """The values of a key that say nothing; `None` for what is no argument of the schedulers that we go along with."""
+    if key == "variance_type":
+        return ["fixed_small", "fixed_small_log", None]
+    return _defaults_of_diffusers().get(key, [] if key in _OF_THE_SAMPLER else None)
+
+
+@cache
+def _defaults_of_diffusers() -> dict[str, list[Any]]:
+    """By argument, the defaults of it in the schedulers of diffusers that take our levels."""
+    defaults: dict[str, list[Any]] = {}
+    for name in sorted({*EXPORTABLE, *(each.name for each in KarrasDiffusionSchedulers)}):
+        for key, parameter in inspect.signature(getattr(diffusers, name).__init__).parameters.items():
+            # one of them is a stand-in that takes (*args, **kwargs) where its own dependency is missing
+            if key != "self" and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
+                defaults.setdefault(key, []).append(parameter.default)
+    return {key: [v for i, v in enumerate(values) if v not in values[:i]] for key, values in defaults.items()}
 
 
 def betas_of_gammas(gammas: torch.Tensor) -> torch.Tensor:

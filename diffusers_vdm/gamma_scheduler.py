@@ -6,39 +6,23 @@ to the coefficients.
 
 from __future__ import annotations
 
-import difflib
 import inspect
-import math
-import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from diffusers.configuration_utils import ConfigMixin
+from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from . import diffusion
-from .diffusers_schedulers import betas_of_gammas, scheduler_of_gammas
+from . import call_arguments, diffusion
+from .diffusers_schedulers import betas_of_gammas, check_keys, scheduler_of_gammas, unknown_key
 from .diffusion import Generators
 from .noise_schedules import TableGamma, as_written
 
 Algorithm = Literal["ancestral", "ddim", "dpmsolver++"]
-
-# keys that configs of diffusers carry and that say nothing about γ or the step when they have these values
-_HARMLESS_FOREIGN_KEYS = {
-    "beta_schedule": "linear",
-    "variance_type": ("fixed_small", "fixed_small_log"),
-    "thresholding": False,
-    "rescale_betas_zero_snr": False,
-    "steps_offset": 0,
-    "trained_betas": None,
-    "dynamic_thresholding_ratio": ...,
-    "sample_max_value": ...,
-    "set_alpha_to_one": True,
-}
 
 
 @dataclass
@@ -53,6 +37,7 @@ class GammaScheduler(SchedulerMixin, ConfigMixin):
     """The step, the noising and the checks that both schedulers share; the subclasses say which γ a timestep has."""
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]
+    _words_of_levels: set[str] = set()  # keys of a config, one of which says that its levels are of this class
     order = 1
     init_noise_sigma = 1.0
 
@@ -178,15 +163,16 @@ class GammaScheduler(SchedulerMixin, ConfigMixin):
         dtype = torch.promote_types(sample.dtype, torch.float32)
         return diffusion.velocity(sample.to(dtype), noise.to(dtype), gamma_t).to(sample.dtype)
 
-    def _init_chain(self, prediction_type: str, clip_sample_range: float) -> None:
+    def _init_chain(self, prediction_type: str, clip_sample_range: float, betas: torch.Tensor | None = None) -> None:
         diffusion.check_prediction_type(prediction_type)
         if not clip_sample_range > 0:
             raise ValueError(f"clip_sample_range must be positive, got {clip_sample_range}.")
         if self.config.algorithm not in get_args(Algorithm):
             raise ValueError(f"algorithm must be one of {get_args(Algorithm)}, got {self.config.algorithm!r}.")
-        # what makes `from_config` of diffusers' schedulers take these levels and not their own; no value of ours is to
-        # be replaced by a default of theirs
-        self.register_to_config(trained_betas=self.betas.tolist(), _use_default_values=[])
+        # what makes `from_config` of diffusers' schedulers take these levels and not their own; without the list of
+        # defaults, as no value of ours is to be replaced by a default of theirs
+        betas = (self.betas if betas is None else betas).tolist()
+        self._internal_dict = FrozenDict(as_written({**self.config, "trained_betas": betas}))
         self.num_inference_steps = None
         self.set_timesteps(self.config.num_train_timesteps)
         self.num_inference_steps = None
@@ -221,52 +207,31 @@ class GammaScheduler(SchedulerMixin, ConfigMixin):
                 f"timesteps={'None' if timesteps is None else 'a list'}."
             )
         if timesteps is None:
-            number = isinstance(num_inference_steps, int | float) and math.isfinite(num_inference_steps)
-            if not number or num_inference_steps < 1 or num_inference_steps % 1:
-                raise ValueError(f"num_inference_steps must be a positive integer, got {num_inference_steps!r}.")
+            call_arguments.positive_integer("num_inference_steps", num_inference_steps)
         else:
-            values = [float(t) for t in timesteps]
-            if not values or any(not b < a for a, b in zip(values, values[1:], strict=False)):
-                raise ValueError(f"timesteps must be a decreasing list of at least one value, got {values[:8]}.")
+            call_arguments.decreasing_numbers("timesteps", timesteps)
 
     @classmethod
     def from_config(cls, config=None, return_unused_kwargs: bool = False, **kwargs):
         """As [`ConfigMixin.from_config`], but a key that this class does not know is an error, not a shrug.
 
-        Configs of diffusers' own schedulers are taken where they describe the same process; `ValueError` else.
+        A config of diffusers' own schedulers is taken where it describes levels that this class can have; so a
+        scheduler that was swapped for one of `compatibles` by `from_config` can be swapped back, and has the same
+        levels. What says nothing of the levels, as `solver_order`, is ignored.
+
+        Raises: `ValueError` for keys that contradict the levels, and for keys that nobody knows.
         """
         if isinstance(config, dict):
             config = as_written(config)
-            if "beta_schedule" not in config:
-                config.pop("trained_betas", None)  # ours, told to others: it follows from the rest
-            cls._refuse_unknown_keys({**config, **kwargs})
-            if "beta_schedule" in config and "rescale_betas" not in kwargs:
-                config.setdefault("rescale_betas", False)  # diffusers never rescales, whatever the number of steps
+            check_keys(cls, config, has_levels=bool(cls._words_of_levels & set(config)))
+            known = set(inspect.signature(cls.__init__).parameters) - {"self"}
+            for key, value in kwargs.items():
+                if key not in known and not key.startswith("_"):
+                    raise ValueError(unknown_key(cls, key, value))
+            config = cls._with_own_levels(config, kwargs)
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     @classmethod
-    def _refuse_unknown_keys(cls, config: dict) -> None:
-        known = set(inspect.signature(cls.__init__).parameters) - {"self"}
-        source = config.get("_class_name", "scheduler's")
-        for key, value in config.items():
-            shown = reprlib.repr(value)
-            if key in known or key.startswith("_") or (key == "rescale_betas" and "beta_schedule" in config):
-                continue
-            if key.startswith("beta_"):
-                if "beta_start" in known and _HARMLESS_FOREIGN_KEYS.get(key) == value:
-                    continue
-                raise ValueError(
-                    f"{cls.__name__} cannot take its noise levels from a {source} config with {key}={shown}; "
-                    "linear betas go with LinearBetaScheduler, a table of γ with VDMScheduler(trained_gammas=…)."
-                )
-            if key in _HARMLESS_FOREIGN_KEYS:
-                allowed = _HARMLESS_FOREIGN_KEYS[key]
-                scalar = value is None or isinstance(value, str | int | float)  # betas may be an array
-                if allowed is ... or (scalar and value in (allowed if isinstance(allowed, tuple) else (allowed,))):
-                    continue
-                raise ValueError(
-                    f"{cls.__name__} cannot honour {key}={shown} of a {source} config; it knows only {allowed!r}."
-                )
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"it knows {sorted(known)}."
-            raise ValueError(f"{cls.__name__} does not know the config key {key!r} (value {shown}); {hint}")
+    def _with_own_levels(cls, config: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """`config` with its levels said once, in the words of this class; `ValueError` if it says two kinds."""
+        raise NotImplementedError

@@ -26,6 +26,9 @@ from .whole_models import WholeModelMixin
 
 # bits/dim above which sampling starts from noise that training never saw
 PRIOR_KL_WARNING_BPD = 0.01
+# values of `device_map` that name no device
+_STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
+_NOTHING_AMISS = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class NoiseSchedule(WholeModelMixin, ConfigMixin):
     """Base of the schedules: what every γ(t) can do, given `gamma_and_slope(t)` and the two ends."""
 
     _has_parameters = True
+    _place = torch.device("cpu")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -66,8 +70,13 @@ class NoiseSchedule(WholeModelMixin, ConfigMixin):
             if not is_accelerate_available():  # diffusers would build it in that type
                 kwargs = {name: value for name, value in kwargs.items() if name not in ("dtype", "torch_dtype")}
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        wants_info, device_map = kwargs.pop("output_loading_info", False), kwargs.pop("device_map", None)
         config, _ = cls.load_config(pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs)
-        return cls.from_config(config).eval()
+        schedule = cls.from_config(config).eval()
+        place = device_map.get("") if isinstance(device_map, dict) else device_map
+        if place is not None and place not in (*_STRATEGIES, "disk"):
+            schedule.to(place)
+        return (schedule, dict(_NOTHING_AMISS)) if wants_info else schedule
 
     @classmethod
     def from_config(cls, config=None, return_unused_kwargs: bool = False, **kwargs):
@@ -163,7 +172,13 @@ class NoiseSchedule(WholeModelMixin, ConfigMixin):
         """Of the parameters; float32 without any, where diffusers' own property fails."""
         return next((p.dtype for p in self.parameters()), torch.float32)
 
+    @property
+    def device(self) -> torch.device:
+        """Of the parameters; without any, where the schedule was last moved to, so that a pipeline can ask for it."""
+        return super().device if self._has_parameters else self._place
+
     def _device(self) -> torch.device:
+        """Where γ is worked out for times that come without a device: the tables of schedules are on the CPU."""
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
     @staticmethod
@@ -181,7 +196,17 @@ class NoiseSchedule(WholeModelMixin, ConfigMixin):
             too_low = moved.is_floating_point() and moved.element_size() < 4
             return tensor.to(moved.device) if too_low else moved
 
+        if not self._has_parameters:
+            self._place = _moved(self._place, fn)
         return super()._apply(keep_digits, recurse)
+
+
+def _moved(place: torch.device, fn: Callable[[torch.Tensor], torch.Tensor]) -> torch.device:
+    """Where `fn`, which `nn.Module.to` and its like apply to every tensor, takes a tensor that is at `place`."""
+    try:
+        return fn(torch.empty(0, device=place)).device
+    except NotImplementedError:  # from meta: a real tensor would have no data to copy, and there is none
+        return fn(torch.empty(0)).device
 
 
 def as_written(config):

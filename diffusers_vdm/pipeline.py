@@ -15,7 +15,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 # diffusers finds the classes of a saved pipeline only in modules that are loaded by then: schedulers, too
-from . import diffusion, repository
+from . import call_arguments, diffusion, repository
 from .diffusion import Generators
 from .noise_schedules import (
     BetaGamma,
@@ -30,12 +30,15 @@ from .unet import VDMUNet2DModel
 
 # diffusers reads these annotations, old ones neither as strings nor as `X | Y`; `from_pipe` compares exact classes
 _Network = Union[VDMUNet2DModel, UNet2DModel]  # noqa: UP007
-_Schedule = Union[FixedLinearGamma, LearnedLinearGamma, MonotoneGammaNetwork, LinearBetaGamma, TableGamma, None]  # noqa: UP007
+_Schedule = Union[  # noqa: UP007
+    FixedLinearGamma, LearnedLinearGamma, MonotoneGammaNetwork, LinearBetaGamma, BetaGamma, TableGamma, None
+]  # fmt: skip
 
 _OURS: tuple[type, ...] = (
     *(VDMUNet2DModel, VDMScheduler, LinearBetaScheduler),
     *(FixedLinearGamma, LearnedLinearGamma, MonotoneGammaNetwork, LinearBetaGamma, BetaGamma, TableGamma),
 )
+_NO_PICKLES = "safe_serialization must be True, got False: nobody should have to unpickle weights."
 _REFUSED: dict[str, str] = {
     "custom_pipeline": "VDMPipeline runs no code of a repository; DiffusionPipeline.from_pretrained does",
     "proxies": "set the environment's HTTPS_PROXY",
@@ -109,7 +112,9 @@ class VDMPipeline(DiffusionPipeline):
         variant = kwargs.get("variant")
         if variant is not None and not re.fullmatch(r"[\w-]+", variant):
             raise ValueError(f"variant must be without a dot, a plain word that diffusers can find, got {variant!r}.")
-        if os.path.isdir(pretrained_model_name_or_path):
+        if not os.path.isdir(pretrained_model_name_or_path):
+            repository.check_repository_name(os.fspath(pretrained_model_name_or_path))
+        else:
             folder = Path(pretrained_model_name_or_path)
             where = os.fspath(pretrained_model_name_or_path)
             names = repository.names_in(folder)
@@ -136,6 +141,27 @@ class VDMPipeline(DiffusionPipeline):
         files = cls._needed_files(folder, repository.names_in(folder), where, kwargs)
         repository.check_files(folder, files, where)
         return str(folder)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As [`DiffusionPipeline.save_pretrained`], but what `from_pretrained` would refuse is not written.
+
+        Raises: `ValueError` for pickles (`safe_serialization=False`) and other formats than safetensors.
+        """
+        if not safe_serialization:
+            raise ValueError(_NO_PICKLES)
+        if kwargs.get("use_flashpack"):
+            raise ValueError("use_flashpack must be left out: VDMPipeline reads safetensors.")
+        super().save_pretrained(
+            save_directory, True, variant=variant, max_shard_size=max_shard_size, push_to_hub=push_to_hub, **kwargs
+        )
 
     def push_to_hub(
         self,
@@ -175,7 +201,7 @@ class VDMPipeline(DiffusionPipeline):
                 "push it to one of its own."
             )
         if not safe_serialization:
-            raise ValueError("safe_serialization must be True, got False: nobody should have to unpickle weights.")
+            raise ValueError(_NO_PICKLES)
         arguments = {"include_code": include_code, "run_dir": run_dir, "license": license, "variant": variant}
         arguments |= {"commit_message": commit_message, "private": private, "token": token, "create_pr": create_pr}
         return publish(self, repo_id, **arguments)
@@ -202,6 +228,16 @@ class VDMPipeline(DiffusionPipeline):
         return repository.needed_files(names, classes, kwargs.get("variant"), where)
 
     @property
+    def device(self) -> torch.device:
+        """The network's. Diffusers would ask the first module in alphabetical order, the noise schedule."""
+        return self.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The network's; noise schedules stay in float32."""
+        return self.unet.dtype
+
+    @property
     def num_timesteps(self) -> int:
         """Number of steps of the call that runs, or of the last one."""
         return self._num_timesteps
@@ -209,9 +245,9 @@ class VDMPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         num_inference_steps: int | None = None,
-        generator: Generators = None,
+        generator: Generators | tuple[torch.Generator, ...] = None,
         class_labels: int | list[int] | torch.Tensor | None = None,
         timesteps: list[float] | None = None,
         latents: torch.Tensor | None = None,
@@ -220,17 +256,18 @@ class VDMPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[["VDMPipeline", int, Any, dict[str, Any]], dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
+        num_images_per_prompt: int = 1,
     ) -> ImagePipelineOutput | tuple:
         """Draws images by the scheduler's steps, and decodes the last latent through p(x | z_0).
 
         Args:
-            batch_size (`int`, defaults to 1): number of images.
+            batch_size (`int`, *optional*): number of images; defaults to what `class_labels` ask for, else to 1.
             num_inference_steps (`int`, *optional*, defaults to 250): steps; more are slower and nearer to the model.
-            generator (`torch.Generator` or a list of `batch_size` of them, *optional*): with a list, each image
-                depends on its own generator only, whatever the batch.
+            generator (`torch.Generator` or a list or tuple of `batch_size` of them, *optional*): with a list, each
+                image depends on its own generator only, whatever the batch.
             class_labels (`int`, `list[int]` or `torch.Tensor`, *optional*): classes, one for all or one for each.
-            timesteps (`list`, *optional*): timesteps of one's own, for schedulers that take them, instead of
-                `num_inference_steps`.
+            timesteps (`list`, *optional*): timesteps of one's own, decreasing, for schedulers that take them, instead
+                of `num_inference_steps`.
             latents (`torch.Tensor` of shape `(B, C, H, W)`, *optional*): z_1 to start from, standard normal.
             decode (`"mode"` or `"sample"`, defaults to `"mode"`): the most probable level of p(x | z_0), or a draw.
             output_type (`"pil"`, `"np"`, `"pt"` or `"latent"`, defaults to `"pil"`):
@@ -240,27 +277,36 @@ class VDMPipeline(DiffusionPipeline):
             callback_on_step_end (`Callable`, *optional*): called as `f(pipe, step, timestep, tensors)` after every
                 step; may return a dict with `latents` to go on from.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*): what it is given, defaults to `["latents"]`.
+            num_images_per_prompt (`int`, defaults to 1): images for each of `class_labels`, those of one label behind
+                each other. `batch_size`, if given, is the number of all of them.
 
         Returns: `ImagePipelineOutput` with `images`, or a tuple with them.
-        Raises: `ValueError` for arguments that do not fit each other or the network, before any work is done.
+        Raises: `ValueError` or `TypeError` for arguments that are not what they must be, or do not fit each other, the
+            network or the scheduler, before any work is done. NumPy's integers are integers, booleans are not.
         """
-        tensor_names = callback_on_step_end_tensor_inputs
-        if tensor_names is None:
-            tensor_names = ["latents"]
-        self._check_inputs(batch_size, num_inference_steps, timesteps, generator, decode, output_type, tensor_names)
         device = self._execution_device
-        labels = self._labels(class_labels, batch_size, device)
+        batch_size, labels = self._batch_and_labels(batch_size, class_labels, num_images_per_prompt)
+        generator = call_arguments.generators(generator, batch_size, device)
+        call_arguments.one_of("decode", decode, ("mode", "sample"))
+        call_arguments.one_of("output_type", output_type, ("pil", "np", "pt", "latent"))
+        return_dict = call_arguments.boolean("return_dict", return_dict)
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise TypeError(f"callback_on_step_end must be callable, got a {type(callback_on_step_end).__name__}.")
+        tensor_names = self._callback_tensor_inputs
+        if callback_on_step_end_tensor_inputs is not None:
+            name = "callback_on_step_end_tensor_inputs"
+            tensor_names = call_arguments.names_among(name, callback_on_step_end_tensor_inputs, tensor_names)
         shape = (batch_size, *self.image_shape)
-        if timesteps is not None:
-            self.scheduler.set_timesteps(timesteps=timesteps, device=device)
-        else:
-            self.scheduler.set_timesteps(250 if num_inference_steps is None else num_inference_steps, device=device)
+        if latents is not None:
+            latents = call_arguments.latents(latents, shape)
+        self._set_timesteps(num_inference_steps, timesteps, device)
+
+        if labels is not None:
+            labels = labels.to(device)
         if latents is None:
             # float32 whatever the network's type: a half-precision latent has no room for the last steps
             dtype = torch.promote_types(self.unet.dtype, torch.float32)
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        elif tuple(latents.shape) != shape:
-            raise ValueError(f"latents must have shape {shape}, got {tuple(latents.shape)}.")
         latents = latents.to(device) * self.scheduler.init_noise_sigma
         step_kwargs = {}
         if "generator" in inspect.signature(self.scheduler.step).parameters:
@@ -308,7 +354,7 @@ class VDMPipeline(DiffusionPipeline):
         new = returned.get("latents", latents)
         if not torch.is_tensor(new) or new.shape != latents.shape:
             raise ValueError(f"callback_on_step_end must return latents of shape {tuple(latents.shape)}.")
-        return new
+        return new.to(latents)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -318,46 +364,65 @@ class VDMPipeline(DiffusionPipeline):
             raise ValueError("unet.config.sample_size is not set; build the network with the size of its images.")
         return (self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
 
-    def _labels(self, class_labels, batch_size: int, device) -> torch.Tensor | None:
+    def _batch_and_labels(
+        self, batch_size: int | None, class_labels: Any, num_images_per_prompt: int
+    ) -> tuple[int, torch.Tensor | None]:
+        """The number of images, and the class of each, if there are classes; see `__call__`."""
+        if batch_size is not None:
+            batch_size = call_arguments.positive_integer("batch_size", batch_size)
+        each = call_arguments.positive_integer("num_images_per_prompt", num_images_per_prompt)
+        if class_labels is None:
+            if each > 1:
+                raise ValueError(
+                    f"num_images_per_prompt must go with class_labels, got {each} without any; give batch_size={each} "
+                    "for as many images without labels."
+                )
+            self.check_labels(None)
+            return batch_size or 1, None
+        labels = call_arguments.labels(class_labels)
+        self.check_labels(labels)
+        count = batch_size or labels.numel() * each
+        if labels.ndim == 0 and each == 1:
+            labels = labels.expand(count)
+        labels = labels.reshape(-1).repeat_interleave(each)
+        if len(labels) != count:
+            raise ValueError(
+                f"class_labels must be one class or {count} of them, got {len(labels) // each}"
+                + (f" with num_images_per_prompt={each}, which makes {len(labels)} images" if each > 1 else "")
+                + f"; leave batch_size={count} out, or give that of all images."
+            )
+        return count, labels
+
+    def check_labels(self, labels: torch.Tensor | None) -> None:
+        """Raises `ValueError` unless the network takes such class labels, or none."""
         num_classes = self.unet.config.num_class_embeds
         null_class = getattr(self.unet.config, "null_class", False)
-        if class_labels is None:
+        if labels is None:
             if num_classes is not None and not null_class:
                 raise ValueError(
                     f"class_labels must be given, within [0, {num_classes}): this network has no null class."
                 )
-            return None
-        if isinstance(class_labels, int):
-            class_labels = [class_labels] * batch_size
-        labels = torch.as_tensor(class_labels, dtype=torch.long, device=device)
-        if labels.shape != (batch_size,):
-            raise ValueError(
-                f"class_labels must be one class or {batch_size} of them, got shape {tuple(labels.shape)}."
-            )
+            return
         if num_classes is None:
             raise ValueError("class_labels were given, but this network was trained without classes.")
         highest = num_classes + bool(null_class)
         if int(labels.min()) < 0 or int(labels.max()) >= highest:
             null = f", where {num_classes} stands for no label" if null_class else ""
             raise ValueError(f"class_labels must be within [0, {highest}){null}, got {labels.tolist()}.")
-        return labels
 
-    def _check_inputs(
-        self, batch_size, num_inference_steps, timesteps, generator, decode, output_type, tensor_names
-    ) -> None:
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}.")
-        if num_inference_steps is not None and timesteps is not None:
+    def _set_timesteps(self, num_inference_steps: int | None, timesteps: Any, device: torch.device) -> None:
+        if timesteps is None:
+            steps = 250 if num_inference_steps is None else num_inference_steps
+            steps = call_arguments.positive_integer("num_inference_steps", steps)
+            return self.scheduler.set_timesteps(steps, device=device)
+        if num_inference_steps is not None:
             raise ValueError("give either num_inference_steps or timesteps, not both.")
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"generator must be one, or a list of batch_size={batch_size}, got {len(generator)}.")
-        if decode not in ("mode", "sample"):
-            raise ValueError(f"decode must be 'mode' or 'sample', got {decode!r}.")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
-        unknown = set(tensor_names) - set(self._callback_tensor_inputs)
-        if unknown:
+        numbers = call_arguments.decreasing_numbers("timesteps", timesteps)
+        if "timesteps" not in inspect.signature(self.scheduler.set_timesteps).parameters:
             raise ValueError(
-                f"callback_on_step_end_tensor_inputs must be among {self._callback_tensor_inputs}, "
-                f"got {sorted(unknown)}."
+                f"timesteps must be left out, as a {type(self.scheduler).__name__} takes none of one's own; give "
+                "num_inference_steps."
             )
+        # diffusers' own schedulers take integers
+        integers = [int(number) if number.is_integer() else number for number in numbers]
+        return self.scheduler.set_timesteps(timesteps=integers, device=device)

@@ -30,6 +30,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 logger = logging.get_logger(__name__)
@@ -106,6 +107,19 @@ def component_classes(index: dict[str, Any], needed: Iterable[str], names: Colle
     return classes
 
 
+def check_repository_name(name: str) -> None:
+    """`OSError` if what is no folder here cannot be the name of a repository on the Hub, either."""
+    if os.path.exists(name):
+        raise OSError(f"{name!r} is a file and not the folder of a pipeline: give the folder with {INDEX}.")
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise OSError(
+            f"{name!r} is neither a folder here nor a name that the Hub allows, as 'user/name' is: there is no such "
+            "folder; give the one that the pipeline was saved in."
+        ) from None
+
+
 def check_names(names: Iterable[str], where: str) -> None:
     """`ValueError` if a file's name leads out of the repository's folder, or is none."""
     for name in names:
@@ -122,7 +136,7 @@ def needed_files(names: Collection[str], classes: Components, variant: str | Non
     Raises: `OSError` for files that are not there; `ValueError` for a variant that no component has, and for weights
         that are there as pickles only.
     """
-    files, with_variant = [INDEX], []
+    files, with_variant, lacking = [INDEX], [], None
     for name, cls in classes.items():
         folder = f"{name}/" if any(n.startswith(f"{name}/") for n in names) else ""
         if folder + cls.config_name not in names:
@@ -142,14 +156,17 @@ def needed_files(names: Collection[str], classes: Components, variant: str | Non
                     "they are read: they are not loaded. Ask for safetensors, or convert them in a place that you can "
                     "lose."
                 )
-            raise OSError(f"{where} has no safetensors weights of {name}{' without a variant' if variant else ''}.")
+            lacking = lacking or name
         files += weights
     if variant and not with_variant:
         pattern = re.compile(rf"(?:.*/)?{_WEIGHTS}\.([^.]+?){_SHARD}{_SUFFIX}")
         there = sorted({match[1] for match in map(pattern.fullmatch, names) if match})
-        raise ValueError(
-            f"{where} has no weights of variant={variant!r}; it has {', '.join(map(repr, there)) or 'no variants'}."
+        raise ValueError(  # in diffusers' words, which those who fall back to no variant look for
+            f"You are trying to load the model files of the `variant={variant}`, but no such modeling files are "
+            f"available. {where} has {', '.join(map(repr, there)) or 'no variants'}."
         )
+    if lacking:
+        raise OSError(f"{where} has no safetensors weights of {lacking}{' without a variant' if variant else ''}.")
     return files
 
 
@@ -334,7 +351,7 @@ def _cached(repo: str, choose: Callable, cached: dict[str, Any], reason: str) ->
     try:
         folder = Path(hf_hub_download(repo, INDEX, local_files_only=True, **cached)).parent
     except (LocalEntryNotFoundError, EntryNotFoundError) as error:
-        raise OSError(f"{missing}.") from error
+        raise OSError(f"{missing}; nor is there a folder of that name here.") from error
     try:
         files = choose(folder, _cached_names(repo, folder, cached))
     except OSError as error:

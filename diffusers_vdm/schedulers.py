@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  diffusers looks for it in the module
 
-from .diffusers_schedulers import betas_of_gammas, diffusers_betas
+from .diffusers_schedulers import betas_of_gammas, checked_betas, diffusers_betas, same_betas
 from .diffusion import PredictionType, gammas_from_betas, linear_betas
 from .gamma_scheduler import Algorithm, GammaScheduler, VDMSchedulerOutput  # noqa: F401
 from .noise_schedules import BetaGamma, LinearBetaGamma, NoiseSchedule, TableGamma, check_ends, check_gamma_table
@@ -48,9 +48,14 @@ class VDMScheduler(GammaScheduler):
         timestep_type (`"gamma"` or `"index"`, defaults to `"gamma"`):
             `"index"` is for a network that was trained with betas: its timestep is the place in `trained_gammas`,
             which then has `num_train_timesteps` values. [`VDMScheduler.from_diffusers`] sets it.
+        trained_betas (`list[float]`, *optional*):
+            the `num_train_timesteps` betas of a network that was trained with them, as diffusers' schedulers take
+            them, instead of any γ: its timestep is the index, and the last step returns z at its first level.
 
     Raises: `ValueError` for γ_min ≥ γ_max, a table that does not increase, and unknown names.
     """
+
+    _words_of_levels = {"gamma_min"}
 
     @register_to_config
     def __init__(
@@ -64,7 +69,15 @@ class VDMScheduler(GammaScheduler):
         clip_sample_range: float = 1.0,
         algorithm: Algorithm = "ancestral",
         timestep_type: TimestepType = "gamma",
+        trained_betas: list[float] | None = None,
     ):
+        if trained_betas is not None:
+            betas = checked_betas(trained_betas, count=num_train_timesteps)
+            levels = {"gamma_min": gamma_min, "gamma_max": gamma_max, "trained_gammas": trained_gammas}
+            _check_left_out(levels, {"gamma_min": -13.3, "gamma_max": 5.0, "trained_gammas": None})
+            trained_gammas, timestep_type = gammas_from_betas(betas).tolist(), "index"
+            gamma_min, gamma_max = trained_gammas[0], trained_gammas[-1]
+            self.register_to_config(gamma_min=gamma_min, gamma_max=gamma_max, timestep_type=timestep_type)
         check_ends(gamma_min, gamma_max)
         table = [gamma_min, gamma_max] if trained_gammas is None else list(trained_gammas)
         if trained_gammas is not None:
@@ -82,6 +95,24 @@ class VDMScheduler(GammaScheduler):
         else:
             self._schedule = BetaGamma(betas_of_gammas(torch.tensor(table, dtype=torch.float64)).tolist())
         self._init_chain(prediction_type, clip_sample_range)
+
+    @classmethod
+    def _with_own_levels(cls, config: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        names = ("num_train_timesteps", "gamma_min", "gamma_max", "trained_gammas", "timestep_type")
+        own = {name: config[name] for name in names if name in config}
+        table = config.get("trained_betas")
+        if "gamma_min" in config and ("beta_schedule" in config or table is not None):
+            # for others, in our configs: it follows from γ, unless somebody has changed one of them
+            if table is None or not same_betas(table, cls(**own).betas):
+                raise ValueError(
+                    "trained_betas of this config must be those of its gamma_min, gamma_max and trained_gammas, got "
+                    f"{'none' if table is None else 'other ones'}: leave out those that are not meant."
+                )
+        if kwargs.get("trained_betas") is not None:
+            dropped = {*names[1:], "trained_betas"} - set(kwargs)
+        else:
+            dropped = {"trained_betas"} if "gamma_min" in config else set()
+        return {key: value for key, value in config.items() if key not in dropped}
 
     @classmethod
     def from_noise_schedule(
@@ -199,47 +230,71 @@ class LinearBetaScheduler(GammaScheduler):
         algorithm (`"ancestral"`, `"ddim"` or `"dpmsolver++"`, defaults to `"ancestral"`): see [`VDMScheduler`].
         timestep_spacing (`"linspace"`, `"leading"` or `"trailing"`, defaults to `"linspace"`):
             which indices fewer than T steps visit, named as in diffusers. `"leading"` starts below T − 1.
+        trained_betas (`list[float]`, *optional*):
+            T betas of one's own, not rescaled, instead of the linear ones, as diffusers' schedulers take them.
 
     Raises: `ValueError` for betas outside of (0, 1) and unknown names.
     """
+
+    _words_of_levels = {"rescale_betas", "beta_schedule"}
 
     @register_to_config
     def __init__(
         self,
         num_train_timesteps: int = 1000,
-        beta_start: float = 1e-4,
-        beta_end: float = 0.02,
+        beta_start: float | None = 1e-4,
+        beta_end: float | None = 0.02,
         rescale_betas: bool = True,
         prediction_type: PredictionType = "epsilon",
         clip_sample: bool = False,
         clip_sample_range: float = 1.0,
         timestep_spacing: str = "linspace",
         algorithm: Algorithm = "ancestral",
+        trained_betas: list[float] | None = None,
     ):
         if timestep_spacing not in ("linspace", "leading", "trailing"):
             raise ValueError(
                 f"timestep_spacing must be 'linspace', 'leading' or 'trailing', got {timestep_spacing!r}."
             )
-        self._schedule = LinearBetaGamma(num_train_timesteps, beta_start, beta_end, rescale_betas)
+        betas = None
+        if trained_betas is None:
+            self._schedule = LinearBetaGamma(num_train_timesteps, beta_start, beta_end, rescale_betas)
+        else:
+            betas = checked_betas(trained_betas, count=num_train_timesteps)
+            _check_left_out({"beta_start": beta_start, "beta_end": beta_end}, {"beta_start": 1e-4, "beta_end": 0.02})
+            self._schedule = BetaGamma(betas.tolist())
+            # a config with these has linear betas, and its table is for others to read
+            self.register_to_config(beta_start=None, beta_end=None, rescale_betas=False)
         self._gammas = self._schedule.table()
-        self._init_chain(prediction_type, clip_sample_range)
+        self._init_chain(prediction_type, clip_sample_range, betas)
 
     @classmethod
-    def from_config(cls, config=None, return_unused_kwargs: bool = False, **kwargs):
-        """As [`GammaScheduler.from_config`]; a table of betas is taken where it is that of linear ones.
-
-        So a scheduler that was swapped for one of diffusers by `from_config` can be swapped back.
-        """
-        if isinstance(config, dict) and "beta_schedule" in config and config.get("trained_betas") is not None:
-            table = torch.as_tensor(config["trained_betas"], dtype=torch.float64)
-            first, last, total = config.get("beta_start", 1e-4), config.get("beta_end", 0.02), len(table)
-            for rescale in (False, True):
-                if total < 2 or (rescale and last * 1000 / total >= 1):
-                    continue
-                if torch.allclose(table, linear_betas(total, first, last, rescale), rtol=1e-6, atol=0):
-                    config = {**config, "trained_betas": None, "rescale_betas": rescale}
-                    break
-        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+    def _with_own_levels(cls, config: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        table, theirs = config.get("trained_betas"), "beta_schedule" in config
+        names = ("num_train_timesteps", "beta_start", "beta_end")
+        linear = dict(zip(names, (1000, 1e-4, 0.02), strict=True)) | {n: config[n] for n in names if n in config}
+        ours = config.get("rescale_betas", not theirs)
+        if kwargs.get("trained_betas") is not None:
+            return {**config, "beta_start": None, "beta_end": None, "trained_betas": None, "rescale_betas": False}
+        if table is None:
+            # diffusers never rescales, whatever the number of steps
+            if theirs and ours and "rescale_betas" not in kwargs and linear["num_train_timesteps"] != 1000:
+                raise ValueError(
+                    "trained_betas=None of this config says betas that are not rescaled, and rescale_betas=True says "
+                    "others; leave one of them out."
+                )
+            return {**config, "rescale_betas": ours}
+        if linear["beta_start"] is None and linear["beta_end"] is None:
+            return config
+        for rescale in [ours] if "rescale_betas" in config or not theirs else [False, True]:
+            if _are_linear(table, tuple(linear.values()), rescale, theirs or "rescale_betas" not in config):
+                return {**config, "trained_betas": None, "rescale_betas": rescale}
+        if "rescale_betas" in config:
+            raise ValueError(
+                "trained_betas of this config must be the linear ones of its beta_start and beta_end, got others: "
+                "leave out those that are not meant."
+            )
+        return {**config, "beta_start": None, "beta_end": None, "rescale_betas": False}
 
     @classmethod
     def from_noise_schedule(cls, noise_schedule: LinearBetaGamma, **kwargs) -> LinearBetaScheduler:
@@ -294,3 +349,19 @@ class LinearBetaScheduler(GammaScheduler):
                 f"{float(indices.max()):.6g}."
             )
         return self._gammas[rounded]
+
+
+def _are_linear(table: Any, of: tuple, rescale: bool, may_be_none: bool) -> bool:
+    """Whether `table` is that of the linear betas `of` (T, start, end), which might be none if `may_be_none`."""
+    try:
+        return same_betas(table, linear_betas(*of, rescale))
+    except ValueError:
+        if may_be_none:
+            return False
+        raise
+
+
+def _check_left_out(given: dict[str, Any], defaults: dict[str, Any]) -> None:
+    for name, value in given.items():
+        if value is not None and value != defaults[name]:
+            raise ValueError(f"{name} must be left out where trained_betas are the levels, got {value!r}.")

@@ -49,6 +49,7 @@ class VDMUNet2DModel(WholeModelMixin, UNet2DModel, AttentionMixin):
 
     _skip_layerwise_casting_patterns = ["norm", "time_embedding", "conv_in"]
     _no_split_modules = ["ResnetBlock2D", "Attention"]
+    _repeated_blocks = ["ResnetBlock2D", "Attention"]
 
     @register_to_config
     def __init__(

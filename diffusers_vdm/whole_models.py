@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import logging
 
 
 class WholeModelMixin(ModelMixin):
@@ -29,3 +32,23 @@ class WholeModelMixin(ModelMixin):
                     f"{cls.__name__}; they {fault} {', '.join(names[:3])}{more}: they are damaged, or another model's."
                 )
         return (model, info) if wants_info else model
+
+    def to(self, *args: Any, **kwargs: Any):
+        """As [`ModelMixin.to`], without its warning of a cast of what has to stay float32: ours stays so."""
+        with _without_warning_of_casts():
+            return super().to(*args, **kwargs)
+
+
+@contextmanager
+def _without_warning_of_casts() -> Iterator[None]:
+    """Diffusers logs it at every cast, also of models without such modules (0.42.1: "kept in float32: []")."""
+    of_casts = logging.get_logger(ModelMixin.__module__)
+
+    def other(record: Any) -> bool:
+        return "should be kept in float32" not in str(record.msg)
+
+    of_casts.addFilter(other)
+    try:
+        yield
+    finally:
+        of_casts.removeFilter(other)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 
@@ -33,18 +34,41 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         help="ancestral, ddim, dpmsolver++, ode (adaptive), or the name of one of diffusers (default: the model's)",
     )
     parser.add_argument("--rtol", type=float, default=1e-3, help="error of a step of --sampler ode (default: 1e-3)")
-    parser.add_argument("--class_labels", type=int, nargs="*", help="classes, repeated until there are enough")
+    parser.add_argument("--class_labels", type=int, nargs="+", help="classes, repeated until there are enough")
     parser.add_argument("--decode", choices=("mode", "sample"), default="mode", help="of p(x | z_0); default: mode")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="network's")
     options = parser.parse_args(arguments)
     for name in ("num_images", "batch_size", "num_inference_steps", "rtol"):
-        if getattr(options, name) <= 0:
+        if not 0 < getattr(options, name) < math.inf:
             parser.error(f"--{name} must be positive, got {getattr(options, name)}")
-    if Path(options.output).suffix.lower() not in Image.registered_extensions():
+    if min(options.class_labels or [0]) < 0:
+        parser.error(f"--class_labels must be the indices of classes, from 0 on, got {options.class_labels}")
+    # now, and not when all images are drawn
+    known, suffix = Image.registered_extensions(), Path(options.output).suffix.lower()
+    if known.get(suffix) not in Image.SAVE or Path(options.output).is_dir():
         parser.error(f"--output must name an image file, as samples.png, got {options.output}")
+    if options.images_dir and any(
+        path.is_file() for path in (Path(options.images_dir), *Path(options.images_dir).parents)
+    ):
+        parser.error(f"--images_dir must be a folder or a new one, got {options.images_dir}")
     return options
+
+
+def choose_device(name: str | None):
+    """The device by its name; `ValueError` for one that is not there."""
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device must be one that is here, as cpu or cuda:0, got {name!r} ({reason})") from error
+    return device
 
 
 def as_ours(scheduler):
@@ -91,13 +115,14 @@ def main(options: argparse.Namespace) -> None:
     from diffusers_vdm.plots import image_grid
     from diffusers_vdm.vlb import keyed_generator
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(options.device)
     pipe = VDMPipeline.from_pretrained(options.model).to(device)
     pipe.unet.to(getattr(torch, options.dtype))
     pipe.set_progress_bar_config(leave=False)
     if options.sampler not in (None, "ode"):
         pipe.scheduler = choose_scheduler(pipe.scheduler, options.sampler)
     given, labels = options.class_labels, None
+    pipe.check_labels(None if given is None else torch.tensor(given))
     if given:
         labels = [given[i % len(given)] for i in range(options.num_images)]
 

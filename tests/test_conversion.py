@@ -289,6 +289,20 @@ def near(actual, expected, tolerance=1e-9):
     assert float((actual - expected).abs().max()) <= tolerance * float(expected.abs().max())
 
 
+def samples(pipe: VDMPipeline, folder: Path) -> None:
+    """A converted pipeline draws images, as it is and loaded, moved and cast."""
+    pipe.save_pretrained(folder)
+    for each in (
+        pipe,
+        VDMPipeline.from_pretrained(folder),
+        VDMPipeline.from_pretrained(folder).to("cpu", torch.bfloat16),
+    ):
+        each.set_progress_bar_config(disable=True)
+        size, channels = each.unet.config.sample_size, each.unet.config.in_channels
+        images = each(2, 2, torch.Generator().manual_seed(0), output_type="pt").images
+        assert images.shape == (2, channels, size, size) and images.isfinite().all()
+
+
 @pytest.mark.parametrize("gamma", ["fixed", "scalar", "network"])
 @pytest.mark.parametrize(
     ("attention", "fourier", "colours", "flag"), [(True, True, 3, True), (False, False, 1, False)]
@@ -326,6 +340,7 @@ def test_official_networks_of_every_kind_there_and_back(tmp_path, gamma, attenti
             -13.0 + 19.0 * t if gamma == "fixed" else np.float64(np.float32(-13.2)) + t * float(np.float32(18.1))
         )
     near(again.noise_schedule(t).detach(), expected, 1e-6 if gamma == "network" else 1e-14)
+    samples(again, tmp_path / "pipeline")
 
 
 def test_what_our_pipelines_have_and_the_official_ones_do_not_is_folded(tmp_path, generator):
@@ -772,6 +787,7 @@ def test_addtt_there_and_back(tmp_path, generator, weights, changes):
     for one in (pipe, again):
         near(one.noise_schedule(t).detach(), gamma, 1e-14)
         near(one.scheduler.noise_schedule()(t), gamma, 1e-14)
+    samples(again, tmp_path / "pipeline")
     # their code can load what was written: the same names, shapes and types
     theirs, written = (torch.load(f, weights_only=True) for f in (file, tmp_path / "b" / "model.pt"))
     clean = {key.replace("module.", ""): value for key, value in theirs["ema"].items()}
@@ -873,6 +889,18 @@ def test_diffusers_pipeline_and_network_alone(tmp_path, generator, capsys):
             assert torch.equal(pipe.unet(z, 17).sample, theirs.unet(z, 17).sample)
         assert pipe.scheduler.config.prediction_type == "v_prediction" and pipe.scheduler.config.clip_sample
         torch.testing.assert_close(pipe.scheduler.betas.float(), theirs.scheduler.betas, rtol=1e-5, atol=0)
+        samples(pipe, tmp_path / "again")
+
+
+@pytest.mark.parametrize("path", ["runs/my model", "./missing", "a/b/c"])
+def test_a_pipeline_that_is_not_there(path, tmp_path):
+    ddpm().save_pretrained(tmp_path / "ddpm")
+    message = "neither a folder here nor a name that the Hub allows"
+    for arguments in ([path], [str(tmp_path / "ddpm"), "--scheduler", path]):
+        with pytest.raises(SystemExit, match=message):
+            conversion.main(["diffusers", arguments[0], str(tmp_path / "out"), *arguments[1:]])
+    with pytest.raises(SystemExit, match=message):
+        conversion.main(["to-official", path, str(tmp_path / "out")])
 
 
 def test_other_betas_become_a_table_of_levels(tmp_path):

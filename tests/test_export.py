@@ -3,6 +3,7 @@
 import inspect
 import logging
 import math
+import re
 
 import diffusers
 import numpy as np
@@ -137,15 +138,182 @@ def test_from_config_of_their_schedulers_takes_our_levels(kind, tmp_path):
     torch.testing.assert_close(again._gammas_at(torch.arange(1000)), gammas, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("total", [200, 1000])
-def test_a_swap_by_from_config_can_be_undone(total):
-    ours = LinearBetaScheduler(total)
-    for cls in (DDIMScheduler, DDPMScheduler):
-        there = cls.from_config(ours.config)
-        back = LinearBetaScheduler.from_config(there.config)
-        torch.testing.assert_close(back.betas, ours.betas, rtol=1e-9, atol=0)
-    with pytest.raises(ValueError, match="trained_betas"):
-        LinearBetaScheduler.from_config(DDIMScheduler(3, trained_betas=[0.1, 0.2, 0.5]).config)
+BETAS = [0.01, 0.03, 0.02, 0.2, 0.5]
+OURS = {
+    "linear betas": LinearBetaScheduler,
+    "linear betas, rescaled": lambda: LinearBetaScheduler(200, clip_sample=True, timestep_spacing="trailing"),
+    "linear betas, not rescaled": lambda: LinearBetaScheduler(200, 2e-4, 0.03, rescale_betas=False),
+    "any betas": lambda: LinearBetaScheduler(5, trained_betas=BETAS),
+    "straight": lambda: VDMScheduler(num_train_timesteps=100, prediction_type="v_prediction", algorithm="ddim"),
+    "learned": lambda: VDMScheduler.from_noise_schedule(bent()),
+    "index": lambda: VDMScheduler(5, trained_betas=BETAS),
+}
+COMPATIBLES = sorted(VDMScheduler._compatibles)
+
+
+def swapped(cls, config, **kwargs):
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    try:
+        return cls.from_config(config, **kwargs)
+    except ImportError:
+        pytest.skip(f"{cls.__name__} has a dependency of its own")
+
+
+@pytest.mark.parametrize("kind", OURS)
+@pytest.mark.parametrize("name", COMPATIBLES)
+def test_a_swap_by_from_config_can_be_undone(name, kind, tmp_path):
+    """By every class of `compatibles`, in memory and from a file, and by several in a row: bit for bit."""
+    ours = OURS[kind]()
+    assert {cls.__name__ for cls in ours.compatibles} == set(COMPATIBLES)
+    there = swapped(getattr(diffusers, name), ours.config)
+    there.save_pretrained(tmp_path)
+    further = swapped(
+        diffusers.UniPCMultistepScheduler, swapped(diffusers.EulerDiscreteScheduler, there.config).config
+    )
+    backs = [type(ours).from_config(each.config) for each in (there, further)]
+    backs += [type(ours).from_pretrained(tmp_path), type(ours).from_config(backs[0].config)]
+    for back in backs:
+        assert_same_sampler(back, ours)
+
+
+def assert_same_sampler(back, ours):
+    assert type(back) is type(ours) and type(back.noise_schedule()) is type(ours.noise_schedule())
+    assert torch.equal(back.noise_schedule().table(), ours.noise_schedule().table())
+    assert back.config.trained_betas == ours.config.trained_betas and back.betas.equal(ours.betas)
+    for scheduler in (back, ours):
+        scheduler.set_timesteps(3)
+    assert back.timesteps.equal(ours.timesteps) and back._chain == ours._chain
+    said = {key for key in inspect.signature(type(ours).__init__).parameters if key != "self"}
+    assert {key: back.config[key] for key in said} == {key: ours.config[key] for key in said}
+
+
+CONTRADICTIONS = {
+    "other betas": {"trained_betas": [0.1] * 100},
+    "no table": {"trained_betas": None},
+    "rescaled to no signal": {"rescale_betas_zero_snr": True},
+    "thresholding": {"thresholding": True},
+    "karras": {"use_karras_sigmas": True},
+    "flow": {"use_flow_sigmas": True},
+    "beta sigmas": {"use_beta_sigmas": True},
+    "exponential": {"use_exponential_sigmas": True},
+    "flow prediction": {"prediction_type": "flow_prediction"},
+    "ends": {"sigma_max": 50.0},
+    "offset": {"steps_offset": 1},
+    "fewer steps": {"num_train_timesteps": 50},
+}
+
+
+@pytest.mark.parametrize("ours", [VDMScheduler(100), LinearBetaScheduler(100)], ids=lambda ours: type(ours).__name__)
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_what_contradicts_our_levels_on_the_way_back_is_named(case, ours):
+    ((key, value),) = changes = CONTRADICTIONS[case].items()
+    config = {**swapped(diffusers.UniPCMultistepScheduler, ours.config).config, **dict(changes)}
+    said = "trained_betas" if key == "num_train_timesteps" else key
+    with pytest.raises(ValueError, match=said):
+        type(ours).from_config(config)
+    if key not in ("prediction_type", "num_train_timesteps", "trained_betas"):  # those are arguments of ours
+        with pytest.raises(ValueError, match=f"does not know the config key '{key}'"):
+            type(ours).from_config(ours.config, **{key: value})
+
+
+def test_settings_of_the_samplers_of_diffusers_are_ignored_and_kept_for_them():
+    ours = VDMScheduler()
+    there = swapped(
+        diffusers.DPMSolverMultistepScheduler, ours.config, solver_order=3, algorithm_type="sde-dpmsolver++"
+    )
+    back = VDMScheduler.from_config(there.config)
+    assert_same_sampler(back, ours)
+    assert swapped(diffusers.DPMSolverMultistepScheduler, back.config).config.solver_order == 3
+    with pytest.raises(ValueError, match="did you mean 'algorithm'"):
+        VDMScheduler.from_config(back.config, algorithms="ddim")
+
+
+@pytest.mark.parametrize("cls", [VDMScheduler, LinearBetaScheduler])
+@pytest.mark.parametrize("theirs", [diffusers.EDMEulerScheduler, diffusers.DDPMScheduler])
+def test_a_config_without_levels_of_ours_makes_no_defaults_of_ours(cls, theirs):
+    config = theirs().config
+    if cls is LinearBetaScheduler and theirs is diffusers.DDPMScheduler:
+        assert cls.from_config(config).betas.float().allclose(theirs().betas)
+        return
+    with pytest.raises(ValueError, match="cannot take its noise levels from"):
+        cls.from_config(config)
+
+
+@pytest.mark.parametrize("make", [list, tuple, np.array, torch.tensor, lambda b: torch.tensor(b).float().double()])
+def test_trained_betas_are_taken_as_diffusers_takes_them(make):
+    theirs = DDPMScheduler(5, trained_betas=BETAS, clip_sample=False)
+    for cls in (LinearBetaScheduler, VDMScheduler):
+        ours = cls(num_train_timesteps=5, trained_betas=make(BETAS))
+        torch.testing.assert_close(ours.betas.float(), theirs.betas, rtol=1e-6, atol=0)
+        torch.testing.assert_close(ours.alphas_cumprod.float(), theirs.alphas_cumprod, rtol=1e-6, atol=0)
+        ours.set_timesteps(timesteps=[4, 2])
+        assert ours.timesteps.tolist() == [4, 2]  # the network's timestep is the index
+    assert LinearBetaScheduler.from_config(theirs.config).config.trained_betas == BETAS
+    assert VDMScheduler.from_diffusers(theirs).betas.equal(VDMScheduler(5, trained_betas=BETAS).betas)
+    # with the same steps as theirs
+    ours = LinearBetaScheduler(5, trained_betas=BETAS)
+    z = torch.randn(2, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    for t in (4, 3, 1):
+        step = [s.step(0.5 * z, t, z, generator=torch.Generator().manual_seed(1)).prev_sample for s in (ours, theirs)]
+        torch.testing.assert_close(*step, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("cls", [VDMScheduler, LinearBetaScheduler])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"trained_betas": BETAS}, "num_train_timesteps=1000, got 5 of them; give num_train_timesteps=5"),
+        ({"trained_betas": [0.1, 1.0]}, "within (0, 1)"),
+        ({"trained_betas": [0.1, 0.0]}, "within (0, 1)"),
+        ({"trained_betas": [0.1, math.nan]}, "within (0, 1)"),
+        ({"trained_betas": [0.1]}, "at least two numbers"),
+        ({"trained_betas": []}, "at least two numbers"),
+        ({"trained_betas": [[0.1, 0.2]]}, "at least two numbers"),
+        ({"trained_betas": 0.1}, "at least two numbers"),
+        ({"trained_betas": "linear"}, "must be a list of numbers"),
+        ({"trained_betas": ["a", "b"]}, "must be a list of numbers"),
+    ],
+)
+def test_trained_betas_that_are_none_are_refused(cls, arguments, message):
+    with pytest.raises(ValueError, match="trained_betas.*" + re.escape(message)):
+        cls(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("cls", "more"),
+    [
+        (VDMScheduler, {"gamma_min": -9.0}),
+        (VDMScheduler, {"gamma_max": 9.0}),
+        (VDMScheduler, {"trained_gammas": [-9.0, 5.0]}),
+        (LinearBetaScheduler, {"beta_start": 1e-3}),
+        (LinearBetaScheduler, {"beta_end": 0.03}),
+    ],
+)
+def test_levels_are_given_in_one_way(cls, more):
+    (key,) = more
+    with pytest.raises(ValueError, match=f"{key} must be left out where trained_betas are the levels"):
+        cls(5, trained_betas=BETAS, **more)
+    with pytest.raises(ValueError, match=f"{key} must be left out where trained_betas are the levels"):
+        cls.from_config(cls(1000).config, num_train_timesteps=5, trained_betas=BETAS, **more)
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_trained_betas_replace_the_levels_of_a_config(kind):
+    ours = OURS[kind]()
+    there = type(ours).from_config(ours.config, num_train_timesteps=3, trained_betas=[0.1, 0.2, 0.3])
+    assert there.betas.tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert there.config.prediction_type == ours.config.prediction_type
+    assert type(ours).from_config(there.config).betas.equal(there.betas)
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_a_config_of_ours_lists_no_defaults_and_keeps_its_values(kind, tmp_path):
+    ours = OURS[kind]()
+    ours.save_pretrained(tmp_path)
+    for scheduler in (ours, type(ours).from_pretrained(tmp_path), type(ours).from_config(ours.config)):
+        assert "_use_default_values" not in scheduler.config
+        # what is False by default here, and True there
+        assert DDPMScheduler.from_config(scheduler.config).config.clip_sample is ours.config.clip_sample
 
 
 def test_our_own_configs_follow_changes():

@@ -22,7 +22,18 @@ MAX_LINES = 600
 # beside it
 CORE = {"gamma_scheduler", "vlb", "ode", "codec", "step_selection", "images", "image_stream"}
 BASE = [
-    {"diffusion", "files", "markdown", "pchip", "importance", "repository", "sharding", "threads", "whole_models"},
+    {
+        "call_arguments",
+        "diffusion",
+        "files",
+        "markdown",
+        "pchip",
+        "importance",
+        "repository",
+        "sharding",
+        "threads",
+        "whole_models",
+    },
     {"noise_schedules", "randomness", "image_folder"},
     {"rows", "image_files", "objective", "dequantization", "diffusers_schedulers", "official_checkpoint"},
     {"image_sources"},

@@ -1,6 +1,7 @@
 """`VDMPipeline`: a plug-in that behaves as a pipeline of diffusers does, and what it promises beside."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -215,6 +216,57 @@ def test_scheduler_is_complete_without_the_module():
     assert torch.equal(sample(with_it), sample(without))
 
 
+MISSING = [
+    "runs/my model", "./missing", "../missing", "/abs/missing", "a/b/c", "~/missing", "", "missing/", "runs\\model",
+    "user/" + "n" * 97, "-user/name", "user/na..me", "C:\\runs",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", MISSING)
+@pytest.mark.parametrize("local_files_only", [False, True])
+def test_a_folder_that_is_not_there_and_no_name_of_the_hub(path, local_files_only):
+    with pytest.raises(OSError, match="neither a folder here nor a name that the Hub allows") as error:
+        VDMPipeline.from_pretrained(path, local_files_only=local_files_only)
+    assert repr(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(OSError, match="is a file and not the folder of a pipeline"):
+        VDMPipeline.from_pretrained(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("arguments", [{"safe_serialization": False}, {"use_flashpack": True}])
+def test_what_could_not_be_loaded_is_not_saved(arguments, tmp_path):
+    with pytest.raises(ValueError, match=f"{next(iter(arguments))} must"):
+        pipeline().save_pretrained(tmp_path / "new", **arguments)
+    with pytest.raises(ValueError, match="safe_serialization must"):
+        pipeline().save_pretrained(tmp_path / "new", False)
+    assert not (tmp_path / "new").exists()
+    # a network alone is loaded from what it is saved to
+    net = network()
+    net.save_pretrained(tmp_path / "alone", safe_serialization=False)
+    loaded = VDMUNet2DModel.from_pretrained(tmp_path / "alone", use_safetensors=False)
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+def test_saving_in_parts_and_with_a_variant_as_diffusers_does(tmp_path):
+    pipe = pipeline()
+    pipe.save_pretrained(tmp_path, True, "half", max_shard_size="20KB")
+    assert len([*(tmp_path / "unet").glob("*-of-*")]) > 2
+    same_samples(loaded_quietly(tmp_path, variant="half"), pipe)
+    with pytest.raises(ValueError, match="no such modeling files are available. .* has 'half'") as error:
+        VDMPipeline.from_pretrained(tmp_path, variant="fp16")
+    # what diffusers says, in a folder and on the Hub
+    assert "model files of the `variant=fp16`, but no such modeling files are available. " in str(error.value)
+
+
+def loaded_quietly(folder, **arguments):
+    pipe = VDMPipeline.from_pretrained(folder, **arguments)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 @pytest.mark.parametrize("num_levels", [1, 257, 0])
 def test_wrong_number_of_levels(num_levels):
     with pytest.raises(ValueError, match=r"num_levels must be within \[2, 256\]"):
@@ -411,6 +463,76 @@ def test_null_class():
     assert not torch.equal(without, sample(pipe, class_labels=0))
 
 
+def test_images_per_label_are_those_of_the_repeated_labels():
+    pipe = pipeline(num_class_embeds=4)
+    expected = sample(pipe, batch_size=6, class_labels=[2, 2, 2, 0, 0, 0])  # diffusers' order
+    for given in ({}, {"batch_size": 6}, {"batch_size": np.int32(6)}):
+        actual = sample(pipe, class_labels=[2, 0], num_images_per_prompt=3, **given)
+        assert torch.equal(actual, expected)
+    assert torch.equal(sample(pipe, class_labels=1, num_images_per_prompt=2), sample(pipe, class_labels=[1, 1]))
+    # one generator and one latent for each image
+    each = [generator(seed) for seed in range(4)]
+    latents = torch.randn(4, 3, 8, 8, generator=generator(1))
+    images = sample(pipe, class_labels=[1, 3], num_images_per_prompt=2, generator=each, latents=latents)
+    assert images.shape == latents.shape
+    with pytest.raises(ValueError, match="list of batch_size=4, got 2"):
+        sample(pipe, class_labels=[1, 3], num_images_per_prompt=2, generator=each[:2])
+
+
+def test_the_labels_say_how_many_images():
+    pipe = pipeline(num_class_embeds=4, null_class=True)
+    assert sample(pipe, class_labels=[0, 1, 2]).shape[0] == 3
+    assert sample(pipe, class_labels=2).shape[0] == sample(pipe).shape[0] == 1
+
+
+EQUAL_ARGUMENTS = {
+    "batch_size": [2, np.int64(2), np.uint8(2), torch.tensor(2)],
+    "num_inference_steps": [3, np.int64(3), torch.tensor(3)],
+    "class_labels": [
+        [1, 3], (1, 3), range(1, 4, 2), np.array([1, 3]), np.array([1, 3], np.uint8), torch.tensor([1, 3]),
+        torch.tensor([1, 3], dtype=torch.int32), [np.int64(1), 3], [torch.tensor(1), np.array(3)],
+    ],
+    "timesteps": [
+        [900, 500.5, 3], (900.0, 500.5, 3.0), np.array([900, 500.5, 3]), torch.tensor([900, 500.5, 3]),
+        [np.float32(900), np.float64(500.5), np.int64(3)], list(torch.tensor([900, 500.5, 3])),
+    ],
+    "return_dict": [True, np.True_],
+    "callback_on_step_end_tensor_inputs": [None, ["latents"], ("latents",), []],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EQUAL_ARGUMENTS)
+def test_what_means_the_same_gives_the_same(name):
+    pipe = pipeline(num_class_embeds=4)
+    given = {"batch_size": 2, "class_labels": [0, 2], "generator": (generator(1), generator(2))}
+    given |= {"num_inference_steps": None} if name == "timesteps" else {}
+    results = []
+    for value in EQUAL_ARGUMENTS[name]:
+        given["generator"] = tuple(generator(seed) for seed in (1, 2))
+        results.append(sample(pipe, **{**given, name: value}))
+    assert all(torch.equal(result, results[0]) for result in results[1:])
+
+
+@pytest.mark.parametrize("label", [1, np.int64(1), np.uint8(1), torch.tensor(1), np.array(1)])
+def test_one_label_for_all(label):
+    pipe = pipeline(num_class_embeds=4)
+    assert torch.equal(sample(pipe, batch_size=2, class_labels=label), sample(pipe, class_labels=[1, 1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_latents_of_any_precision_are_worked_on_in_float32_or_better(dtype):
+    pipe, latents = pipeline(), torch.randn(1, 3, 8, 8, generator=generator(1)).to(dtype)
+    images = sample(pipe, latents=latents)
+    assert images.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    if dtype != torch.float64:  # whose noise is drawn in float64, too
+        assert torch.equal(images, sample(pipe, latents=latents.float()))
+
+
+def test_latents_that_a_callback_returns_keep_their_type():
+    final = sample(pipeline(), callback_on_step_end=lambda p, i, t, given: {"latents": given["latents"].half()})
+    assert final.dtype == torch.float32
+
+
 # ---- precision ---------------------------------------------------------------------------------------------------
 
 
@@ -541,6 +663,88 @@ ERRORS = {
     "decode": ({}, {"decode": "draw"}, "decode must be 'mode' or 'sample'"),
     "output type": ({}, {"output_type": "numpy"}, "output_type must be"),
     "tensor names": ({}, {"callback_on_step_end_tensor_inputs": ["latents", "eps_hat"]}, r"got \['eps_hat'\]"),
+    "batch size true": ({}, {"batch_size": True}, "batch_size must be a positive integer, got True"),
+    "batch size 2.0": ({}, {"batch_size": 2.0}, "batch_size must be a positive integer, got 2.0"),
+    "batch size -1": ({}, {"batch_size": np.int64(-1)}, "batch_size must be a positive integer"),
+    "steps true": ({}, {"num_inference_steps": True}, "num_inference_steps must be a positive integer, got True"),
+    "steps 4.0": ({}, {"num_inference_steps": 4.0}, "num_inference_steps must be a positive integer, got 4.0"),
+    "steps text": ({}, {"num_inference_steps": "4"}, "num_inference_steps must be a positive integer, got '4'"),
+    "steps NaN": ({}, {"num_inference_steps": math.nan}, "num_inference_steps must be a positive integer"),
+    "no timesteps": ({}, {"num_inference_steps": None, "timesteps": []}, "timesteps must be a decreasing list"),
+    "one timestep": ({}, {"num_inference_steps": None, "timesteps": 9.0}, "timesteps must be a decreasing list"),
+    "timesteps text": ({}, {"num_inference_steps": None, "timesteps": ["9", "1"]}, "timesteps must be a decreasing"),
+    "timesteps true": ({}, {"num_inference_steps": None, "timesteps": [True, False]}, "timesteps must be a decreas"),
+    "timesteps NaN": ({}, {"num_inference_steps": None, "timesteps": [math.nan]}, "timesteps must be a decreasing"),
+    "timesteps 2d": (
+        {},
+        {"num_inference_steps": None, "timesteps": np.ones((2, 2))},
+        "timesteps must be a decreasing",
+    ),
+    "timesteps not taken": (
+        {"scheduler": DDIMScheduler},
+        {"num_inference_steps": None, "timesteps": [9, 1]},
+        "timesteps must be left out, as a DDIMScheduler takes none",
+    ),
+    "generator seed": ({}, {"generator": 0}, "generator must be a torch.Generator"),
+    "generator of NumPy": ({}, {"generator": np.random.default_rng(0)}, "generator must be a torch.Generator"),
+    "no generators": ({}, {"generator": []}, "list of batch_size=2, got 0"),
+    "generators with none": ({}, {"generator": [None, None]}, "a list with None"),
+    "generators with seeds": ({}, {"generator": (torch.Generator(), 1)}, "a list with 1"),
+    "three generators": ({}, {"generator": (torch.Generator(),) * 3}, "list of batch_size=2, got 3"),
+    "label 0.9": ({"num_class_embeds": 4}, {"class_labels": 0.9}, "class_labels must be an integer or a list"),
+    "labels 0.9": ({"num_class_embeds": 4}, {"class_labels": [0.9, 1]}, "class_labels must be an integer or a list"),
+    "labels 1.0": ({"num_class_embeds": 4}, {"class_labels": torch.ones(2)}, "class_labels must be an integer or"),
+    "label text": ({"num_class_embeds": 4}, {"class_labels": "1"}, "class_labels must be an integer or a list"),
+    "label words": (
+        {"num_class_embeds": 4},
+        {"class_labels": ["1", "2"]},
+        "class_labels must be an integer or a list",
+    ),
+    "label none": ({"num_class_embeds": 4}, {"class_labels": [None, 1]}, "class_labels must be an integer or a list"),
+    "label true": ({"num_class_embeds": 4}, {"class_labels": True}, "class_labels must be an integer or a list"),
+    "labels true": ({"num_class_embeds": 4}, {"class_labels": np.array([True, False])}, "class_labels must be an int"),
+    "labels nested": (
+        {"num_class_embeds": 4},
+        {"class_labels": [[1, 2]]},
+        "class_labels must be an integer or a list",
+    ),
+    "labels 2d": ({"num_class_embeds": 4}, {"class_labels": torch.ones(1, 2).long()}, "class_labels must be an integ"),
+    "labels empty": ({"num_class_embeds": 4}, {"class_labels": []}, "class_labels must be an integer or a list"),
+    "labels of a dict": (
+        {"num_class_embeds": 4},
+        {"class_labels": {1: 2}},
+        "class_labels must be an integer or a list",
+    ),
+    "one label in a list": ({"num_class_embeds": 4}, {"class_labels": [1]}, "one class or 2 of them, got 1"),
+    "images of no prompt": ({}, {"num_images_per_prompt": 2}, "must go with class_labels.*give batch_size=2"),
+    "images 0": (
+        {"num_class_embeds": 4},
+        {"num_images_per_prompt": 0, "class_labels": 1},
+        "num_images_per_prompt must",
+    ),
+    "images 1.5": ({}, {"num_images_per_prompt": 1.5}, "num_images_per_prompt must be a positive integer"),
+    "images and a batch": (
+        {"num_class_embeds": 4},
+        {"num_images_per_prompt": 3, "class_labels": [0, 1]},
+        "got 2 with num_images_per_prompt=3, which makes 6 images; leave batch_size=2 out",
+    ),
+    "images of one label and a batch": (
+        {"num_class_embeds": 4},
+        {"num_images_per_prompt": 3, "class_labels": 1},
+        "which makes 3 images; leave batch_size=2 out",
+    ),
+    "latents of integers": ({}, {"latents": torch.ones(2, 3, 8, 8).long()}, "floating-point torch.Tensor.*int64"),
+    "latents of NumPy": ({}, {"latents": np.ones((2, 3, 8, 8))}, "floating-point torch.Tensor.*ndarray"),
+    "complex latents": ({}, {"latents": torch.ones(2, 3, 8, 8) * 1j}, "floating-point torch.Tensor.*complex64"),
+    "latents NaN": ({}, {"latents": torch.full((2, 3, 8, 8), math.nan)}, "latents must be finite"),
+    "latents infinite": ({}, {"latents": torch.full((2, 3, 8, 8), math.inf)}, "latents must be finite"),
+    "decode none": ({}, {"decode": None}, "decode must be 'mode' or 'sample', got None"),
+    "decode list": ({}, {"decode": ["mode"]}, "decode must be 'mode' or 'sample'"),
+    "output type none": ({}, {"output_type": None}, "output_type must be 'pil', 'np', 'pt' or 'latent', got None"),
+    "return_dict": ({}, {"return_dict": "no"}, "return_dict must be True or False, got 'no'"),
+    "callback": ({}, {"callback_on_step_end": 3}, "callback_on_step_end must be callable, got a int"),
+    "tensor name alone": ({}, {"callback_on_step_end_tensor_inputs": "latents"}, "list of names among"),
+    "tensor names of numbers": ({}, {"callback_on_step_end_tensor_inputs": [1]}, "list of names among"),
     "shape of latents": ({}, {"latents": torch.zeros(1, 3, 8, 8)}, r"latents must have shape \(2, 3, 8, 8\)"),
     "labels without classes": ({}, {"class_labels": 1}, "without classes"),
     "number of labels": ({"num_class_embeds": 4}, {"class_labels": [1, 2, 3]}, "one class or 2 of them"),
@@ -562,7 +766,7 @@ def test_errors_come_before_any_work(case):
     given = {"batch_size": 2, "generator": source, **kwargs}
     if given["generator"] == "one of two":
         given["generator"] = [source]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         sample(pipe, **given)
     assert not calls
     # a caller who mends the call and goes on gets the images that the generator's seed promises
