@@ -111,6 +111,8 @@ class ImageStream:
         self.classes_in_split, self.parts = source.classes_in_split, source.parts
         declared = (data.info.splits or {}).get(split)
         self._declared = num_images or source.num_rows or getattr(declared, "num_examples", None) or None
+        # image files on the Hub are read and decoded as soon as a row is, whatever type the column is cast to
+        data = data.decode(False) if hasattr(data, "decode") else data
         self._rows = data.cast_column(self._image_column, datasets.Image(decode=False))
         self._num_shards = min(data.num_shards, MAX_SHARDS)
         self._lengths: dict[int, int] = {}
