@@ -142,7 +142,7 @@ def load_model(name: str):
     pipe = cls.from_pretrained(name)
     weights, recorded = "as saved in the pipeline", Path(name) / "options.json"
     if recorded.is_file():  # train.py's
-        averaged = json.loads(recorded.read_text()).get("options", {}).get("use_ema")
+        averaged = json.loads(recorded.read_text(encoding="utf-8")).get("options", {}).get("use_ema")
         weights = {True: "average (EMA)", False: "last step"}.get(averaged, weights)
     return pipe.unet, pipe.scheduler, pipe.config.get("num_levels", 256), weights
 

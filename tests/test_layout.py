@@ -13,7 +13,7 @@ import diffusers_vdm
 
 PACKAGE = Path(diffusers_vdm.__file__).parent
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
-MAX_LINES = 450
+MAX_LINES = 600
 
 # {diffusion, files, pchip, …} → {noise_schedules, randomness} → {rows, image_files, …} →
 # {gamma_scheduler, vlb, ode, codec, step_selection, images, image_stream} → schedulers →
@@ -22,7 +22,18 @@ MAX_LINES = 450
 # beside it
 CORE = {"gamma_scheduler", "vlb", "ode", "codec", "step_selection", "images", "image_stream"}
 BASE = [
-    {"diffusion", "files", "markdown", "pchip", "importance", "repository", "sharding", "threads", "whole_models"},
+    {
+        "console",
+        "diffusion",
+        "files",
+        "markdown",
+        "pchip",
+        "importance",
+        "repository",
+        "sharding",
+        "threads",
+        "whole_models",
+    },
     {"noise_schedules", "randomness"},
     {"rows", "image_files", "objective", "dequantization", "diffusers_schedulers", "official_checkpoint"},
 ]

@@ -1,0 +1,42 @@
+"""Output of the commands on terminals and in files that cannot hold every character."""
+
+from __future__ import annotations
+
+import codecs
+import sys
+import unicodedata
+
+_HANDLER = "diffusers_vdm.transliterate"
+# what the commands print and ASCII lacks; letters with accents lose them
+_NAMES = {
+    "α": "alpha", "ᾱ": "alpha-bar", "β": "beta", "γ": "gamma", "ε": "eps", "σ": "sigma", "Σ": "sum", "π": "pi",
+    "∞": "inf", "±": "+/-", "×": "x", "·": "*", "−": "-", "–": "-", "—": "-", "→": "->", "←": "<-", "≤": "<=",
+    "≥": ">=", "≠": "!=", "≈": "~", "√": "sqrt", "²": "^2", "½": "1/2", "¾": "3/4", "∂": "d", "∝": "~", "∈": "in",
+    "…": "...", "′": "'", "’": "'", "‘": "'", "“": '"', "”": '"', "‖": "||", "°": " degrees",
+}  # fmt: skip
+
+
+def tolerate_any_encoding() -> None:
+    """Prints what standard output and standard error cannot encode in ASCII, as `γ ± ε` by `gamma +/- eps`.
+
+    A command calls it first. Where the encoding is UTF-8 nothing is lost.
+    """
+    codecs.register_error(_HANDLER, _transliterate)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not where somebody else has put an object of another kind there
+            stream.reconfigure(errors=_HANDLER)
+
+
+def _transliterate(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(map(_in_ascii, error.object[error.start : error.end])), error.end
+
+
+def _in_ascii(character: str) -> str:
+    if character in _NAMES:
+        return _NAMES[character]
+    if unicodedata.combining(character):  # the hat of ε̂
+        return ""
+    plain = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode("ascii")
+    return plain or "?"
