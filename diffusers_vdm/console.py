@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import codecs
+import re
 import sys
 import unicodedata
 
 _HANDLER = "diffusers_vdm.transliterate"
-# what the commands print and ASCII lacks; letters with accents lose them
+# what the commands print and ASCII lacks, beside Greek, which has names, and letters with accents, which lose them
 _NAMES = {
-    "α": "alpha", "ᾱ": "alpha-bar", "β": "beta", "γ": "gamma", "ε": "eps", "σ": "sigma", "Σ": "sum", "π": "pi",
-    "∞": "inf", "±": "+/-", "×": "x", "·": "*", "−": "-", "–": "-", "—": "-", "→": "->", "←": "<-", "≤": "<=",
-    "≥": ">=", "≠": "!=", "≈": "~", "√": "sqrt", "²": "^2", "½": "1/2", "¾": "3/4", "∂": "d", "∝": "~", "∈": "in",
-    "…": "...", "′": "'", "’": "'", "‘": "'", "“": '"', "”": '"', "‖": "||", "°": " degrees",
+    "ε": "eps", "∞": "inf", "±": "+/-", "×": "x", "·": "*", "−": "-", "–": "-", "—": "-", "→": "->", "←": "<-",
+    "≤": "<=", "≥": ">=", "≠": "!=", "≈": "~", "∝": "~", "√": "sqrt", "∫": "integral", "∂": "d", "∈": "in", "‖": "||",
+    "²": "^2", "³": "^3", "⁴": "^4", "½": "1/2", "¼": "1/4", "¾": "3/4", "°": " degrees", "§": "section ", "…": "...",
+    "′": "'", "’": "'", "‘": "'", "“": '"', "”": '"',
 }  # fmt: skip
 
 
@@ -38,5 +39,8 @@ def _in_ascii(character: str) -> str:
         return _NAMES[character]
     if unicodedata.combining(character):  # the hat of ε̂
         return ""
+    greek = re.fullmatch(r"GREEK (?:SMALL|CAPITAL) LETTER (\w+)( WITH MACRON)?", unicodedata.name(character, ""))
+    if greek:
+        return greek[1].lower() + ("-bar" if greek[2] else "")
     plain = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode("ascii")
     return plain or "?"

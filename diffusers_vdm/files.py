@@ -57,11 +57,15 @@ class Lock:
         for _ in range(100):
             parents = [self.path.parent, *self.path.parent.parents]
             self._created += [folder for folder in parents if not folder.exists() and folder not in self._created]
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
                 handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-            except FileNotFoundError:  # the holder ended just now, and removed the folder
-                continue
+            except (FileNotFoundError, FileExistsError):
+                if (
+                    os.path.lexists(self.path.parent) and not self.path.parent.is_dir()
+                ):  # a file, or a link that leads nowhere
+                    raise
+                continue  # the holder ended just now, and removed the folder
             if not _lock(handle, self.path):
                 os.close(handle)
                 return False

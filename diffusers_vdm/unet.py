@@ -354,7 +354,7 @@ UNET_PRESETS: dict[str, dict[str, Any]] = {
         norm_num_groups=8,
         down_block_types=("AttnDownBlock2D",),
         up_block_types=("AttnUpBlock2D",),
-        fourier_exponents=(math.log2(17 / 4), math.log2(17 / 2)),
+        fourier_exponents=(math.log2(17) - 2, math.log2(17) - 1),  # as train.py for any number of levels
         augmentation_flag=False,
         dropout=0.05,
     ),
