@@ -9,7 +9,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from test_locks import model  # noqa: F401  a fixture
+from test_examples import model  # noqa: F401  a fixture
 
 from diffusers_vdm import console
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from test_examples import ROOT
+from test_examples import ROOT, model  # noqa: F401  a fixture
 from test_resume import ended, options, start, wait_for  # noqa: F401  a fixture
 
 from diffusers_vdm.files import Lock
@@ -190,24 +190,11 @@ def test_a_run_that_fails_leaves_no_folder(tmp_path, options):  # noqa: F811
 # ---- evaluate.py -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    from diffusers_vdm import MonotoneGammaNetwork, VDMPipeline, VDMScheduler, VDMUNet2DModel
-
-    folder = tmp_path_factory.mktemp("model")
-    unet = VDMUNet2DModel.from_preset(
-        "digits", block_out_channels=(8,), layers_per_block=1, norm_num_groups=2, attention_head_dim=8
-    )
-    schedule = MonotoneGammaNetwork(gamma_min=-7.5, gamma_max=5.0)
-    VDMPipeline(unet, VDMScheduler.from_noise_schedule(schedule), schedule, num_levels=17).save_pretrained(folder)
-    return folder
-
-
-def evaluation(model, output, processes=1, *more):
+def evaluation(pipeline, output, processes=1, *more):
     from test_fsdp import free_port
 
-    command = [sys.executable, str(ROOT / "examples" / "evaluate.py"), "--model", str(model), "--output", str(output),
-               "--num_threads", "1", *map(str, more)]  # fmt: skip
+    command = [sys.executable, str(ROOT / "examples" / "evaluate.py"), "--model", str(pipeline), "--output",
+               str(output), "--num_threads", "1", *map(str, more)]  # fmt: skip
     port, started = str(free_port()), []
     for rank in range(processes):
         environment = os.environ | {"ACCELERATE_USE_CPU": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -225,7 +212,7 @@ def told(processes):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("processes", [1, 2])
-def test_two_evaluations_of_one_output(tmp_path, model, processes):
+def test_two_evaluations_of_one_output(tmp_path, model, processes):  # noqa: F811
     output = tmp_path / "reports" / "r.json"
     lock = Lock(output.with_name(".r.lock"))
     assert lock.acquire()
