@@ -2,12 +2,13 @@
 
     accelerate launch examples/train.py                                     # bundled digits: minutes on a laptop CPU
     accelerate launch examples/train.py --objective ddpm --schedule linear_beta          # DDPM, on the same digits
-    accelerate launch examples/train.py --preset cifar10 --mixed_precision bf16          # the paper's network and data
+    accelerate launch examples/train.py --preset cifar10 --mixed_precision bf16         # the paper's network and data
     accelerate launch examples/train.py --preset ddpm-ffhq128 --train_data_dir faces --dry_run      # what it will cost
 
 In --output_dir: the pipeline with its EMA weights, metrics.jsonl, options.json, samples.png, training.png,
 schedule.png, loss_by_gamma.png, denoising.gif, and checkpoints. A run that was stopped or killed goes on by the same
-command with --resume_from_checkpoint latest: bit for bit on the same kind of CPU with as many threads. Options are named as in diffusers' train_unconditional.py.
+command with --resume_from_checkpoint latest: bit for bit on the same kind of CPU with as many threads. Options are
+named as in diffusers' train_unconditional.py.
 """
 
 from __future__ import annotations
