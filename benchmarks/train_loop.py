@@ -96,7 +96,7 @@ def main() -> None:
         print(f"{name:<6}{statistics.median(r[name] for r in rounds):8.4f} s a step")
     print(f"the loop adds {100 * told['overhead']:.1f} %")
     if b.output:
-        Path(b.output).write_text(json.dumps(told, indent=2) + "\n")
+        Path(b.output).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -332,7 +332,7 @@ def peak_mebibytes(o: argparse.Namespace) -> float:
         step(batch)
         wait(o.device)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts from here
     before = resident("VmRSS")
     step(batch)
     return resident("VmHWM") - before
@@ -340,7 +340,8 @@ def peak_mebibytes(o: argparse.Namespace) -> float:
 
 def resident(which: str) -> float:
     """A line of this process's status, in MiB (Linux)."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(which))
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    line = next(line for line in lines if line.startswith(which))
     return int(line.split()[1]) / 1024
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import mmap
 import os
+import platform
 import re
 import shutil
 from collections.abc import Collection, Iterable
@@ -236,6 +237,42 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any], allowed: Collect
         return None
     masks = "; the masks of dropout are others from here on" if now["options"].get("dropout") else ""
     return f"{splits[0]} → {splits[1]}: the same data order, global batch and noise{masks}"
+
+
+def machine_of(device: torch.device) -> dict[str, Any]:
+    """What the rounding of sums depends on beside versions: the device and, of a CPU, instructions and threads."""
+    if device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(device), "cudnn": torch.backends.cudnn.version()}
+    if device.type != "cpu":
+        return {"device": device.type}
+    return {
+        "device": _processor(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine() or "cpu"
+
+
+def rounding_changes(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """What to say where a run goes on otherwise than it was saved, so that sums are rounded in other ways.
+
+    Two descriptions of a run are compared by `"machine"`, as [`machine_of`] gives it, and torch's version in
+    `"versions"`, as far as both hold them: checkpoints of earlier versions do not. `None` where nothing differs.
+    """
+    pairs = {name: (before.get("machine", {}).get(name), value) for name, value in now.get("machine", {}).items()}
+    pairs["torch"] = (before.get("versions", {}).get("torch"), now.get("versions", {}).get("torch"))
+    differ = [f"{name}: {a} → {b}" for name, (a, b) in pairs.items() if None not in (a, b) and a != b]
+    if not differ:
+        return None
+    return f"{'; '.join(differ)}: from here on the numbers are the same up to rounding, not bit for bit"
 
 
 def _plain(value: Any) -> Any:

@@ -26,6 +26,7 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DModel
 from diffusers.models.attention_processor import Attention
 
+from .console import tolerate_any_encoding
 from .files import write_atomically
 from .foreign_networks import (
     ForeignNetwork,
@@ -427,6 +428,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command; a `SystemExit` that says what is wrong for input that cannot be converted."""
+    tolerate_any_encoding()
     given = {name: value for name, value in vars(parse_options(arguments)).items() if value is not None}
     name, source, output = (given.pop(key) for key in ("command", "source", "output"))
     try:

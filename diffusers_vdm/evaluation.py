@@ -177,7 +177,7 @@ def evaluate_bpd(
             _evaluate_chain(unet, chain, images[index].to(device), labels, index, seed, rows, bar)
             check_rows_finite(rows.values[row], index)
             bits = rows.values[:, : 2 + total].sum(1)
-            bar.set_description(value_so_far(bits[~bits.isnan()]))
+            bar.set_description(value_so_far(bits[~bits.isnan()], rows.world))
         table = rows.share(0, n)
     terms, per_image = table[:, 2 : 2 + total], table[:, : 2 + total].sum(1)
     return BpdEvaluation(

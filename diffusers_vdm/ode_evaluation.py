@@ -200,7 +200,8 @@ def evaluate_ode(
                 raise ValueError(f"image {int(index[error.sample])}: {error}") from error
             rows.keep()
             bar.update(len(row))
-            bar.set_description(value_so_far(bits_of(rows.values[~rows.values.isnan().any(1), 1:])))
+            so_far = bits_of(rows.values[~rows.values.isnan().any(1), 1:])
+            bar.set_description(value_so_far(so_far, rows.world))
         values = rows.share(0, num_samples * n).view(num_samples, n, -1)
     bits = bits_of(values[..., 1:].flatten(0, 1)).view(num_samples, n)
     per_image, draws_stderr = bits.mean(0), math.nan

@@ -123,7 +123,7 @@ def plot_loss_by_gamma(
     """
     order = gamma_t.flatten().argsort()
     gamma, density = gamma_t.flatten()[order], 0.5 * mse.flatten()[order] / math.log(2)
-    bins = max(2, min(40, len(gamma) // 20))
+    bins = min(len(gamma), max(2, min(40, len(gamma) // 20)))  # no share is empty
     groups = list(zip(gamma.tensor_split(bins), density.tensor_split(bins), strict=True))
     centre = torch.stack([g.mean() for g, _ in groups])
     mean = torch.stack([d.mean() for _, d in groups])

@@ -88,8 +88,13 @@ def device_of(network: nn.Module) -> torch.device:
     return next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
 
 
-def value_so_far(bits: torch.Tensor) -> str:
-    """What a progress bar says of some bits/dim: their mean and, of two or more, its standard error."""
+def value_so_far(bits: torch.Tensor, num_processes: int = 1) -> str:
+    """What a progress bar says of some bits/dim: their mean and, of two or more, its standard error.
+
+    Of several processes each knows only its own share before [`Rows.share`], whose mean is not that of all: no number.
+    """
+    if num_processes > 1:
+        return "bits/dim"
     error = f" ± {float(bits.std()) / math.sqrt(len(bits)):.4f}" if len(bits) > 1 else ""
     return f"{float(bits.mean()):.4f}{error} bits/dim"
 

@@ -197,11 +197,15 @@ class VDMUNet2DModel(WholeModelMixin, UNet2DModel, AttentionMixin):
 
     @classmethod
     def from_config(cls, config=None, return_unused_kwargs: bool = False, **kwargs):
-        """As `ConfigMixin.from_config`; of a `UNet2DModel`'s config it makes the same network, defaults included."""
+        """As `ConfigMixin.from_config`; of a `UNet2DModel`'s config it makes the same network, defaults included.
+
+        A config without `zero_init` is taken for one of a `UNet2DModel`, which starts as PyTorch does, unless its
+        `_class_name` is that of this class. A fresh network of a preset: [`from_preset`].
+        """
         if isinstance(config, dict):  # what that class left at its defaults would else get ours
             config = {key: value for key, value in config.items() if key != "_use_default_values"}
-            if "zero_init" not in config:
-                config["zero_init"] = False
+            if config.get("_class_name") != cls.__name__:
+                config.setdefault("zero_init", False)
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     @classmethod
@@ -319,6 +323,7 @@ def _vdm(channels: int, blocks: int, **more: Any) -> dict[str, Any]:
         "attention_head_dim": channels,
         "fourier_exponents": (6, 7),
         "input_residual": True,
+        "zero_init": True,
         "augmentation_flag": True,
         **more,
     }
@@ -334,6 +339,7 @@ def _ddpm(sample_size: int, channels: tuple[int, ...], **more: Any) -> dict[str,
         "down_block_types": tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
         "up_block_types": tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
         "downsample_padding": 0,
+        "zero_init": True,  # as DDPM's code: conv2 of each block, attention's output, conv_out
         **more,
     }
 
@@ -349,7 +355,7 @@ UNET_PRESETS: dict[str, dict[str, Any]] = {
         norm_num_groups=8,
         down_block_types=("AttnDownBlock2D",),
         up_block_types=("AttnUpBlock2D",),
-        fourier_exponents=(math.log2(17 / 4), math.log2(17 / 2)),
+        fourier_exponents=(math.log2(17) - 2, math.log2(17) - 1),  # as train.py for any number of levels
         augmentation_flag=False,
         dropout=0.05,
     ),

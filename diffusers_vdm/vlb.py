@@ -306,9 +306,10 @@ def evaluate_bound(
                 rows.values[row] = check_rows_finite(draws, index)
                 rows.keep()
                 bar.update(len(row))
-                bar.set_description(running.text(repeat, draws))
+                bar.set_description(running.text(repeat, draws, rows.world))
             values = rows.share(done * n, stop * n)
             done = stop
+            bar.set_description(value_so_far(rows.values[: done * n, :3].sum(1).view(done, n).mean(1)))
             if done == pilot:
                 warp = _measured_warp(values[:, _COLUMNS.index("t")], values[:, _COLUMNS.index("diffusion")])
             result = _summarise(rows.values[: done * n].view(done, n, -1), bound.num_timesteps)
@@ -329,14 +330,14 @@ class _Running:
         totals = values[:, :3].sum(1).view(-1, n)
         self.sums, self.counts = totals.nansum(1).tolist(), (~totals.isnan()).sum(1).tolist()
 
-    def text(self, repeat: int, draws: torch.Tensor) -> str:
+    def text(self, repeat: int, draws: torch.Tensor, num_processes: int) -> str:
         """With the draws of one more batch."""
         missing = repeat + 1 - len(self.sums)
         self.sums, self.counts = self.sums + [0.0] * missing, self.counts + [0] * missing
         self.sums[repeat] += float(draws[:, :3].sum())
         self.counts[repeat] += len(draws)
         means = torch.tensor([s / c for s, c in zip(self.sums, self.counts, strict=True) if c], dtype=torch.float64)
-        return value_so_far(means)
+        return value_so_far(means, num_processes)
 
 
 def _evaluate_rows(bound, images, class_labels, repeat, index, seed, warp, device) -> torch.Tensor:

@@ -24,8 +24,10 @@ import time
 from pathlib import Path
 
 from evaluate_options import load_data, load_model, parse_options
-from evaluate_report import claim, curve, draw, tell
-from processes import check_processes, set_threads
+from evaluate_report import check_partial, curve, draw, partial_folder, tell
+from processes import check_processes, only_run, set_threads
+
+from diffusers_vdm.console import tolerate_any_encoding
 
 DECODERS = {"vdm": "softmax over the levels at γ_0", "ddpm": "discretised Gaussian at index 0"}
 
@@ -50,10 +52,8 @@ class Evaluation:
         if o.method != "vlb" or o.table:
             self.noise_schedule = noise_schedule_of(self.scheduler)
         self.prediction_type = self.scheduler.config.get("prediction_type", "epsilon")
-        output = Path(o.output)
-        self.partial = output.with_name(f"{output.stem}.partial")
+        self.partial = partial_folder(o)
         self.folders: list[Path] = []
-        self.lock = None
         self.shared = {
             "class_labels": self.data.labels if self.unet.config.get("num_class_embeds") is not None else None,
             "batch_size": o.batch_size,
@@ -159,13 +159,11 @@ def measure(e: Evaluation) -> tuple[object, dict]:
     if o.best_steps and max(o.best_steps) > steps:
         raise ValueError(f"--best_steps must be at most the {steps} steps that are measured, got {max(o.best_steps)}")
     result = e.vlb()
-    rows = zip(
-        result.gammas,
-        result.terms_bpd.mean(0),
-        result.terms_bpd.std(0, correction=min(1, result.num_images - 1)),
-        strict=True,
-    )
-    root = math.sqrt(result.num_images)
+    terms = result.terms_bpd
+    errors = [None] * terms.shape[1]  # one image has none
+    if result.num_images > 1:
+        errors = (terms.std(0) / math.sqrt(result.num_images)).tolist()
+    rows = zip(result.gammas.tolist(), terms.mean(0).tolist(), errors, strict=True)
     best = {}
     if o.best_steps:
         found = {steps: best_timesteps(result, steps) for steps in sorted(o.best_steps)}
@@ -177,13 +175,33 @@ def measure(e: Evaluation) -> tuple[object, dict]:
         "decoder": DECODERS[result.convention],
         "clip_sample": result.clip_sample,
         "variance_type": result.variance_type,
-        "terms": [{"gamma": float(g), "bpd": float(m), "stderr_bpd": float(s) / root} for g, m, s in rows],
+        "terms": [{"gamma": gamma, "bpd": bpd, "stderr_bpd": error} for gamma, bpd, error in rows],
         **curve(result.gammas.expand_as(result.mse), result.mse),
         **best,
     }
 
 
 def main(o: argparse.Namespace) -> None:
+    """All processes of a run; nothing beside its report is read or written before no other run can."""
+    import accelerate
+    import torch
+
+    accelerator = accelerate.Accelerator(mixed_precision="no")
+    check_processes(accelerator)
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda number, _: sys.exit(128 + number))  # what is done is saved on the way out
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = o.allow_tf32
+    set_threads(accelerator, o.num_threads)
+    output = Path(o.output)
+    taken = f"another run is writing --output {output}; wait for its end, or name another file"
+    try:
+        with only_run(accelerator, output.with_name(f".{output.stem}.lock"), taken, lambda: check_partial(o)):
+            run_evaluation(o, accelerator)
+    except (ValueError, TypeError, OSError) as error:
+        raise SystemExit(f"evaluate.py: {error}") from error
+
+
+def run_evaluation(o: argparse.Namespace, accelerator) -> None:
     import accelerate
     import diffusers
     import torch
@@ -193,27 +211,15 @@ def main(o: argparse.Namespace) -> None:
     from diffusers_vdm.measurements import gammas_fingerprint
     from diffusers_vdm.rows import fingerprint
 
-    accelerator = accelerate.Accelerator(mixed_precision="no")
-    check_processes(accelerator)
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda number, _: sys.exit(128 + number))  # what is done is saved on the way out
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = o.allow_tf32
-    set_threads(accelerator, o.num_threads)
-    try:
-        e = Evaluation(o, accelerator)
-        if accelerator.is_main_process:
-            e.lock = claim(o, e.partial)
-        accelerator.wait_for_everyone()
-        start = time.perf_counter()
-        result, how = measure(e)
-        seconds = time.perf_counter() - start
-        table = []
-        for num_steps in [*sorted(o.table), None] if o.table else []:
-            row = e.mc(num_steps, o.num_samples if o.method == "mc" else 20, f"table-{num_steps}")
-            table.append({"num_steps": num_steps, "bpd": row.bpd, "stderr_bpd": row.stderr_bpd})
-            table[-1] |= {"num_samples": row.num_samples, "stderr_is_of": "the Monte-Carlo estimate for these images"}
-    except (ValueError, TypeError, OSError) as error:
-        raise SystemExit(f"{type(error).__name__}: {error}") from error
+    e = Evaluation(o, accelerator)
+    start = time.perf_counter()
+    result, how = measure(e)
+    seconds = time.perf_counter() - start
+    table = []
+    for num_steps in [*sorted(o.table), None] if o.table else []:
+        row = e.mc(num_steps, o.num_samples if o.method == "mc" else 20, f"table-{num_steps}")
+        table.append({"num_steps": num_steps, "bpd": row.bpd, "stderr_bpd": row.stderr_bpd})
+        table[-1] |= {"num_samples": row.num_samples, "stderr_is_of": "the Monte-Carlo estimate for these images"}
     if not accelerator.is_main_process:
         return
 
@@ -260,4 +266,5 @@ def main(o: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    tolerate_any_encoding()
     main(parse_options(__doc__))

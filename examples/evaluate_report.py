@@ -1,36 +1,29 @@
-"""What evaluate.py leaves behind: the claim on its output, the table in the end, and the figures."""
+"""What evaluate.py leaves behind: the numbers of an interrupted run, the table in the end, and the figures."""
 
 from __future__ import annotations
 
 import argparse
-import atexit
 import math
 import shutil
 from pathlib import Path
 
 
-def claim(o: argparse.Namespace, partial: Path):
-    """Makes sure that the report can be written, that nobody else is at it, and that no work is lost unasked."""
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    path = partial.with_name(f".{partial.stem}.lock")
-    lock = open(path, "w")  # held as long as the program runs
-    try:
-        import fcntl
+def partial_folder(o: argparse.Namespace) -> Path:
+    """Where the numbers of a run are kept until its report is there."""
+    output = Path(o.output)
+    return output.with_name(f"{output.stem}.partial")
 
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass  # no such locks on Windows
-    except BlockingIOError:
-        raise SystemExit(f"another run is writing --output {o.output}; name another file") from None
-    atexit.register(path.unlink, missing_ok=True)
+
+def check_partial(o: argparse.Namespace) -> None:
+    """`ValueError` rather than the loss of work that nobody asked to throw away; no other run may be at it."""
+    partial = partial_folder(o)
     if o.resume is None and any(partial.glob("*/rows-*.safetensors")):
-        raise SystemExit(
+        raise ValueError(
             f"{partial} holds the numbers of an interrupted run; go on with it by --resume, throw it away by "
             "--no-resume, or name another --output"
         )
     if o.resume is False:
         shutil.rmtree(partial, ignore_errors=True)
-    return lock
 
 
 def tell(o: argparse.Namespace, e, report: dict, parts: list[str]) -> None:

@@ -7,6 +7,9 @@ import difflib
 import math
 from collections.abc import Iterable
 
+# other names of options: train.py and evaluate.py each take the other's name for a folder of images
+ALIASES = {"train_data_dir": "data_dir", "data_dir": "train_data_dir"}
+
 
 def add_options(parser: argparse.ArgumentParser, groups: dict[str, list[tuple]]) -> None:
     """One argument for each row (name, default, help) of a table.
@@ -17,23 +20,22 @@ def add_options(parser: argparse.ArgumentParser, groups: dict[str, list[tuple]])
     for group, rows in groups.items():
         section = parser.add_argument_group(group)
         for name, default, text in rows:
+            flags = [f"--{name}", *(f"--{alias}" for alias in [ALIASES.get(name)] if alias)]
             if isinstance(default, bool):
                 section.add_argument(
-                    f"--{name}",
+                    *flags,
                     action=argparse.BooleanOptionalAction,
                     default=default,
                     help=f"{text} (default: {default})",
                 )
             elif isinstance(default, list):
-                section.add_argument(f"--{name}", type=default[0], nargs="+", help=text)
+                section.add_argument(*flags, type=default[0], nargs="+", help=text)
             elif isinstance(default, tuple):
-                section.add_argument(f"--{name}", choices=[c for c in default if c], default=default[0], help=text)
+                section.add_argument(*flags, choices=[c for c in default if c], default=default[0], help=text)
             elif isinstance(default, type):
-                section.add_argument(f"--{name}", type=default, help=text)
+                section.add_argument(*flags, type=default, help=text)
             else:
-                section.add_argument(
-                    f"--{name}", type=type(default), default=default, help=f"{text} (default: {default})"
-                )
+                section.add_argument(*flags, type=type(default), default=default, help=f"{text} (default: {default})")
 
 
 def option_parser(usage: str, description: str, groups: dict[str, list[tuple]]) -> argparse.ArgumentParser:

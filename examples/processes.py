@@ -1,10 +1,13 @@
-"""As many processes as were asked for, or none; and the threads of each."""
+"""As many processes as were asked for, or none; the threads of each; and one run at a time in a place."""
 
 from __future__ import annotations
 
 import atexit
 import gc
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -88,3 +91,30 @@ def set_threads(accelerator, num_threads: int | None) -> None:
     """`accelerate launch` leaves a process on a CPU one thread; all cores, shared alike, unless told otherwise."""
     if accelerator.device.type == "cpu":
         torch.set_num_threads(num_threads or max(1, os.cpu_count() // accelerator.num_processes))
+
+
+@contextmanager
+def only_run(accelerator, lock_file: Path, message: str, check: Callable[[], object]) -> Iterator[None]:
+    """Within the context no other run can enter it with this lock file.
+
+    The main process takes the lock and calls `check`. Where another run has the lock, or `check` raises, every process
+    ends: the main one by an error with `message` or by that of `check`, the others without a word.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    from diffusers_vdm.files import Lock
+
+    lock, error = Lock(lock_file), None
+    try:
+        if accelerator.is_main_process:
+            try:
+                if not lock.acquire():
+                    raise ValueError(message)
+                check()
+            except (Exception, SystemExit) as raised:
+                error = raised
+        if broadcast_object_list([error is not None])[0]:
+            raise error or SystemExit(1)
+        yield
+    finally:
+        lock.release()

@@ -20,6 +20,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from diffusers_vdm.console import tolerate_any_encoding
+
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -168,6 +170,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    tolerate_any_encoding()
     try:
         main(parse_options())
     except (ValueError, TypeError, OSError, RuntimeError) as error:

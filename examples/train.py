@@ -2,12 +2,13 @@
 
     accelerate launch examples/train.py                                     # bundled digits: minutes on a laptop CPU
     accelerate launch examples/train.py --objective ddpm --schedule linear_beta          # DDPM, on the same digits
-    accelerate launch examples/train.py --preset cifar10 --dataset_name uoft-cs/cifar10 --mixed_precision bf16
+    accelerate launch examples/train.py --preset cifar10 --mixed_precision bf16         # the paper's network and data
     accelerate launch examples/train.py --preset ddpm-ffhq128 --train_data_dir faces --dry_run      # what it will cost
 
 In --output_dir: the pipeline with its EMA weights, metrics.jsonl, options.json, samples.png, training.png,
-schedule.png, loss_by_gamma.png, denoising.gif, and checkpoints. A run that was stopped or killed goes on, bit for bit,
-by the same command with --resume_from_checkpoint latest. Options are named as in diffusers' train_unconditional.py.
+schedule.png, loss_by_gamma.png, denoising.gif, and checkpoints. A run that was stopped or killed goes on by the same
+command with --resume_from_checkpoint latest: bit for bit on the same kind of CPU with as many threads. Options are
+named as in diffusers' train_unconditional.py.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from processes import check_processes, check_sharding, hold_process_group, set_threads
+from processes import check_processes, check_sharding, hold_process_group, only_run, set_threads
 from train_data import load_data
 from train_hub import Sharing
-from train_options import build, parse_options
+from train_options import build, check_output_dir, parse_options
 from train_report import draw, evaluation_metrics, finish, is_finished, plan, remove_results, save_pipelines
 from train_run import Clock, Run
+
+from diffusers_vdm.console import tolerate_any_encoding
 
 
 @contextmanager
@@ -55,70 +58,75 @@ def set_up(o: argparse.Namespace):
 
 
 def main(o: argparse.Namespace) -> None:
+    """All processes of a run; nothing in its folder is read or written before no other run can."""
+    accelerator = set_up(o)
+    taken = f"another run is writing --output_dir {o.output_dir}; wait for its end, or name another folder"
+    lock = only_run(accelerator, Path(o.output_dir) / ".lock", taken, lambda: check_output_dir(o))
+    with told_to_the_user(), nullcontext() if o.dry_run else lock:
+        run_training(o, accelerator)
+
+
+def run_training(o: argparse.Namespace, accelerator) -> None:
     from tqdm.auto import tqdm
 
     from diffusers_vdm import checkpoints, training
     from diffusers_vdm.files import write_atomically
 
-    accelerator = set_up(o)
     out, is_main = Path(o.output_dir), accelerator.is_main_process
-    with told_to_the_user():
-        train, test = load_data(o, progress_bar=is_main)
-        torch.manual_seed(training.key_to_seed(o.seed, "weights"))
-        unet, noise_schedule = build(o, train)
-        run = Run(o, accelerator, train, unet, noise_schedule)
-        if is_main:
-            print(plan(run, test), flush=True)
-        if o.dry_run:
-            return
-        if is_main:
-            out.mkdir(parents=True, exist_ok=True)
-        sharing = Sharing(run)
-        if o.resume_from_checkpoint == "last-checkpoint":
-            sharing.fetch()
-        if o.resume_from_checkpoint:
-            run.resume()
-        if run.step > run.total:
-            raise ValueError(f"the checkpoint is at step {run.step}, past the {run.total} that are asked for")
-        if run.step == run.total and is_finished(out, run.total):
-            accelerator.print(f"nothing to do: {out} is finished, all {run.total} steps and what is due then")
-            sharing.push("trained")
-            return sharing.wait()
-        if is_main:
-            if run.step == 0:  # --overwrite_output_dir: nothing of the other run may be taken for this one's
-                checkpoints.remove_checkpoints(out)
-                remove_results(out)
-            write_atomically(out / "options.json", json.dumps(run.description(), indent=2))
-            training.truncate_metrics(out / "metrics.jsonl", run.step)
-        plain = {k: v for k, v in vars(o).items() if isinstance(v, int | float | str) and k != "hub_token"}
-        accelerator.init_trackers("train", plain)
-        accelerator.wait_for_everyone()
-        bar = {"total": run.total, "initial": run.step, "desc": "training", "disable": not is_main}
-        with training.StopRequest(accelerator.num_processes) as stop:
-            try:
-                with tqdm(**bar) as bar:
-                    finished = loop(run, test, stop, bar, sharing)
-            except training.Stopped:  # within work that can be thrown away, before the next step
-                if not run.is_sharded:  # whose parts would have to be gathered by all, who stopped in different places
-                    run.save()
-                finished = False
-            if finished:
-                accelerator.end_training()
-            elif stop.has_failed:
-                sharing.stop()
-                raise ValueError(
-                    f"{stop.error or 'another process could not read its images'}\nthe {run.step} steps before it are "
-                    "saved; the same command with --resume_from_checkpoint latest goes on, and with --skip_damaged N "
-                    "it does so without up to N images that are damaged"
-                )
-            else:
-                accelerator.print(
-                    f"\nstopped by {stop.signal} after step {run.step} of {run.total}, which is saved; the same "
-                    "command with --resume_from_checkpoint latest goes on"
-                )
-                sharing.stop()
+    train, test = load_data(o, progress_bar=is_main)
+    torch.manual_seed(training.key_to_seed(o.seed, "weights"))
+    unet, noise_schedule = build(o, train)
+    run = Run(o, accelerator, train, unet, noise_schedule)
+    if is_main:
+        print(plan(run, test), flush=True)
+    if o.dry_run:
+        return
+    sharing = Sharing(run)
+    if o.resume_from_checkpoint == "last-checkpoint":
+        sharing.fetch()
+    if o.resume_from_checkpoint:
+        run.resume()
+    if run.step > run.total:
+        raise ValueError(f"the checkpoint is at step {run.step}, past the {run.total} that are asked for")
+    if run.step == run.total and is_finished(out, run.total):
+        accelerator.print(f"nothing to do: {out} is finished, all {run.total} steps and what is due then")
+        sharing.push("trained")
+        return sharing.wait()
+    if is_main:
+        if run.step == 0:  # --overwrite_output_dir: nothing of the other run may be taken for this one's
+            checkpoints.remove_checkpoints(out)
+            remove_results(out)
+        write_atomically(out / "options.json", json.dumps(run.description(), indent=2))
+        training.truncate_metrics(out / "metrics.jsonl", run.step)
+    plain = {k: v for k, v in vars(o).items() if isinstance(v, int | float | str) and k != "hub_token"}
+    accelerator.init_trackers("train", plain)
+    accelerator.wait_for_everyone()
+    bar = {"total": run.total, "initial": run.step, "desc": "training", "disable": not is_main}
+    with training.StopRequest(accelerator.num_processes) as stop:
+        try:
+            with tqdm(**bar) as bar:
+                finished = loop(run, test, stop, bar, sharing)
+        except training.Stopped:  # within work that can be thrown away, before the next step
+            if not run.is_sharded:  # whose parts would have to be gathered by all, who stopped in different places
+                run.save()
+            finished = False
         if finished:
-            sharing.wait()
+            accelerator.end_training()
+        elif stop.has_failed:
+            sharing.stop()
+            raise ValueError(
+                f"{stop.error or 'another process could not read its images'}\nthe {run.step} steps before it are "
+                "saved; the same command with --resume_from_checkpoint latest goes on, and with --skip_damaged N it does "
+                "so without up to N images that are damaged"
+            )
+        else:
+            accelerator.print(
+                f"\nstopped by {stop.signal} after step {run.step} of {run.total}, which is saved; the same "
+                "command with --resume_from_checkpoint latest goes on"
+            )
+            sharing.stop()
+    if finished:
+        sharing.wait()
 
 
 def loop(run: Run, test, stop, bar, sharing: Sharing) -> bool:
@@ -207,6 +215,7 @@ def is_due(step: int, every: int | None) -> bool:
 
 
 if __name__ == "__main__":
+    tolerate_any_encoding()
     try:
         main(parse_options(__doc__))
     except KeyboardInterrupt:

@@ -35,7 +35,7 @@ OPTIONS: dict[str, list[tuple]] = {
         ("num_train_images", int, "images of --train_split, where --streaming does not know it"),
     ],
     "model": [
-        ("preset", str, "network by name, see diffusers_vdm.UNET_PRESETS; digits if not given"),
+        ("preset", str, "network, options and, where it is public, data set by name: see README; digits if not given"),
         ("model_config_name_or_path", str, "config of a VDMUNet2DModel, instead of --preset"),
         ("class_conditional", False, "condition on the classes, with a null class"),
         ("label_dropout", 0.1, "share of the classes that is withheld, which trains the null class"),
@@ -130,13 +130,22 @@ PRESETS: dict[str, dict] = {
     "ddpm-ffhq128": _LONG | _DDPM | {"max_train_steps": 500_000, "train_batch_size": 64, "learning_rate": 2e-5,
                                      "resolution": 128},
 }  # fmt: skip
+# the images that a preset is named after, where there is one place for them; else a run must name them itself
+_CIFAR10 = {"dataset_name": "uoft-cs/cifar10", "image_column": "img", "label_column": "label", "train_split": "train",
+            "eval_split": "test"}  # fmt: skip
+PRESET_DATA: dict[str, dict[str, str]] = {
+    **dict.fromkeys(("cifar10", "cifar10-aug", "ddpm-cifar10"), _CIFAR10),
+    **dict.fromkeys(("imagenet32", "imagenet64", "ddpm-ffhq128"), {}),
+}
 
 
 def parse_options(description: str, arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked; wrong arguments end the program before any work starts."""
     parser = option_parser("train.py [options], see --help", description, OPTIONS)
     given = parser.parse_args(arguments)
-    preset = PRESETS.get(given.preset, {})
+    preset, data = PRESETS.get(given.preset, {}), PRESET_DATA.get(given.preset, {})
+    if given.train_data_dir is None and given.dataset_name in (None, data.get("dataset_name")):
+        preset = preset | data
     parser.set_defaults(**{k: v for k, v in preset.items() if not (k == "max_train_steps" and given.num_epochs)})
     options = parser.parse_args(arguments)
     # for those who run it again, beside the preset: what was said on the command line
@@ -158,6 +167,11 @@ def check_options(o: argparse.Namespace) -> None:
     o.digits = o.dataset_name is None and o.train_data_dir is None
     of_a_data_set = ("resolution", "image_mode", "image_column", "label_column", "streaming", "num_train_images",
                      "frames", "skip_damaged")  # fmt: skip
+    if o.digits and o.preset in PRESET_DATA:
+        raise ValueError(
+            f"--preset {o.preset} is a network for other images than the bundled digits; name them by --dataset_name "
+            "or --train_data_dir"
+        )
     ignored = [name for name in of_a_data_set if o.digits and getattr(o, name)]
     if ignored:
         raise ValueError(f"--{ignored[0]} is of a data set; name one by --dataset_name or --train_data_dir")
@@ -213,9 +227,13 @@ def check_options(o: argparse.Namespace) -> None:
         raise ValueError(f"--logger {o.logger} is not installed; `pip install {o.logger}`, or --logger none")
     if o.train_data_dir and not Path(o.train_data_dir).is_dir():
         raise ValueError(f"--train_data_dir {o.train_data_dir} is not a folder")
+    if Path(o.output_dir).exists() and not Path(o.output_dir).is_dir():
+        raise ValueError(f"--output_dir {o.output_dir} is a file")
+
+
+def check_output_dir(o: argparse.Namespace) -> None:
+    """`ValueError` for a folder of another run, unless it may be replaced; no other run may be writing into it."""
     folder = Path(o.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder} is a file")
     own = o.resume_from_checkpoint and (
         o.resume_from_checkpoint in ("latest", "last-checkpoint")
         or Path(o.resume_from_checkpoint).resolve().parent == folder.resolve()
@@ -242,7 +260,8 @@ def build(o: argparse.Namespace, data):
     o.dropout = config["dropout"] = config.get("dropout", 0.0) if o.dropout is None else o.dropout
     if o.class_conditional:
         config |= {"num_class_embeds": data.num_classes, "null_class": True}
-    unet = VDMUNet2DModel.from_config(config)
+    # `from_config` would take a preset for a config of diffusers, which starts otherwise where it does not say how
+    unet = VDMUNet2DModel(**config) if o.preset else VDMUNet2DModel.from_config(config)
     if o.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     ends = {"gamma_min": o.gamma_min, "gamma_max": o.gamma_max}

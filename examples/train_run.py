@@ -84,13 +84,16 @@ class Run:
         import diffusers
 
         import diffusers_vdm
+        from diffusers_vdm import checkpoints
 
+        device = self.accelerator.device
         modules = (torch, diffusers, accelerate, diffusers_vdm)
         return {
             "options": {k: v for k, v in vars(self.o).items() if k != "given"} | {"hub_token": None},
             "given": self.o.given,
             "total_steps": self.total,
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else self.accelerator.device.type,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "machine": checkpoints.machine_of(device),
             "held_out": self.held_out,
             "histogram_bpd": self.histogram_bpd,
             "data": {"name": self.data.name, "images": self.num_images, "fingerprint": self.data.fingerprint},
@@ -273,11 +276,17 @@ class Run:
         options = self.out / "options.json"
         if folder is None:
             if options.is_file():
-                checkpoints.check_same_run(json.loads(options.read_text()), self.description(), allowed)
+                checkpoints.check_same_run(
+                    json.loads(options.read_text(encoding="utf-8")), self.description(), allowed
+                )
             return self.accelerator.print(f"there is no checkpoint in {self.out} yet: a new run")
         tensors, state = found[0][1:] if found[0] else checkpoints.load_checkpoint(folder)
-        told = checkpoints.check_same_run(state["run"], self.description(), allowed)
-        self.accelerator.print(f"going on from {folder}" + (f"\n{told}" if told else ""))
+        now = self.description()
+        told = (
+            checkpoints.check_same_run(state["run"], now, allowed),
+            checkpoints.rounding_changes(state["run"], now),
+        )
+        self.accelerator.print("\n".join([f"going on from {folder}", *(line for line in told if line)]))
         try:
             here = self.objective.state_dict()
             model = {name: sharded_like(t, here.get(name, t)) for name, t in tensors["model"].items()}

@@ -173,3 +173,35 @@ def test_no_more_are_removed_than_the_limit_says(tmp_path, limit):
     for step in range(1, 7):
         save(tmp_path, step, total_limit=limit)
         assert len(names(tmp_path)) == min(step, limit)
+
+
+# ---- the same machine --------------------------------------------------------------------------------------------
+
+
+def description(torch_version="2.13.0", **machine):
+    return {"machine": machine, "versions": {"torch": torch_version}}
+
+
+def test_what_rounds_otherwise_is_named():
+    here = {"device": "a processor", "cpu_capability": "AVX2", "threads": 1}
+    assert checkpoints.rounding_changes(description(**here), description(**here)) is None
+    for name, value in (("threads", 2), ("cpu_capability", "AVX512"), ("device", "another")):
+        told = checkpoints.rounding_changes(description(**here), description(**here | {name: value}))
+        assert told.startswith(f"{name}: {here[name]} → {value}: ") and "not bit for bit" in told
+    told = checkpoints.rounding_changes(description("2.12.0", **here), description(**here | {"threads": 4}))
+    assert "threads: 1 → 4; torch: 2.12.0 → 2.13.0" in told
+    # checkpoints of earlier versions say less, and nothing is made up of that
+    for old in ({}, {"versions": {"torch": "2.13.0"}}, {"machine": {}, "versions": {}}):
+        assert checkpoints.rounding_changes(old, description(**here)) is None
+
+
+def test_a_machine_says_its_threads_and_instructions():
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            machine = checkpoints.machine_of(torch.device("cpu"))
+            assert machine["threads"] == threads and machine["device"]
+            assert machine["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
+    finally:
+        torch.set_num_threads(before)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,20 @@ def run(script, *arguments, processes=None, check=True):
 
 def metrics(folder):
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A saved pipeline of the digits, of a few thousand parameters."""
+    from diffusers_vdm import MonotoneGammaNetwork, VDMScheduler, VDMUNet2DModel
+
+    folder = tmp_path_factory.mktemp("model")
+    unet = VDMUNet2DModel.from_preset(
+        "digits", block_out_channels=(8,), layers_per_block=1, norm_num_groups=2, attention_head_dim=8
+    )
+    schedule = MonotoneGammaNetwork(gamma_min=-7.5, gamma_max=5.0)
+    VDMPipeline(unet, VDMScheduler.from_noise_schedule(schedule), schedule, num_levels=17).save_pretrained(folder)
+    return folder
 
 
 def test_training_leaves_all_that_the_readme_promises_and_sampling_reads_it(tmp_path):
@@ -102,9 +117,9 @@ def test_training_leaves_all_that_the_readme_promises_and_sampling_reads_it(tmp_
     # the same folder is not overwritten by mistake, neither anew nor from a checkpoint of another run
     elsewhere = ["--resume_from_checkpoint", tmp_path / "other" / "checkpoint-3"]
     done = run("train.py", "--output_dir", out, *SMALL.split(), *elsewhere, check=False)
-    assert done.returncode == 2 and "holds another run" in done.stderr
+    assert done.returncode == 1 and "holds another run" in done.stderr
     done = run("train.py", "--output_dir", out, *SMALL.split(), check=False)
-    assert done.returncode == 2 and "holds another run" in done.stderr
+    assert done.returncode == 1 and "holds another run" in done.stderr
 
 
 @pytest.mark.slow
@@ -351,3 +366,61 @@ def test_a_launch_of_fewer_processes_than_asked_for_is_told(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode != 0 and "--num_processes 2, but accelerate started 1" in done.stderr
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_a_folder_of_images_has_both_names_in_both_commands(tmp_path):
+    import evaluate_options
+    import train_options
+
+    for flag in ("--data_dir", "--train_data_dir"):
+        o = train_options.parse_options("", [flag, str(tmp_path), "--output_dir", str(tmp_path / "out")])
+        assert o.train_data_dir == str(tmp_path) and "train_data_dir" in o.given
+        assert not {"data_dir"} & (vars(o).keys() | set(o.given))  # one name in options.json and on a card
+        o = evaluate_options.parse_options("", ["--model", "m", flag, str(tmp_path)])
+        assert o.data_dir == str(tmp_path) and not hasattr(o, "train_data_dir")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "method",
+    [
+        ["--method", "mc", "--num_samples", 1],
+        ["--method", "vlb", "--num_steps", 1],
+        ["--method", "ode", "--rtol", 0.1, "--atol", 0.1, "--num_samples", 2],
+    ],
+    ids=lambda m: m[1],
+)
+def test_one_image_has_no_error_and_makes_no_warning(tmp_path, model, method):
+    output = tmp_path / "r.json"
+    done = run("evaluate.py", "--model", model, "--split", "test[:1]", "--output", output, *method)
+    assert "Warning" not in done.stderr and "nan" not in done.stdout
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    told = json.loads(output.read_text(encoding="utf-8"), parse_constant=refuse)
+    assert told["num_images"] == 1 and told["stderr_bpd"] is None
+    assert all(term["stderr_bpd"] is None for term in told.get("terms", []))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "method",
+    [
+        ["--method", "mc", "--num_samples", 3],
+        ["--method", "vlb", "--num_steps", 3],
+        ["--method", "ode", "--rtol", 0.3, "--atol", 0.3],
+    ],
+    ids=lambda m: m[1],
+)
+def test_the_bar_of_two_processes_shows_no_number_of_one(tmp_path, model, method):
+    output = tmp_path / "r.json"
+    few = ["--model", model, "--split", "test[:40]", "--batch_size", 4, "--output", output, *method]
+    done = run("evaluate.py", *few, processes=2)
+    bpd = json.loads(output.read_text(encoding="utf-8"))["bpd"]
+    shown = re.findall(r"(\d+\.\d{4})(?: ± \d\S+)? bits/dim", done.stderr)
+    assert {float(text) for text in shown} <= {round(bpd, 4)} and "bits/dim" in done.stderr
+    done = run("evaluate.py", *few)
+    assert re.search(r"\d\.\d{4} ± \S+ bits/dim", done.stderr)

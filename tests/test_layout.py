@@ -24,6 +24,7 @@ CORE = {"gamma_scheduler", "vlb", "ode", "codec", "step_selection", "images", "i
 BASE = [
     {
         "call_arguments",
+        "console",
         "diffusion",
         "files",
         "markdown",

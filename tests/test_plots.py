@@ -1,7 +1,10 @@
 """The pictures show what they are drawn of."""
 
+import math
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from diffusers_vdm import plots
@@ -25,3 +28,14 @@ def test_held_out_bits_are_in_the_picture_wherever_they_are(tmp_path, held_out):
     assert bits[1] >= loss[1] > 0.85  # as far to the right as the loss
     with pytest.raises(ValueError, match="lines must not be empty"):
         plots.plot_training([], tmp_path / "training.png")
+
+
+@pytest.mark.parametrize("draws", [1, 2, 3, 19, 41])
+def test_few_draws_make_a_picture_without_a_warning(tmp_path, draws):
+    """No share of the draws is empty, and one draw has no error: warnings are errors here."""
+    gamma, mse = torch.linspace(-5, 5, draws), torch.full((draws,), 2 * math.log(2))
+    plots.plot_loss_by_gamma(gamma, mse, tmp_path / "loss.png", terms_bpd={"diffusion": 1.0})
+    plots.plot_bits_histogram(torch.arange(float(draws)), tmp_path / "bits.png")
+    for name in ("loss", "bits"):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert min(picture.size) > 50

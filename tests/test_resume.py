@@ -340,3 +340,28 @@ def test_a_run_on_a_stream_goes_on_in_its_order(tmp_path, options):
     finish(killed, stream)
     assert "going on from" in killed.with_suffix(".0.log").read_text()
     assert state_of(whole) == state_of(killed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_other_threads_are_named_where_a_run_goes_on(tmp_path, options):
+    out = tmp_path / "run"
+    few = [*options, "--max_train_steps", "6", "--eval_steps", "0"]
+    finish(out, few)
+    recorded = json.loads((out / "options.json").read_text())
+    assert recorded["machine"]["threads"] == 1 and recorded["machine"]["cpu_capability"]
+    log = out.with_suffix(".0.log")
+    for threads, told in (("1", 0), ("2", 1)):
+        shutil.rmtree(list_checkpoints(out)[-1])
+        finish(out, [*few, "--num_threads", threads])
+        text = log.read_text()
+        assert "going on from" in text and text.count("threads: 1 → 2: from here on") == told
+    # a checkpoint of an earlier version does not say where it was made, and goes on
+    for folder in list_checkpoints(out):
+        state = json.loads((folder / "state.json").read_text())
+        del state["run"]["machine"], state["run"]["versions"]
+        (folder / "state.json").write_text(json.dumps(state))
+    shutil.rmtree(list_checkpoints(out)[-1])
+    lines = len(log.read_text())
+    finish(out, few)
+    assert "going on from" in log.read_text()[lines:] and "bit for bit" not in log.read_text()[lines:]

@@ -1,0 +1,115 @@
+"""Every command, and every page of its help, where the output is not UTF-8; what is written to files always is."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+
+import pytest
+from test_examples import model  # noqa: F401  a fixture
+
+from diffusers_vdm import console
+
+ROOT = Path(__file__).parents[1]
+ENCODINGS = ["cp1252", "ascii", "latin-1", "utf-8"]
+CONVERSION = ["-m", "diffusers_vdm.conversion"]
+HELP = {
+    "train": ["examples/train.py", "--help"],
+    "evaluate": ["examples/evaluate.py", "--help"],
+    "sample": ["examples/sample.py", "--help"],
+    "convert": ["examples/convert.py", "--help"],
+    "conversion": [*CONVERSION, "--help"],
+    **{name: [*CONVERSION, name, "--help"] for name in ("official", "addtt", "diffusers", "to-official", "to-addtt")},
+}
+DEFAULT = ("train", "evaluate", "sample", "official")  # in the default suite, in one encoding
+
+
+def run(encoding, *arguments):
+    """A command whose output goes to a file, and which warns of files that it opens without naming an encoding."""
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    environment |= {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNDEFAULTENCODING": "1"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=400, check=False)
+
+
+def unnamed_encodings(done):
+    """Files of ours that were opened without an encoding, by the warnings of `PYTHONWARNDEFAULTENCODING`."""
+    lines = done.stderr.decode(errors="replace").splitlines()
+    return [line for line in lines if "EncodingWarning" in line and (str(ROOT) in line or "examples" in line)]
+
+
+@pytest.mark.parametrize(
+    ("page", "encoding"),
+    [
+        pytest.param(page, encoding, marks=[pytest.mark.slow] * (encoding != "ascii" or page not in DEFAULT))
+        for page in HELP
+        for encoding in ENCODINGS
+    ],
+)
+def test_help_in_any_encoding(page, encoding):
+    done = run(encoding, *HELP[page])
+    assert done.returncode == 0, done.stderr.decode(errors="replace")[-2000:]
+    text = done.stdout.decode(encoding)
+    assert "usage" in text and "?" not in text.replace("?)", "") and not unnamed_encodings(done)
+    if encoding == "ascii":
+        assert page not in ("train", "official") or "gamma" in text
+    elif encoding == "utf-8":  # nothing is lost
+        assert page not in ("train", "evaluate", "official") or any(c in text for c in "γ×ε")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_every_command_ends_well_in_any_encoding(tmp_path, encoding, model):  # noqa: F811
+    config = ["--model_config_name_or_path", model / "unet", "--train_batch_size", 4, "--max_train_steps", 2]
+    few = ["--eval_samples", 1, "--num_images", 1, "--ddpm_num_inference_steps", 2, "--logger", "none"]
+    trained = run(encoding, "examples/train.py", "--output_dir", tmp_path / "run", *config, *few)
+    refused = run(encoding, "examples/train.py", "--output_dir", tmp_path / "x", "--objective", "ddpm", "--schedule",
+                  "learned")  # fmt: skip
+    report = ["--output", tmp_path / "r.json", "--split", "test[:5]", "--num_samples", 2]
+    evaluated = run(encoding, "examples/evaluate.py", "--model", tmp_path / "run", *report, "--table", 3)
+    grid = ["--num_images", 2, "--num_inference_steps", 2, "--output", tmp_path / "s.png"]
+    sampled = run(encoding, "examples/sample.py", "--model", tmp_path / "run", *grid)
+    converted = run(encoding, *CONVERSION, "official", tmp_path / "nothing-γ", tmp_path / "new")
+    assert [d.returncode for d in (trained, refused, evaluated, sampled, converted)] == [0, 2, 0, 0, 1]
+    for done in (trained, refused, evaluated, sampled, converted):
+        told = (done.stdout + done.stderr).decode(encoding)
+        assert "Traceback" not in told and "UnicodeEncodeError" not in told and not unnamed_encodings(done)
+    sign = "±" if encoding != "ascii" else "+/-"
+    assert f" {sign} " in evaluated.stdout.decode(encoding) and f" {sign} " in sampled.stdout.decode(encoding)
+    assert ("∞" if encoding == "utf-8" else "inf") in evaluated.stdout.decode(encoding)
+    assert ("γ" if encoding == "utf-8" else "gamma") in refused.stderr.decode(encoding)
+    for name in ("options.json", "metrics.jsonl"):
+        for line in (tmp_path / "run" / name).read_text(encoding="utf-8").splitlines()[: 1 if "l" in name[-1] else 0]:
+            json.loads(line)
+
+
+def test_every_character_of_ours_has_a_readable_form():
+    """Each one that stands in a string of the package or the examples becomes ASCII, and a question mark at worst."""
+    sources = [*(ROOT / "diffusers_vdm").glob("*.py"), *(ROOT / "examples").glob("*.py")]
+    used = {c for path in sources for c in path.read_text(encoding="utf-8") if ord(c) > 127}
+    assert len(used) > 20
+    for character in used:
+        plain = console._in_ascii(character)
+        assert plain.isascii() and (plain or unicodedata.combining(character)) and plain != "?", character
+
+
+EXPECTED = {"utf-8": "γ ± ε̂ é …", "latin-1": "gamma ± eps é ...", "ascii": "gamma +/- eps e ..."}
+
+
+def test_streams_lose_nothing_where_they_need_not(monkeypatch):
+    for encoding, expected in EXPECTED.items():
+        raw = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
+        monkeypatch.setattr(sys, "stderr", io.StringIO())  # no stream of bytes: left as it is
+        console.tolerate_any_encoding()
+        print("γ ± ε̂ é …", end="", flush=True)
+        assert raw.getvalue().decode(encoding) == expected
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="utf-8"))
+    console.tolerate_any_encoding()
+    print("a\udcffb 日", end="", flush=True)  # a file name that is no UTF-8
+    assert raw.getvalue().decode() == "a?b 日"
