@@ -116,8 +116,8 @@ def run_training(o: argparse.Namespace, accelerator) -> None:
             sharing.stop()
             raise ValueError(
                 f"{stop.error or 'another process could not read its images'}\nthe {run.step} steps before it are "
-                "saved; the same command with --resume_from_checkpoint latest goes on, and with --skip_damaged N it does "
-                "so without up to N images that are damaged"
+                "saved; the same command with --resume_from_checkpoint latest goes on, and --skip_damaged N leaves "
+                "up to N damaged images out"
             )
         else:
             accelerator.print(
