@@ -21,8 +21,6 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -38,12 +36,11 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> None:
     b = parse_options()
-    from train import set_up
-    from train_options import parse_options as parse_training
-    from train_run import Run
-
     from diffusers_vdm import MonotoneGammaNetwork, VDMUNet2DModel
-    from diffusers_vdm.images import ImageSet
+    from diffusers_vdm.commands.train import set_up
+    from diffusers_vdm.commands.train_options import parse_options as parse_training
+    from diffusers_vdm.data.images import ImageSet
+    from diffusers_vdm.training.run import Run
     from diffusers_vdm.unet import unet_preset
 
     with tempfile.TemporaryDirectory() as folder:

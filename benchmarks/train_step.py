@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffusers_vdm import LearnedLinearGamma, VariationalBound, VDMUNet2DModel
-from diffusers_vdm.cost import matmul_flops_per_second, training_cost
+from diffusers_vdm.training.cost import matmul_flops_per_second, training_cost
 from diffusers_vdm.unet import UNET_PRESETS
 
 VARIANTS = ("port", "fp32", "bf16")

@@ -22,8 +22,8 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from diffusers_vdm import VariationalBound, VDMPipeline, evaluate_bound, noise_schedule_of
+from diffusers_vdm.data.images import ImageSet, load_digits_split, load_images
 from diffusers_vdm.files import write_atomically
-from diffusers_vdm.images import ImageSet, load_digits_split, load_images
 from diffusers_vdm.noise_schedules import NoiseSchedule
 from diffusers_vdm.randomness import key_to_seed, keyed_generator
 

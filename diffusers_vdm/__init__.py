@@ -19,15 +19,15 @@ _MODULE_OF = {
     "LinearBetaScheduler": "schedulers",
     "VDMUNet2DModel": "unet",
     "UNET_PRESETS": "unet",
-    "VariationalBound": "vlb",
-    "SimpleObjective": "objective",
-    "evaluate_bound": "vlb",
-    "evaluate_bpd": "evaluation",
-    "best_timesteps": "evaluation",
-    "evaluate_ode": "ode_evaluation",
+    "VariationalBound": "objectives",
+    "SimpleObjective": "objectives",
+    "evaluate_bound": "evaluation.monte_carlo",
+    "evaluate_bpd": "evaluation.all_terms",
+    "best_timesteps": "evaluation.all_terms",
+    "evaluate_ode": "evaluation.ode_density",
     "noise_schedule_of": "diffusers_schedulers",
     "VDMPipeline": "pipeline",
-    "register": "hub",
+    "register": "registration",
 }
 
 __all__ = ["__version__", *_MODULE_OF]

@@ -193,7 +193,7 @@ class VDMPipeline(DiffusionPipeline):
         Raises: `ValueError` for a pipeline that is not that of `run_dir`, for pickles (`safe_serialization=False`) and
             a `subfolder`; `OSError` where the Hub refuses.
         """
-        from .publish import publish
+        from .sharing.publish import publish
 
         if subfolder is not None:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Randomness that is a function of a key, never of what was drawn before, and times that are evenly spread.
+"""Randomness that is a function of a key, never of what was drawn before.
 
 With it a resumed run is the run that was never stopped, and no number depends on the batch size, on the order of the
 images, or on the number of processes.
@@ -7,14 +7,9 @@ images, or on the number of processes.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 
 import torch
-
-from .diffusion import to_high_precision
-
-_GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def key_to_seed(*key: int | str) -> int:
@@ -37,21 +32,3 @@ def keyed_noise(keys: Sequence[tuple[int | str, ...]], shape: Sequence[int], lik
     for row, key in zip(noise, keys, strict=True):
         torch.randn(row.shape, generator=keyed_generator(*key), out=row)
     return noise.to(like.device, non_blocking=True).to(like.dtype)
-
-
-def stratified_times(
-    batch_size: int, generator: torch.Generator | None = None, device: str | torch.device | None = None
-) -> torch.Tensor:
-    """t_i = (u + i/B) mod 1 with one uniform u: each is uniform, together they cover [0, 1] evenly [VDM app. I.1].
-
-    Returns: float64 `torch.Tensor` of shape `(batch_size,)`.
-    """
-    source = generator.device if generator is not None else device
-    u = torch.rand((), generator=generator, device=source, dtype=torch.float32)
-    lattice = torch.arange(batch_size, device=source) / batch_size
-    return to_high_precision((u + lattice) % 1.0).to(device or u.device)
-
-
-def lattice_times(index: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """(i·φ + shift) mod 1 with the golden ratio φ: any run of indices covers [0, 1) evenly. float64, as `index`."""
-    return (index.double() * _GOLDEN + shift) % 1.0

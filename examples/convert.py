@@ -1,11 +1,9 @@
-"""Convert checkpoints of the official JAX code, of addtt's and of diffusers, in and out; see `--help`.
+"""Convert checkpoints of other codes in and out: the same as `diffusers-vdm convert`.
 
-    python examples/convert.py official checkpoints-0 vdm-cifar10
-
-The same as `python -m diffusers_vdm.conversion`.
+python examples/convert.py official checkpoints-0 vdm-cifar10
 """
 
-from diffusers_vdm.conversion import main
+from diffusers_vdm.commands.convert import main
 
 if __name__ == "__main__":
     main()

@@ -6,13 +6,16 @@ from diffusers.utils import logging
 from safetensors import SafetensorError
 from test_training import random_images, tiny_objective
 
-from diffusers_vdm import checkpoints, training
+from diffusers_vdm.randomness import key_to_seed
+from diffusers_vdm.training import checkpoints
+from diffusers_vdm.training.averages import WeightAverages
+from diffusers_vdm.training.batches import keyed_batch
 
 
 def run_steps(objective, optimizer, ema, scheduler, data, steps):
     for step in steps:
-        batch = training.keyed_batch(data, step, range(4), 4, seed=0)
-        torch.manual_seed(training.key_to_seed(0, "dropout", step))
+        batch = keyed_batch(data, step, range(4), 4, seed=0)
+        torch.manual_seed(key_to_seed(0, "dropout", step))
         objective(batch.images, t=batch.t, eps=batch.eps, eps_0=batch.eps_0).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -24,7 +27,7 @@ def setup_run():
     objective = tiny_objective()
     optimizer = torch.optim.AdamW(objective.parameters(), 1e-3)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-    ema = training.WeightAverages(list(objective.parameters()), [0.999, 0.5])
+    ema = WeightAverages(list(objective.parameters()), [0.999, 0.5])
     return objective, optimizer, ema, scheduler
 
 

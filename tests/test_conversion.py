@@ -1,6 +1,6 @@
 """Conversion in and out: official JAX checkpoints, addtt's, diffusers'; and files that are none of them.
 
-Nothing here shares code with conversion.py: the official files are written by a msgpack writer of a few lines below,
+Nothing here shares code with conversion/: the official files are written by a msgpack writer of a few lines below,
 and the two foreign networks are transcribed in float64 from their description.
 """
 
@@ -36,10 +36,17 @@ from diffusers_vdm import (
     VDMScheduler,
     VDMUNet2DModel,
     conversion,
-    official_checkpoint,
 )
-from diffusers_vdm.conversion import load_addtt, load_diffusers, load_official, save_addtt, save_official
-from diffusers_vdm.official_checkpoint import checkpoint_file, gamma_from_official, gamma_to_official, read_checkpoint
+from diffusers_vdm.conversion import official_checkpoint
+from diffusers_vdm.conversion.addtt import load_addtt, save_addtt
+from diffusers_vdm.conversion.diffusers import load_diffusers
+from diffusers_vdm.conversion.official import load_official, save_official
+from diffusers_vdm.conversion.official_checkpoint import (
+    checkpoint_file,
+    gamma_from_official,
+    gamma_to_official,
+    read_checkpoint,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:norm_num_groups=32 on as many channels:UserWarning")
 GENERATOR = np.random.default_rng

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from diffusers_vdm import VDMUNet2DModel
-from diffusers_vdm.cost import matmul_flops_per_second, training_cost
+from diffusers_vdm.training.cost import matmul_flops_per_second, training_cost
 
 
 class OneConvolution(nn.Module):

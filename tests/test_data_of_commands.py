@@ -1,8 +1,6 @@
 """Data as people have them, given to the commands: they train on and measure what they name, or they refuse."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +10,8 @@ from test_image_folder import png, write
 from test_images import encoded, parquet_folder
 
 from diffusers_vdm import FixedLinearGamma, VDMPipeline, VDMScheduler, VDMUNet2DModel
-from diffusers_vdm.image_stream import ImageStream
+from diffusers_vdm.data.image_stream import ImageStream
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 TINY = (
     "--train_batch_size 2 --max_train_steps 2 --logging_steps 1 --eval_steps 0 --checkpointing_steps 1 "
     "--eval_samples 1 --num_images 1 --ddpm_num_inference_steps 2 --lr_warmup_steps 0 --logger none --num_threads 1 "
@@ -38,8 +35,8 @@ def config(tmp_path):
 
 def options(tmp_path, config, *arguments):
     """The options of train.py and the images that they name."""
-    from train_data import load_data
-    from train_options import parse_options
+    from diffusers_vdm.commands.train_data import load_data
+    from diffusers_vdm.commands.train_options import parse_options
 
     given = [*TINY.format(config=config).split(), "--output_dir", str(tmp_path / "out"), *map(str, arguments)]
     return load_data(parse_options("", [*given, "--cache_dir", str(tmp_path / "cache")]), progress_bar=False)
@@ -59,7 +56,7 @@ def model(tmp_path, num_classes=None):
 
 def evaluated(tmp_path, folder, *arguments):
     """The report of evaluate.py, or the error that it ends with, in this process."""
-    from evaluate_options import load_data, load_model, parse_options
+    from diffusers_vdm.commands.evaluate_options import load_data, load_model, parse_options
 
     given = ["--model", str(folder), *map(str, arguments), "--cache_dir", str(tmp_path / "cache")]
     unet, _, num_levels, _, names = load_model(str(folder))

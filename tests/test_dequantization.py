@@ -9,7 +9,12 @@ from oracles import GaussianMixture, mp_level_log_probs
 from scipy import integrate, stats
 
 from diffusers_vdm import FixedLinearGamma
-from diffusers_vdm.dequantization import cross_fitted_bpd, dequantization_start, dequantize, importance_weighted_bpd
+from diffusers_vdm.evaluation.dequantization import (
+    cross_fitted_bpd,
+    dequantization_start,
+    dequantize,
+    importance_weighted_bpd,
+)
 
 pytestmark = pytest.mark.usefixtures("untouched_global_rng")
 

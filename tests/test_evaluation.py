@@ -1,4 +1,4 @@
-"""evaluation.py: the T-step bound in full, against formulas written down apart from ours."""
+"""evaluation/all_terms.py: the T-step bound in full, against formulas written down apart from ours."""
 
 import math
 from dataclasses import replace
@@ -21,8 +21,8 @@ from diffusers_vdm import (
     evaluate_bpd,
     noise_schedule_of,
 )
-from diffusers_vdm.step_selection import best_levels
-from diffusers_vdm.vlb import keyed_generator
+from diffusers_vdm.evaluation.step_selection import best_levels
+from diffusers_vdm.randomness import keyed_generator
 
 SEED, T = 3, 12
 

@@ -14,7 +14,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from torch import nn
 
 from diffusers_vdm import FixedLinearGamma, LinearBetaScheduler, VariationalBound, VDMScheduler, evaluate_bpd
-from diffusers_vdm.vlb import keyed_generator
+from diffusers_vdm.randomness import keyed_generator
 
 SEED, GAMMA_MIN, GAMMA_MAX = 7, -13.3, 5.0
 ENDS = {"gamma_min": GAMMA_MIN, "gamma_max": GAMMA_MAX}

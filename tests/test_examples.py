@@ -12,10 +12,9 @@ import pytest
 from PIL import Image
 
 from diffusers_vdm import VariationalBound, VDMPipeline, evaluate_bound
-from diffusers_vdm.images import load_digits_split
+from diffusers_vdm.data.images import load_digits_split
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
 SMALL = (
     "--train_batch_size 8 --max_train_steps 6 --logging_steps 2 --eval_steps 4 --checkpointing_steps 3 "
     "--max_eval_images 20 --eval_samples 2 --num_images 4 --ddpm_num_inference_steps 5 --lr_warmup_steps 2"
@@ -184,7 +183,7 @@ def test_a_folder_of_colour_images(tmp_path):
     ],
 )
 def test_wrong_arguments_are_told_before_any_work(arguments, message, tmp_path, capsys):
-    from train_options import parse_options
+    from diffusers_vdm.commands.train_options import parse_options
 
     with pytest.raises(SystemExit) as stop:
         parse_options("", ["--output_dir", str(tmp_path / "out"), *arguments])
@@ -323,7 +322,7 @@ def test_an_evaluation_that_is_stopped_goes_on(tmp_path, foreign):
     ],
 )
 def test_wrong_arguments_of_an_evaluation(arguments, message, capsys):
-    from evaluate_options import parse_options
+    from diffusers_vdm.commands.evaluate_options import parse_options
 
     with pytest.raises(SystemExit) as stop:
         parse_options("", ["--model", "m", *arguments])
@@ -369,8 +368,7 @@ def test_a_launch_of_fewer_processes_than_asked_for_is_told(tmp_path):
 
 
 def test_a_folder_of_images_has_both_names_in_both_commands(tmp_path):
-    import evaluate_options
-    import train_options
+    from diffusers_vdm.commands import evaluate_options, train_options
 
     for flag in ("--data_dir", "--train_data_dir"):
         o = train_options.parse_options("", [flag, str(tmp_path), "--output_dir", str(tmp_path / "out")])

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from diffusers_vdm import MonotoneGammaNetwork, VariationalBound, VDMUNet2DModel, training
+from diffusers_vdm import MonotoneGammaNetwork, VariationalBound, VDMUNet2DModel
+from diffusers_vdm.training.averages import WeightAverages
 
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 dist.init_process_group("gloo")
@@ -34,7 +35,7 @@ def build():
 
 def step(bound, rows):
     optimizer = torch.optim.AdamW(bound.parameters(), 1e-3)
-    averages = training.WeightAverages(list(bound.parameters()), [0.5])
+    averages = WeightAverages(list(bound.parameters()), [0.5])
     losses = []
     for k in range(3):
         generator = torch.Generator().manual_seed(k)

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 from test_images import DATASETS_LEAVES_FILES_OPEN, encoded, parquet_folder
 
-from diffusers_vdm.image_folder import SPLIT_WORDS, read_image_folder
-from diffusers_vdm.image_sources import open_source
-from diffusers_vdm.image_stream import ImageStream
-from diffusers_vdm.images import load_images
+from diffusers_vdm.data.image_folder import SPLIT_WORDS, read_image_folder
+from diffusers_vdm.data.image_sources import open_source
+from diffusers_vdm.data.image_stream import ImageStream
+from diffusers_vdm.data.images import load_images
 
 QUIET = {"progress_bar": False}
 

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from test_images import DEEP, encoded, parquet_folder, picture, write_folder
 
-from diffusers_vdm import image_stream as module
-from diffusers_vdm.image_stream import ImageStream
-from diffusers_vdm.images import load_images
+from diffusers_vdm.data import image_stream as module
+from diffusers_vdm.data.image_stream import ImageStream
+from diffusers_vdm.data.images import load_images
 
 N = 23
 

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from diffusers_vdm import images as images_module
-from diffusers_vdm.image_files import _pixels, decode
-from diffusers_vdm.images import LOOK_AHEAD, ImageSet, histogram_bpd, load_digits_split, load_images
+from diffusers_vdm.data import images as images_module
+from diffusers_vdm.data.image_files import _pixels, decode
+from diffusers_vdm.data.images import LOOK_AHEAD, ImageSet, histogram_bpd, load_digits_split, load_images
 from diffusers_vdm.threads import in_order
 
 

@@ -1,11 +1,11 @@
-"""importance.py: times where the loss is large give the same bound and gradients, with less variance."""
+"""times.py: times where the loss is large give the same bound and gradients, with less variance."""
 
 import pytest
 import torch
 from test_vlb import TinyNet, bent, levels
 
 from diffusers_vdm import FixedLinearGamma, VariationalBound
-from diffusers_vdm.importance import UNIFORM_SHARE, ImportanceTimes, importance_warp
+from diffusers_vdm.times import UNIFORM_SHARE, ImportanceTimes, importance_warp
 
 F64 = torch.float64
 

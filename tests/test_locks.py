@@ -11,7 +11,7 @@ from test_examples import ROOT, model  # noqa: F401  a fixture
 from test_resume import ended, options, start, wait_for  # noqa: F401  a fixture
 
 from diffusers_vdm.files import Lock
-from diffusers_vdm.training import read_metrics
+from diffusers_vdm.training.metrics import read_metrics
 
 HOLD = """
 import sys, time

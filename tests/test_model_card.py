@@ -18,15 +18,14 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from test_pipeline import learned, network, pipeline
 
 from diffusers_vdm import LinearBetaScheduler, VDMScheduler
-from diffusers_vdm.card_sections import _NOT_TOLD, training_command
-from diffusers_vdm.markdown import escaped, fenced, literal, one_line, table
-from diffusers_vdm.measurements import data_name, last_part
-from diffusers_vdm.model_card import is_made_here, model_card, save_model_card
-from diffusers_vdm.rows import fingerprint
-from diffusers_vdm.training import append_metrics
+from diffusers_vdm.evaluation.rows import fingerprint
+from diffusers_vdm.sharing.card_sections import _NOT_TOLD, training_command
+from diffusers_vdm.sharing.markdown import escaped, fenced, literal, one_line, table
+from diffusers_vdm.sharing.measurements import data_name, last_part
+from diffusers_vdm.sharing.model_card import is_made_here, model_card, save_model_card
+from diffusers_vdm.training.metrics import append_metrics
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
 SMALL = (
     "--train_batch_size 8 --max_train_steps 2 --logging_steps 1 --eval_steps 0 --checkpointing_steps 0 --seed 3 "
     "--max_eval_images 20 --eval_samples 2 --num_images 4 --ddpm_num_inference_steps 5 --lr_warmup_steps 2 "
@@ -163,7 +162,7 @@ def test_the_card_of_a_run_holds_what_the_run_says(trained):
 
 
 def test_the_command_of_the_card_asks_for_the_same_run(trained):
-    from train_options import parse_options
+    from diffusers_vdm.commands.train_options import parse_options
 
     recorded = json.loads((trained / "options.json").read_text())
     assert "train_batch_size" in recorded["given"] and "learning_rate" not in recorded["given"]

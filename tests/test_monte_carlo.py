@@ -14,8 +14,9 @@ from scipy import stats
 from torch import nn
 
 from diffusers_vdm import FixedLinearGamma, LearnedLinearGamma, VariationalBound, evaluate_bound
-from diffusers_vdm.randomness import key_to_seed, keyed_generator, keyed_noise, lattice_times
-from diffusers_vdm.vlb import _measured_warp
+from diffusers_vdm.evaluation.monte_carlo import _measured_warp
+from diffusers_vdm.randomness import key_to_seed, keyed_generator, keyed_noise
+from diffusers_vdm.times import lattice_times
 
 pytestmark = pytest.mark.usefixtures("untouched_global_rng")
 LN2 = math.log(2)

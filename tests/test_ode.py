@@ -11,10 +11,11 @@ from scipy import integrate
 from test_exact_likelihood import ENTROPY, PI, USED, X_VDM, BestNetwork, draw_images
 from torch import nn
 
-from diffusers_vdm import FixedLinearGamma, LearnedLinearGamma, LinearBetaGamma, VDMUNet2DModel, ode_evaluation
-from diffusers_vdm.dequantization import dequantize
+from diffusers_vdm import FixedLinearGamma, LearnedLinearGamma, LinearBetaGamma, VDMUNet2DModel
+from diffusers_vdm.evaluation import ode_density as ode_evaluation
+from diffusers_vdm.evaluation.dequantization import dequantize
+from diffusers_vdm.evaluation.ode_density import evaluate_ode
 from diffusers_vdm.ode import OdeSolution, SampleError, eps_model, log_prob_nats, solve
-from diffusers_vdm.ode_evaluation import evaluate_ode
 
 pytestmark = pytest.mark.usefixtures("untouched_global_rng")
 

@@ -23,7 +23,7 @@ from diffusers_vdm import (
     VDMScheduler,
     VDMUNet2DModel,
 )
-from diffusers_vdm.remote_code import save_code
+from diffusers_vdm.sharing.remote_code import save_code
 
 
 @pytest.fixture(scope="module")

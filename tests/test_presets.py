@@ -1,20 +1,16 @@
 """What each preset trains is what the README and the papers say: data, network, its start, optimizer, γ."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
 
 from diffusers_vdm import UNET_PRESETS, VDMUNet2DModel
-from diffusers_vdm.card_sections import training_command
-from diffusers_vdm.images import ImageSet, load_digits_split
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from train_options import PRESET_DATA, build, parse_options
-from train_run import Run
+from diffusers_vdm.commands.train_options import PRESET_DATA, build, parse_options
+from diffusers_vdm.data.images import ImageSet, load_digits_split
+from diffusers_vdm.sharing.card_sections import training_command
+from diffusers_vdm.training.run import Run
 
 CIFAR10 = ("uoft-cs/cifar10", "img", "label", "train", "test")
 OF_DATA = ("dataset_name", "image_column", "label_column", "train_split", "eval_split")

@@ -14,7 +14,7 @@ from test_hub import client, in_client, like, made  # noqa: F401  client is a fi
 from test_pipeline import sample
 
 from diffusers_vdm import VDMPipeline, VDMScheduler
-from diffusers_vdm.model_card import is_made_here
+from diffusers_vdm.sharing.model_card import is_made_here
 
 
 def files_at(hub: HubServer, ref: str = "main", name: str = "user/vdm") -> dict[str, bytes]:

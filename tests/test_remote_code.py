@@ -26,8 +26,8 @@ from test_pipeline import learned, pipeline
 
 import diffusers_vdm
 from diffusers_vdm import FixedLinearGamma, LinearBetaGamma, LinearBetaScheduler, VDMPipeline, VDMScheduler
-from diffusers_vdm.remote_code import code, save_code
 from diffusers_vdm.repository import INDEX
+from diffusers_vdm.sharing.remote_code import code, save_code
 
 PACKAGE = Path(diffusers_vdm.__file__).parent
 # diffusers 0.35.1 runs the code of a folder without asking

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from test_fsdp import free_port
 
 from diffusers_vdm import VDMUNet2DModel
-from diffusers_vdm.checkpoints import list_checkpoints
-from diffusers_vdm.training import read_metrics
+from diffusers_vdm.training.checkpoints import list_checkpoints
+from diffusers_vdm.training.metrics import read_metrics
 
 TRAIN = Path(__file__).parents[1] / "examples" / "train.py"
 OPTIONS = (

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 from diffusers_vdm import FixedLinearGamma, VariationalBound, evaluate_bound, files
-from diffusers_vdm import rows as rows_module
+from diffusers_vdm.evaluation import rows as rows_module
+from diffusers_vdm.evaluation.rows import Rows, batches, check_rows_finite, fingerprint
 from diffusers_vdm.files import write_atomically
-from diffusers_vdm.rows import Rows, batches, check_rows_finite, fingerprint
 
 F64 = torch.float64
 NAN = math.nan

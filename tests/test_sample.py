@@ -1,17 +1,12 @@
 """The command that draws images, `examples/sample.py`: its arguments, and a model that is not there."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from PIL import Image
 from test_pipeline import pipeline
 
 from diffusers_vdm import FixedLinearGamma, VDMScheduler
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import sample
+from diffusers_vdm.commands import sample
 
 WRONG = [
     (["--num_images", "0"], "--num_images must be positive"),

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from test_examples import metrics, run
 
 from diffusers_vdm import VariationalBound, VDMPipeline, evaluate_bound
-from diffusers_vdm.images import load_digits_split
-from diffusers_vdm.model_card import model_card
+from diffusers_vdm.data.images import load_digits_split
+from diffusers_vdm.sharing.model_card import model_card
 
 FIXTURE = Path(__file__).parent / "fixtures" / "saved_before_rooms"
 COMMAND = (

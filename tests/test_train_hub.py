@@ -14,7 +14,7 @@ import pytest
 from test_resume import ended, start, state_of
 
 from diffusers_vdm import VDMUNet2DModel
-from diffusers_vdm.training import read_metrics
+from diffusers_vdm.training.metrics import read_metrics
 
 REPO = "user/digits"
 OPTIONS = (

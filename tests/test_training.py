@@ -1,4 +1,4 @@
-"""training.py: data, keyed randomness, checkpoints. The properties that let a run be split, stopped and trusted."""
+"""training/: data, keyed randomness, checkpoints. The properties that let a run be split, stopped and trusted."""
 
 import json
 import math
@@ -10,9 +10,15 @@ import time
 import pytest
 import torch
 
-from diffusers_vdm import MonotoneGammaNetwork, VariationalBound, VDMUNet2DModel, training
-from diffusers_vdm.images import ImageSet
+from diffusers_vdm import MonotoneGammaNetwork, VariationalBound, VDMUNet2DModel
+from diffusers_vdm.data.images import ImageSet
+from diffusers_vdm.files import write_atomically
 from diffusers_vdm.threads import in_order
+from diffusers_vdm.training.averages import WeightAverages
+from diffusers_vdm.training.batches import batch_indices, keyed_batch
+from diffusers_vdm.training.finite_steps import FiniteSteps
+from diffusers_vdm.training.metrics import LossMeter, append_metrics, truncate_metrics
+from diffusers_vdm.training.stopping import Stopped, StopRequest
 
 
 def tiny_objective(seed=0):
@@ -31,23 +37,23 @@ def random_images(n, generator, channels=1):
 
 def test_every_epoch_visits_every_image_once_from_any_step():
     n = 10
-    order = training.batch_indices(range(3 * n), n, seed=4).tolist()
+    order = batch_indices(range(3 * n), n, seed=4).tolist()
     for epoch in range(3):
         assert sorted(order[epoch * n : (epoch + 1) * n]) == list(range(n))
     assert order[:n] != order[n : 2 * n]
-    assert training.batch_indices(range(17, 23), n, seed=4).tolist() == order[17:23]
-    assert training.batch_indices(range(3 * n), n, seed=5).tolist() != order
+    assert batch_indices(range(17, 23), n, seed=4).tolist() == order[17:23]
+    assert batch_indices(range(3 * n), n, seed=5).tolist() != order
 
 
 def test_a_global_batch_does_not_depend_on_how_it_is_split(generator):
     data = random_images(50, generator)
-    whole = training.keyed_batch(data, 7, range(8), 8, seed=1, random_flip=True)
+    whole = keyed_batch(data, 7, range(8), 8, seed=1, random_flip=True)
     for parts in ([range(0, 4), range(4, 8)], [range(i, i + 1) for i in range(8)]):
-        split = [training.keyed_batch(data, 7, rows, 8, seed=1, random_flip=True) for rows in parts]
+        split = [keyed_batch(data, 7, rows, 8, seed=1, random_flip=True) for rows in parts]
         for name in ("images", "labels", "augmented", "withheld", "t", "eps", "eps_0"):
             assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in split])), name
     assert not torch.equal(whole.eps, whole.eps_0)
-    other = training.keyed_batch(data, 8, range(8), 8, seed=1)
+    other = keyed_batch(data, 8, range(8), 8, seed=1)
     assert not torch.equal(whole.eps, other.eps) and not torch.equal(whole.t, other.t)
     # one lattice of t over the whole batch, whoever computes its rows
     assert torch.allclose(whole.t.sort().values.diff(), torch.full((7,), 1 / 8, dtype=torch.float64))
@@ -55,8 +61,8 @@ def test_a_global_batch_does_not_depend_on_how_it_is_split(generator):
 
 def test_flips_are_what_the_flag_says(generator):
     data = random_images(64, generator)
-    batch = training.keyed_batch(data, 0, range(64), 64, seed=0, random_flip=True)
-    plain = training.keyed_batch(data, 0, range(64), 64, seed=0)
+    batch = keyed_batch(data, 0, range(64), 64, seed=0, random_flip=True)
+    plain = keyed_batch(data, 0, range(64), 64, seed=0)
     assert 10 < batch.augmented.sum() < 54 and plain.augmented.sum() == 0
     for flipped, image, original in zip(batch.augmented, batch.images, plain.images, strict=True):
         assert torch.equal(image, original.flip(-1) if flipped else original)
@@ -65,20 +71,20 @@ def test_flips_are_what_the_flag_says(generator):
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
-    training.write_atomically(path, "old")
+    write_atomically(path, "old")
 
     def fail(*_):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
-        training.write_atomically(path, "new")
+        write_atomically(path, "new")
     assert path.read_text() == "old"
 
 
 def test_averages_are_lent_and_taken_back():
     parameter = torch.nn.Parameter(torch.zeros(3))
-    averages = training.WeightAverages([parameter], [0.5, 0.9])
+    averages = WeightAverages([parameter], [0.5, 0.9])
     for decay, value in ((0.5, 2.0), (0.9, 3.0)):
         averages.models[decay].shadow_params[0].fill_(value)
         with pytest.raises(KeyError), averages.lent(decay):
@@ -87,21 +93,21 @@ def test_averages_are_lent_and_taken_back():
         assert torch.equal(parameter.data, torch.zeros(3))
     with averages.lent():
         assert float(parameter.data[0]) == 2.0
-    with training.WeightAverages([parameter], []).lent():
+    with WeightAverages([parameter], []).lent():
         assert torch.equal(parameter.data, torch.zeros(3))
     with pytest.raises(ValueError, match="different numbers"):
-        training.WeightAverages([parameter], [0.9, 0.9])
+        WeightAverages([parameter], [0.9, 0.9])
     tensors = averages.tensors()
     with pytest.raises(ValueError, match="must agree"):
-        training.WeightAverages([parameter], [0.5]).load(tensors)
-    fresh = training.WeightAverages([parameter], [0.5, 0.9])
+        WeightAverages([parameter], [0.5]).load(tensors)
+    fresh = WeightAverages([parameter], [0.5, 0.9])
     fresh.load(tensors)
     assert float(fresh.models[0.9].shadow_params[0][0]) == 3.0
 
 
 def test_averages_are_the_sums_that_the_warm_up_says():
     parameter = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
-    averages = training.WeightAverages([parameter], [0.8], inv_gamma=1.0, power=0.75)
+    averages = WeightAverages([parameter], [0.8], inv_gamma=1.0, power=0.75)
     expected = 0.0
     for step in range(1, 30):
         with torch.no_grad():
@@ -117,7 +123,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(bad):
     def train(gradients):
         parameter = torch.nn.Parameter(torch.ones(3))
         optimizer = torch.optim.AdamW([parameter], 0.1, fused=True)
-        steps, in_row = training.FiniteSteps("cpu"), []
+        steps, in_row = FiniteSteps("cpu"), []
         for gradient in gradients:
             parameter.grad = torch.full((3,), gradient)
             steps.step(optimizer, torch.nn.utils.clip_grad_norm_([parameter], 1.0))
@@ -131,17 +137,17 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(bad):
 
 
 def test_losses_that_are_not_finite_do_not_count():
-    meter = training.LossMeter("cpu")
+    meter = LossMeter("cpu")
     for loss in (1.0, math.nan, 3.0, math.inf):
         meter.add(torch.tensor(loss))
-    assert meter.sums.tolist() == [4.0, 2.0] and training.LossMeter.mean([[4.0, 2.0], [8.0, 4.0]]) == 2.0
-    assert math.isnan(training.LossMeter.mean([[0.0, 0.0]]))
+    assert meter.sums.tolist() == [4.0, 2.0] and LossMeter.mean([[4.0, 2.0], [8.0, 4.0]]) == 2.0
+    assert math.isnan(LossMeter.mean([[0.0, 0.0]]))
     for processes in (2, 3):
-        meters = [training.LossMeter("cpu") for _ in range(processes)]
+        meters = [LossMeter("cpu") for _ in range(processes)]
         for i, each in enumerate(meters):
             each.load([[4.0, 2.0], [8.0, 4.0]], i, processes)
-        assert training.LossMeter.mean([each.sums.tolist() for each in meters]) == pytest.approx(2.0)
-    assert training.LossMeter("cpu").sums.tolist() == [0.0, 0.0]
+        assert LossMeter.mean([each.sums.tolist() for each in meters]) == pytest.approx(2.0)
+    assert LossMeter("cpu").sums.tolist() == [0.0, 0.0]
 
 
 def test_batches_are_made_ahead_and_come_in_order():
@@ -166,38 +172,38 @@ def test_batches_are_made_ahead_and_come_in_order():
     assert not [t for t in threading.enumerate() if t.name.startswith("in_order")]
 
 
-@pytest.mark.parametrize("number", training.StopRequest.SIGNALS)
+@pytest.mark.parametrize("number", StopRequest.SIGNALS)
 def test_a_signal_is_noted_and_then_answered(number):
     before = signal.getsignal(number)
-    with training.StopRequest() as stop:
+    with StopRequest() as stop:
         assert not stop.agreed()
         with stop.at_once():
             pass
         signal.raise_signal(number)
         assert stop.agreed() and stop.signal == signal.Signals(number).name
-        with pytest.raises(training.Stopped), stop.at_once():
+        with pytest.raises(Stopped), stop.at_once():
             pass
         signal.raise_signal(number)  # a launcher hands it on a second time
     assert signal.getsignal(number) is before
-    with training.StopRequest() as stop, pytest.raises(training.Stopped), stop.at_once():
+    with StopRequest() as stop, pytest.raises(Stopped), stop.at_once():
         signal.raise_signal(number)
 
 
 def test_metrics_after_the_checkpoint_are_cut(tmp_path):
     path = tmp_path / "metrics.jsonl"
     for step in (10, 20, 30):
-        training.append_metrics(path, {"step": step})
+        append_metrics(path, {"step": step})
     path.write_text(path.read_text() + '{"step": 4')  # a line that a kill cut short
-    training.truncate_metrics(path, 30)  # what is due at a step is done again
+    truncate_metrics(path, 30)  # what is due at a step is done again
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10, 20]
-    training.truncate_metrics(tmp_path / "new.jsonl", 0)
+    truncate_metrics(tmp_path / "new.jsonl", 0)
     assert (tmp_path / "new.jsonl").read_text() == ""
 
 
 def test_turned_images_are_what_the_flag_says(generator):
     data = random_images(64, generator)
-    batch = training.keyed_batch(data, 0, range(64), 64, 0, random_flip=True, random_rotation=True)
-    plain = training.keyed_batch(data, 0, range(64), 64, 0)
+    batch = keyed_batch(data, 0, range(64), 64, 0, random_flip=True, random_rotation=True)
+    plain = keyed_batch(data, 0, range(64), 64, 0)
     poses = [0] * 8
     for augmented, image, original in zip(batch.augmented, batch.images, plain.images, strict=True):
         turned = [torch.rot90(i, k, (-2, -1)) for i in (original, original.flip(-1)) for k in range(4)]

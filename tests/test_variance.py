@@ -14,7 +14,7 @@ from oracles import GaussianData, gamma_of_timestep
 from torch import nn
 
 from diffusers_vdm import MonotoneGammaNetwork, VariationalBound
-from diffusers_vdm.vlb import stratified_times
+from diffusers_vdm.times import stratified_times
 
 F64 = torch.float64
 NUM_LEVELS, GAMMA_0, GAMMA_1 = 48, -6.0, -2.0

@@ -23,7 +23,8 @@ from diffusers_vdm import (
     evaluate_bound,
 )
 from diffusers_vdm.diffusion import prior_kl_nats
-from diffusers_vdm.vlb import SimpleObjectiveOutput, VariationalBoundOutput, stratified_times
+from diffusers_vdm.objectives import SimpleObjectiveOutput, VariationalBoundOutput
+from diffusers_vdm.times import stratified_times
 
 LN2 = math.log(2)
 F64 = torch.float64

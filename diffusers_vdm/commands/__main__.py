@@ -1,0 +1,51 @@
+"""The console script `diffusers-vdm`: one process of any command, and what a bug report needs."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+from ..console import tolerate_any_encoding
+
+COMMANDS = {
+    "train": "train a model on images, by the variational bound or by DDPM's objective",
+    "evaluate": "measure bits per dimension of a model on images",
+    "sample": "draw images from a saved model",
+    "convert": "checkpoints of other codes in and out",
+    "card": "write the model card of a saved run",
+    "env": "print versions and devices for a bug report",
+}
+
+
+def _help() -> str:
+    rows = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
+    return (
+        f"usage: diffusers-vdm COMMAND [options]\n\n{rows}\n\n"
+        "`diffusers-vdm COMMAND --help` lists the options of a command. Several processes, or devices:\n"
+        "`accelerate launch -m diffusers_vdm.commands.train [options]`, and evaluate likewise."
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a command by the command line, or by `arguments`; ends with code 2 for one that does not exist."""
+    tolerate_any_encoding()
+    given = sys.argv[1:] if arguments is None else arguments
+    if not given or given[0] in ("-h", "--help"):
+        print(_help())
+        return
+    name, *rest = given
+    if name == "--version":
+        from .. import __version__
+
+        print(__version__)
+        return
+    if name not in COMMANDS:
+        print(f"diffusers-vdm: {name!r} is no command\n\n{_help()}", file=sys.stderr)
+        raise SystemExit(2)
+    if arguments is None:
+        sys.argv = [f"diffusers-vdm {name}", *rest]  # what argparse calls the program
+    import_module(f".{name}", __package__).main(rest)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,276 @@
+"""The likelihood of held-out images in bits per dimension, of our models and of diffusers' pixel-space checkpoints.
+
+    accelerate launch examples/evaluate.py --model runs/digits                       # bundled digits, continuous time
+    accelerate launch examples/evaluate.py --model runs/digits --target_stderr 0.002         # until the error is this
+    accelerate launch examples/evaluate.py --model runs/digits --table 10 50 250 1000        # the bound over T
+    accelerate launch examples/evaluate.py --model runs/digits --method vlb --num_steps 1000 --best_steps 10 25
+    accelerate launch examples/evaluate.py --model runs/digits --method ode
+    accelerate launch examples/evaluate.py --model google/ddpm-cifar10-32 --dataset_name uoft-cs/cifar10 --method vlb
+
+--method mc draws (t, ε) for each image, in continuous time or with --num_steps; vlb works out every term of every
+image; ode solves the probability-flow ODE of every image. Writes a report with all that the number must be quoted
+with, and figures beside it. --resume goes on with what an interrupted run of the same command left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+from ..console import tolerate_any_encoding
+from .evaluate_options import load_data, load_model, parse_options
+from .evaluate_report import check_partial, curve, draw, partial_folder, tell
+from .processes import check_processes, only_run, set_threads
+
+DECODERS = {"vdm": "softmax over the levels at γ_0", "ddpm": "discretised Gaussian at index 0"}
+
+
+class Evaluation:
+    """A model, its data, and the ways to measure it; every measurement keeps its numbers in a folder until the end."""
+
+    def __init__(self, o: argparse.Namespace, accelerator):
+        import torch
+
+        from .. import noise_schedule_of
+
+        self.o, self.accelerator = o, accelerator
+        self.unet, self.scheduler, self.num_levels, self.weights, names = load_model(o.model)
+        num_classes = self.unet.config.get("num_class_embeds")
+        self.data = load_data(o, self.num_levels, num_classes, names, accelerator.is_main_process)
+        if accelerator.is_main_process and self.data.files:
+            print(self.data.files)
+        if self.unet.dtype != torch.float32:
+            self.unet.to(torch.float32)
+        self.unet.to(accelerator.device).eval()
+        if o.method != "vlb" or o.table:
+            self.noise_schedule = noise_schedule_of(self.scheduler)
+        self.prediction_type = self.scheduler.config.get("prediction_type", "epsilon")
+        self.partial = partial_folder(o)
+        self.folders: list[Path] = []
+        self.shared = {
+            "class_labels": self.data.labels if self.unet.config.get("num_class_embeds") is not None else None,
+            "batch_size": o.batch_size,
+            "seed": o.seed,
+            "accelerator": accelerator,
+            "progress_bar": accelerator.is_main_process,
+        }
+
+    def folder(self, name: str) -> Path:
+        """Where a measurement keeps its numbers."""
+        self.folders.append(self.partial / name)
+        return self.folders[-1]
+
+    def tidy(self) -> None:
+        """Removes what this run kept, once the report is there."""
+        for folder in self.folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        if self.partial.is_dir() and not any(self.partial.iterdir()):
+            self.partial.rmdir()
+
+    def mc(self, num_steps: int | None, num_samples: int, folder: str, **more):
+        from .. import VariationalBound, evaluate_bound
+
+        bound = VariationalBound(
+            self.unet,
+            self.noise_schedule,
+            num_timesteps=num_steps,
+            num_levels=self.num_levels,
+            prediction_type=self.prediction_type,
+        ).to(self.accelerator.device)
+        more |= {"num_samples": num_samples, "resume_dir": self.folder(folder)}
+        return evaluate_bound(bound, self.data.images, **more, **self.shared)
+
+    def vlb(self):
+        from .. import evaluate_bpd
+
+        o = self.o
+        return evaluate_bpd(
+            self.unet,
+            self.scheduler,
+            self.data.images,
+            num_steps=o.num_steps,
+            timesteps=o.timesteps,
+            convention=o.convention,
+            num_levels=self.num_levels,
+            resume_dir=self.folder("vlb"),
+            **self.shared,
+        )
+
+    def ode(self):
+        from .. import evaluate_ode
+
+        names = ("dequantization", "num_samples", "num_importance_samples", "divergence", "num_probes", "rtol", "atol")
+        return evaluate_ode(
+            self.unet,
+            self.noise_schedule,
+            self.data.images,
+            prediction_type=self.prediction_type,
+            num_levels=self.num_levels,
+            resume_dir=self.folder("ode"),
+            **{name: getattr(self.o, name) for name in names},
+            **self.shared,
+        )
+
+
+def measure(e: Evaluation) -> tuple[object, dict]:
+    """The result of --method, and what a reader must know of it."""
+    from .. import best_timesteps
+
+    o = e.o
+    if o.method == "mc":
+        more = {"target_stderr_bpd": o.target_stderr, "max_samples": o.max_samples}
+        more |= {"importance_sampling": o.importance_sampling}
+        result = e.mc(o.num_steps, o.num_samples, "mc", **more)
+        return result, {
+            "num_steps": result.num_timesteps,
+            "stderr_is_of": "the Monte-Carlo estimate for these images",
+            "num_samples": result.num_samples,
+            "target_stderr_bpd": o.target_stderr,
+            "clip_sample": False,
+            "importance_sampling": o.importance_sampling,
+            "variance_per_call": result.variance_per_call,
+            "plain_variance_per_call": result.plain_variance_per_call,
+            "convention": "vdm",
+            "decoder": DECODERS["vdm"],
+            **curve(result.gamma_t, result.mse),
+        }
+    if o.method == "ode":
+        result = e.ode()
+        names = ("num_samples", "num_importance_samples", "dequantization", "divergence", "num_probes", "gamma_start",
+                 "gamma_end", "rtol", "atol", "draws_stderr_bpd")  # fmt: skip
+        return result, {
+            "num_steps": None,
+            "clip_sample": False,
+            "stderr_is_of": "the mean over the population of images",
+            "convention": "vdm",
+            **{name: getattr(result, name) for name in names},
+            "mean_num_calls": float(result.num_calls.mean()),
+        }
+    if o.best_steps and not str(e.scheduler.config.get("variance_type", "fixed_small")).startswith("fixed_small"):
+        raise ValueError("--best_steps needs the fixed_small variance: other terms are functions of both levels")
+    steps = len(o.timesteps) if o.timesteps else o.num_steps or e.scheduler.config.num_train_timesteps
+    if o.best_steps and max(o.best_steps) > steps:
+        raise ValueError(f"--best_steps must be at most the {steps} steps that are measured, got {max(o.best_steps)}")
+    result = e.vlb()
+    terms = result.terms_bpd
+    errors = [None] * terms.shape[1]  # one image has none
+    if result.num_images > 1:
+        errors = (terms.std(0) / math.sqrt(result.num_images)).tolist()
+    rows = zip(result.gammas.tolist(), terms.mean(0).tolist(), errors, strict=True)
+    best = {}
+    if o.best_steps:
+        found = {steps: best_timesteps(result, steps) for steps in sorted(o.best_steps)}
+        best = {"best": [{"num_steps": n, "bpd": bpd, "timesteps": steps} for n, (steps, bpd) in found.items()]}
+    return result, {
+        "num_steps": result.num_steps,
+        "stderr_is_of": "the mean over the population of images",
+        "convention": result.convention,
+        "decoder": DECODERS[result.convention],
+        "clip_sample": result.clip_sample,
+        "variance_type": result.variance_type,
+        "terms": [{"gamma": gamma, "bpd": bpd, "stderr_bpd": error} for gamma, bpd, error in rows],
+        **curve(result.gammas.expand_as(result.mse), result.mse),
+        **best,
+    }
+
+
+def evaluate(o: argparse.Namespace) -> None:
+    """Measures, and writes the report."""
+    """All processes of a run; nothing beside its report is read or written before no other run can."""
+    import accelerate
+    import torch
+
+    accelerator = accelerate.Accelerator(mixed_precision="no")
+    check_processes(accelerator)
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda number, _: sys.exit(128 + number))  # what is done is saved on the way out
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = o.allow_tf32
+    set_threads(accelerator, o.num_threads)
+    output = Path(o.output)
+    taken = f"another run is writing --output {output}; wait for its end, or name another file"
+    try:
+        with only_run(accelerator, output.with_name(f".{output.stem}.lock"), taken, lambda: check_partial(o)):
+            run_evaluation(o, accelerator)
+    except (ValueError, TypeError, OSError) as error:
+        raise SystemExit(f"evaluate.py: {error}") from error
+
+
+def run_evaluation(o: argparse.Namespace, accelerator) -> None:
+    import accelerate
+    import diffusers
+    import torch
+
+    import diffusers_vdm
+
+    from ..evaluation.rows import fingerprint
+    from ..files import write_atomically
+    from ..sharing.measurements import gammas_fingerprint
+
+    e = Evaluation(o, accelerator)
+    start = time.perf_counter()
+    result, how = measure(e)
+    seconds = time.perf_counter() - start
+    table = []
+    for num_steps in [*sorted(o.table), None] if o.table else []:
+        row = e.mc(num_steps, o.num_samples if o.method == "mc" else 20, f"table-{num_steps}")
+        table.append({"num_steps": num_steps, "bpd": row.bpd, "stderr_bpd": row.stderr_bpd})
+        table[-1] |= {"num_samples": row.num_samples, "stderr_is_of": "the Monte-Carlo estimate for these images"}
+    if not accelerator.is_main_process:
+        return
+
+    modules = (torch, diffusers, accelerate, diffusers_vdm)
+    parts = [term for term in ("diffusion", "reconstruction", "prior") if hasattr(result, f"{term}_bpd")]
+    report = {
+        "model": o.model,
+        "method": o.method,
+        "bpd": result.bpd,
+        "stderr_bpd": result.stderr_bpd,
+        **{f"{term}_bpd": getattr(result, f"{term}_bpd") for term in parts},
+        "num_images": result.num_images,
+        "num_levels": e.num_levels,
+        "prediction_type": e.prediction_type,
+        "scheduler": type(e.scheduler).__name__,
+        "weights": e.weights,
+        "weights_fingerprint": fingerprint(e.unet.state_dict().values()),
+        "gammas_fingerprint": gammas_fingerprint(e.scheduler),
+        "class_conditional": e.shared["class_labels"] is not None,
+        "dtype": "float32" + (", TF32 products" if o.allow_tf32 else ""),
+        "seed": o.seed,
+        "data": {
+            "name": e.data.name,
+            "shape": list(e.data.images.shape),
+            "fingerprint": e.data.fingerprint,
+            "files": e.data.files,
+            "image_column": e.data.image_column,
+            "label_column": e.data.label_column,
+            **{name: getattr(o, name) for name in ("resolution", "center_crop", "image_mode", "frames")},
+        },
+        "versions": {module.__name__: module.__version__ for module in modules},
+        "num_processes": accelerator.num_processes,
+        "seconds": seconds,
+        "table": table,
+        **how,
+        "per_image_bpd": result.per_image_bpd.tolist(),
+    }
+    report = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in report.items()}  # NaN is no JSON
+    output = Path(o.output)
+    write_atomically(output, json.dumps(report, indent=1))
+    draw(output, e, result, parts)
+    e.tidy()
+    tell(o, e, report, parts)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures by the command line, or by `arguments`; `SystemExit` says in one line what is wrong."""
+    tolerate_any_encoding()
+    evaluate(parse_options(__doc__, arguments))
+
+
+if __name__ == "__main__":
+    main()

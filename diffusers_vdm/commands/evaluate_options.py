@@ -1,0 +1,215 @@
+"""The options of evaluate.py, and the model and the data that they name."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from .options import check_ranges, image_arguments, option_parser
+
+# name, default, help, as in train_options.py
+OPTIONS: dict[str, list[tuple]] = {
+    "model": [
+        ("model", str, "folder or Hub repository of a VDMPipeline or of a pixel-space pipeline of diffusers"),
+    ],
+    "method": [
+        ("method", ("mc", "vlb", "ode"), "Monte Carlo; all terms of T steps; density by the probability-flow ODE"),
+        ("num_steps", int, "T; for mc continuous time if not given, for vlb 1000 or all betas"),
+        ("num_samples", int, "draws for each image: 20 of mc, 1 of ode"),
+        ("target_stderr", float, "mc: go on until the standard error is at most this, in bits/dim"),
+        ("max_samples", 1000, "mc: most draws for it"),
+        ("importance_sampling", False, "mc: draw t where the loss was large in a first pass"),
+        ("convention", (None, "vdm", "ddpm"), "vlb: data and decoder; vdm for our schedulers, else ddpm"),
+        ("dequantization", ("truncated_normal", "uniform", "decoder"), "ode: how integers become real numbers"),
+        ("num_importance_samples", 1, "ode: K of the importance-weighted bound"),
+        (
+            "divergence",
+            ("hutchinson", "exact"),
+            "ode: noise, fixed for a solve, or a backward pass for each dimension",
+        ),
+        ("num_probes", 1, "ode: vectors of noise for hutchinson"),
+        ("rtol", 1e-5, "ode: relative error of a step"),
+        ("atol", 1e-5, "ode: absolute error of a step, of z and of nats per dimension"),
+        ("seed", 0, "key of all randomness"),
+    ],
+    "data": [
+        ("dataset_name", str, "data set on the Hub, or a local copy; the bundled digits if nothing is given"),
+        ("dataset_config_name", str, "configuration of the data set"),
+        ("data_dir", str, "folder of image files, instead of --dataset_name"),
+        ("split", "test", "slices allowed: test[:500]"),
+        ("image_column", str, "column of the images, found by its type if not given"),
+        ("label_column", str, "column of the classes, found by its type if not given"),
+        ("image_mode", (None, "RGB", "L"), "convert images to it"),
+        ("frames", (None, "first", "all"), "which frames of files with several are images; refused if not given"),
+        ("allow_shared", False, "go on where images of the split are in another split of the data set, too"),
+        ("resolution", int, "resize and crop to squares of this side"),
+        ("center_crop", False, "crop the middle instead of a place drawn for each image"),
+        ("cache_dir", str, "cache of data sets"),
+    ],
+    "work": [
+        ("batch_size", 128, "images at once; no number depends on it"),
+        ("output", "report.json", "report to write; figures go beside it"),
+        ("num_threads", int, "CPU threads of a process; all cores, shared, if not given"),
+        ("allow_tf32", False, "TF32 matrix products on a GPU; they move bits/dim"),
+    ],
+}
+DIGITS_SPLIT = re.compile(r"(train|test)(?:\[(\d*):(\d*)\])?")
+# options that only one method has
+METHOD_OF = {
+    "target_stderr": "mc", "max_samples": "mc", "importance_sampling": "mc",
+    "convention": "vlb", "best_steps": "vlb", "timesteps": "vlb",
+    "dequantization": "ode", "num_importance_samples": "ode", "divergence": "ode", "num_probes": "ode", "rtol": "ode",
+    "atol": "ode",
+}  # fmt: skip
+
+
+def parse_options(description: str, arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked; wrong arguments end the program before any work starts."""
+    parser = option_parser("evaluate.py --model MODEL [options], see --help", description, OPTIONS)
+    add = parser.add_argument
+    add(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        help="go on with what an interrupted run of the same command left, or throw it away; refused if not given",
+    )
+    add("--table", type=int, nargs="+", metavar="T", help="also estimate the bound at each of these T, and at ∞")
+    add("--best_steps", type=int, nargs="+", metavar="T", help="vlb: also find the T timesteps with the best bound")
+    add("--timesteps", type=float, nargs="+", help="vlb: decreasing timesteps of one's own, instead of --num_steps")
+    o = parser.parse_args(arguments)
+    try:
+        if o.model is None:
+            raise ValueError("--model must name a folder or a repository")
+        positive = ("num_steps", "num_samples", "target_stderr", "max_samples", "batch_size", "resolution", "rtol",
+                    "atol", "num_threads", "num_importance_samples", "num_probes")  # fmt: skip
+        check_ranges(o, {}, positive)
+        for name, method in METHOD_OF.items():
+            if getattr(o, name) != parser.get_default(name) and o.method != method:
+                raise ValueError(f"--{name} goes with --method {method}, not with {o.method}")
+        if o.method == "vlb" and o.num_samples is not None:
+            raise ValueError("--num_samples goes with --method mc and ode, not with vlb, which works out all terms")
+        if o.method == "ode" and o.num_steps is not None:
+            raise ValueError(
+                "--num_steps goes with mc and vlb; the ODE takes the steps that --rtol and --atol ask for"
+            )
+        if o.timesteps and o.num_steps is not None:
+            raise ValueError("give --num_steps or --timesteps, not both")
+        if o.target_stderr and o.max_samples < (o.num_samples or 20):
+            raise ValueError(f"--max_samples {o.max_samples} must be at least --num_samples {o.num_samples or 20}")
+        ignored = ("dataset_config_name", "image_column", "label_column", "image_mode", "resolution", "center_crop",
+                   "frames")  # fmt: skip
+        for name in ignored if not (o.dataset_name or o.data_dir) else ():
+            if getattr(o, name):
+                raise ValueError(f"--{name} is of a data set; name one by --dataset_name or --data_dir")
+        if not (o.dataset_name or o.data_dir) and not DIGITS_SPLIT.fullmatch(o.split):
+            raise ValueError(
+                f"--split of the digits must be train or test, slices allowed: test[:50]; got {o.split!r}"
+            )
+        if o.dataset_name and o.data_dir:
+            raise ValueError("give --dataset_name or --data_dir, not both")
+        if o.data_dir and not Path(o.data_dir).is_dir():
+            raise ValueError(f"--data_dir {o.data_dir} is not a folder")
+        for name in ("table", "best_steps"):
+            if getattr(o, name) and min(getattr(o, name)) < 1:
+                raise ValueError(f"--{name} must be positive numbers of steps, got {getattr(o, name)}")
+        if Path(o.output).suffix != ".json" or Path(o.output).is_dir():
+            raise ValueError(f"--output must name a .json file, got {o.output}")
+    except ValueError as error:
+        parser.error(str(error))
+    o.num_samples = o.num_samples or {"mc": 20, "vlb": 1, "ode": 1}[o.method]
+    return o
+
+
+def load_model(name: str):
+    """(network, scheduler, number of levels, which weights they are, names of the classes) of a saved pipeline."""
+    from diffusers import DiffusionPipeline
+
+    from .. import VDMPipeline
+
+    try:
+        index = VDMPipeline.load_config(name)
+    except (OSError, ValueError) as error:
+        raise SystemExit(
+            f"--model {name} is no folder with a model_index.json and no repository that can be read: {error}"
+        ) from error
+    if any(part in index for part in ("vae", "vqvae", "movq", "prior")):
+        raise SystemExit(
+            f"{name} works on latents of an autoencoder: they are real numbers, not 8-bit pixels, so that no "
+            "likelihood of images in bits/dim can be read off it"
+        )
+    if "unet" not in index or "scheduler" not in index:
+        raise SystemExit(f"{name} is a {index.get('_class_name')}, without a unet and a scheduler")
+    cls = VDMPipeline if index["_class_name"] == "VDMPipeline" else DiffusionPipeline
+    pipe = cls.from_pretrained(name)
+    weights, class_names, recorded = "as saved in the pipeline", None, Path(name) / "options.json"
+    if recorded.is_file():  # train.py's
+        run = json.loads(recorded.read_text(encoding="utf-8"))
+        averaged, class_names = run.get("options", {}).get("use_ema"), run.get("class_names")
+        weights = {True: "average (EMA)", False: "last step"}.get(averaged, weights)
+    return pipe.unet, pipe.scheduler, pipe.config.get("num_levels", 256), weights, class_names
+
+
+def load_data(
+    o: argparse.Namespace,
+    num_levels: int,
+    num_classes: int | None,
+    class_names: list[str] | None,
+    progress_bar: bool,
+):
+    """The images to measure, with classes if the model has `num_classes` of them, which may have names."""
+    from ..data.image_sources import shared_with_other_splits
+    from ..data.images import load_digits_split, load_images
+
+    if o.dataset_name is None and o.data_dir is None:
+        name, start, stop = DIGITS_SPLIT.fullmatch(o.split).groups()
+        data = load_digits_split()[name == "test"]
+        if start or stop:
+            part = slice(int(start) if start else None, int(stop) if stop else None)
+            data = replace(data, images=data.images[part], labels=data.labels[part], name=f"{data.name}, {o.split}")
+        if len(data) == 0:
+            raise SystemExit(f"--split {o.split} of the digits is empty")
+    else:
+        path, shared = o.dataset_name or o.data_dir, image_arguments(o, o.data_dir, num_classes is not None)
+        try:
+            data = load_images(path, o.split, progress_bar=progress_bar, **shared)
+            if not o.allow_shared:
+                names = ("config_name", "is_folder", "image_column", "label_column", "cache_dir")
+                same = {name: shared[name] for name in names}
+                found = shared_with_other_splits(path, o.split, progress_bar=progress_bar, **same)
+                if found:
+                    raise ValueError(
+                        f"images of {data.name} are in other splits of the data set, too: {found}. If the model was "
+                        "trained on those, this is no held-out number; set --allow_shared to measure it all the same"
+                    )
+        except (ValueError, OSError) as error:
+            hint = " Set --split, slices allowed: 'train[:1000]'." if "nknown split" in str(error) else ""
+            raise SystemExit(f"the data: {error}{hint}") from error
+    if data.num_levels != num_levels:
+        raise SystemExit(f"the model is of data with {num_levels} levels, {data.name} has {data.num_levels}")
+    if num_classes is not None and data.labels is not None:
+        check_classes(data, num_classes, class_names)
+    return data
+
+
+def check_classes(data, num_classes: int, class_names: list[str] | None) -> None:
+    """`SystemExit` unless a label of the data stands for the class that the model knows by this number."""
+    highest = int(data.labels.max())
+    if highest >= num_classes:
+        raise SystemExit(
+            f"the model has {num_classes} classes, and {data.name} has images of class {highest}, which it does not "
+            "know. Leave these images out, or measure without classes by --label_column ''"
+        )
+    if class_names and data.class_names and list(class_names) != list(data.class_names):
+        raise SystemExit(
+            f"the model was trained with the classes {list(class_names)}, and {data.name} has "
+            f"{list(data.class_names)}: a label would stand for another class. Use the same names, or measure "
+            "without classes by --label_column ''"
+        )
+    if not class_names and data.class_names and len(data.class_names) != num_classes:
+        raise SystemExit(
+            f"the model has {num_classes} classes, and {data.name} has {len(data.class_names)} "
+            f"({', '.join(data.class_names[:10])}, …): their numbers need not mean the same. Measure without classes "
+            "by --label_column ''"
+        )

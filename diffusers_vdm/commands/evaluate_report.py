@@ -1,0 +1,91 @@
+"""What evaluate.py leaves behind: the numbers of an interrupted run, the table in the end, and the figures."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+from pathlib import Path
+
+
+def partial_folder(o: argparse.Namespace) -> Path:
+    """Where the numbers of a run are kept until its report is there."""
+    output = Path(o.output)
+    return output.with_name(f"{output.stem}.partial")
+
+
+def check_partial(o: argparse.Namespace) -> None:
+    """`ValueError` rather than the loss of work that nobody asked to throw away; no other run may be at it."""
+    partial = partial_folder(o)
+    if o.resume is None and any(partial.glob("*/rows-*.safetensors")):
+        raise ValueError(
+            f"{partial} holds the numbers of an interrupted run; go on with it by --resume, throw it away by "
+            "--no-resume, or name another --output"
+        )
+    if o.resume is False:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def tell(o: argparse.Namespace, e, report: dict, parts: list[str]) -> None:
+    """The table in the end."""
+
+    def value(row: dict) -> str:
+        error = row.get("stderr_bpd")
+        return f"{row['bpd']:.4f}" + ("" if error is None or math.isnan(error) else f" ± {error:.4f}")
+
+    name = {"ode": "probability-flow ODE", "mc": "continuous time"}.get(o.method)
+    if report["num_steps"] is not None:
+        name = f"T = {report['num_steps']}"
+    print(f"\n{o.model} on {e.data.name}: {report['num_images']} images, {report['seconds']:.0f} s")
+    rows = [(f"bits/dim, {name}", value(report))]
+    rows += [(f"  {term}", f"{report[f'{term}_bpd']:.4f}") for term in parts]
+    rows += [(f"bound at T = {row['num_steps'] or '∞'}", value(row)) for row in report["table"]]
+    rows += [(f"bound with the best {row['num_steps']} timesteps", value(row)) for row in report.get("best", [])]
+    if report.get("variance_per_call") is not None:
+        rows.append(("variance per network call", f"{report['variance_per_call']:.3g}"))
+        rows.append(("  of plain uniform t", f"{report['plain_variance_per_call']:.3g}"))
+    if "mean_num_calls" in report:
+        rows.append(("network calls of a solve", f"{report['mean_num_calls']:.0f}"))
+    for label, text in rows:
+        print(f"  {label:<36}{text:>18}")
+    output = Path(o.output)
+    if report["stderr_bpd"] is not None:
+        also = "; in the rows of the table, of the draws" if report["table"] and o.method != "mc" else ""
+        print(f"± is the standard error of {report['stderr_is_of']}{also}")
+    if o.target_stderr and report["stderr_bpd"] > o.target_stderr:
+        print(f"the target of {o.target_stderr} was not reached with --max_samples {o.max_samples}")
+    if e.scheduler.config.get("clip_sample", False) and (o.method != "vlb" or report["table"]):
+        print("mc, ode and the table are of the model as it is; this scheduler clips x̂ when it samples, as vlb does")
+    if "best" in report:
+        print("the best timesteps were chosen on these very images; judge them on others by --timesteps")
+    print(f"report and figures: {output.with_name(output.stem)}*")
+
+
+def curve(gammas, mse, bins: int = 50) -> dict[str, list[float]]:
+    """Means of the squared error over equal shares of the draws, by γ."""
+    order = gammas.flatten().argsort()
+    parts = min(bins, len(order))
+    gamma, error = (values.flatten()[order].tensor_split(parts) for values in (gammas, mse))
+    return {"curve_gamma": [float(g.mean()) for g in gamma], "curve_mse": [float(e.mean()) for e in error]}
+
+
+def draw(output: Path, e, result, parts: list[str]) -> None:
+    """The curve over γ, the histogram of bits, and the most and least likely images."""
+    from .. import plots
+
+    def path(name: str) -> Path:
+        return output.with_name(f"{output.stem}_{name}.png")
+
+    if hasattr(result, "mse"):
+        gammas = result.gamma_t if hasattr(result, "gamma_t") else result.gammas.expand_as(result.mse)
+        terms = {term: getattr(result, f"{term}_bpd") for term in parts}
+        steps = getattr(result, "num_steps", None) or result.num_timesteps
+        title = "" if steps is None else f"density: continuous time; bar: T = {steps}"
+        plots.plot_loss_by_gamma(gammas, result.mse, path("by_gamma"), terms_bpd=terms, title=title)
+    plots.plot_bits_histogram(result.per_image_bpd, path("histogram"))
+    images = e.data.images
+    if images.shape[1] in (1, 3):
+        order = result.per_image_bpd.argsort()
+        count = min(16, len(order))
+        for name, index in (("most_likely", order[:count]), ("most_unlikely", order.flip(0)[:count])):
+            plots.image_grid(images[index].float() / (e.num_levels - 1)).save(path(name))

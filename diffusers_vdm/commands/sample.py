@@ -1,0 +1,184 @@
+"""Draw images from a saved model.
+
+    python examples/sample.py --model runs/digits
+    python examples/sample.py --model user/vdm-cifar10 --num_images 16 --num_inference_steps 1000 --device cuda
+    python examples/sample.py --model runs/digits --sampler dpmsolver++ --num_inference_steps 20
+    python examples/sample.py --model runs/digits --sampler UniPCMultistepScheduler --num_inference_steps 20
+    python examples/sample.py --model runs/digits --sampler ode --rtol 1e-3         # as many steps as that asks for
+
+Writes a grid of the images (and with --images_dir each one as a PNG), and prints a small table. Every image has a
+stream of noise of its own, a function of (seed, index): it does not depend on how many are drawn, nor in what batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+from PIL import Image
+
+from ..console import tolerate_any_encoding
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of a saved pipeline, or repository on the Hub")
+    parser.add_argument("--output", default="samples.png", help="file of the grid (default: samples.png)")
+    parser.add_argument("--images_dir", help="also write every image into this folder")
+    parser.add_argument("--num_images", type=int, default=64, help="default: 64")
+    parser.add_argument("--batch_size", type=int, default=64, help="images drawn at once (default: 64)")
+    parser.add_argument("--num_inference_steps", type=int, default=250, help="default: 250")
+    parser.add_argument(
+        "--sampler",
+        help="ancestral, ddim, dpmsolver++, ode (adaptive), or the name of one of diffusers (default: the model's)",
+    )
+    parser.add_argument("--rtol", type=float, default=1e-3, help="error of a step of --sampler ode (default: 1e-3)")
+    parser.add_argument("--class_labels", type=int, nargs="+", help="classes, repeated until there are enough")
+    parser.add_argument("--decode", choices=("mode", "sample"), default="mode", help="of p(x | z_0); default: mode")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="network's")
+    options = parser.parse_args(arguments)
+    for name in ("num_images", "batch_size", "num_inference_steps", "rtol"):
+        if not 0 < getattr(options, name) < math.inf:
+            parser.error(f"--{name} must be positive, got {getattr(options, name)}")
+    if min(options.class_labels or [0]) < 0:
+        parser.error(f"--class_labels must be the indices of classes, from 0 on, got {options.class_labels}")
+    # now, and not when all images are drawn
+    known, suffix = Image.registered_extensions(), Path(options.output).suffix.lower()
+    if known.get(suffix) not in Image.SAVE or Path(options.output).is_dir():
+        parser.error(f"--output must name an image file, as samples.png, got {options.output}")
+    if options.images_dir and any(
+        path.is_file() for path in (Path(options.images_dir), *Path(options.images_dir).parents)
+    ):
+        parser.error(f"--images_dir must be a folder or a new one, got {options.images_dir}")
+    return options
+
+
+def choose_device(name: str | None):
+    """The device by its name; `ValueError` for one that is not there."""
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--device must be one that is here, as cpu or cuda:0, got {name!r} ({reason})") from error
+    return device
+
+
+def as_ours(scheduler):
+    """One of ours as it is, and one of diffusers as a table of the same levels."""
+    from .. import VDMScheduler
+
+    return scheduler if hasattr(scheduler, "noise_schedule") else VDMScheduler.from_diffusers(scheduler)
+
+
+def choose_scheduler(scheduler, sampler: str):
+    """The scheduler of a pipeline for a sampler by name."""
+    import diffusers
+
+    scheduler = as_ours(scheduler)
+    if sampler in ("ancestral", "ddim", "dpmsolver++"):
+        return type(scheduler).from_config(scheduler.config, algorithm=sampler)
+    chosen = getattr(diffusers, sampler, None)
+    if chosen is None:
+        raise ValueError(f"--sampler {sampler} is neither ancestral, ddim, dpmsolver++, ode nor a class of diffusers")
+    return scheduler.to_diffusers(chosen)
+
+
+def solve_ode(pipe, generators: list, labels: list[int] | None, rtol: float, decode: str):
+    """Images by the probability-flow ODE, every one with steps of its own: `(B, C, H, W)` in [0, 1]."""
+    import torch
+
+    from .. import diffusion, ode
+
+    z = torch.stack([torch.randn(pipe.image_shape, generator=each) for each in generators]).to(pipe.device)
+    scheduler = as_ours(pipe.scheduler)
+    schedule = scheduler.noise_schedule()
+    labels = None if labels is None else torch.tensor(labels, device=pipe.device)
+    known = {"prediction_type": scheduler.config.prediction_type, "class_labels": labels}
+    z_0 = ode.sample(pipe.unet, schedule, z, rtol=rtol, atol=rtol, **known).z
+    gamma_0, levels = schedule.ends()[0].detach().cpu(), pipe.config.num_levels
+    return diffusion.decode(z_0, gamma_0, levels, draw=decode == "sample", generator=generators).float() / (levels - 1)
+
+
+def sample(options: argparse.Namespace) -> None:
+    """Draws the images, writes them, and prints the table."""
+    import torch
+    from tqdm.auto import tqdm
+
+    from .. import VDMPipeline
+    from ..plots import image_grid
+    from ..randomness import keyed_generator
+
+    device = choose_device(options.device)
+    pipe = VDMPipeline.from_pretrained(options.model).to(device)
+    pipe.unet.to(getattr(torch, options.dtype))
+    pipe.set_progress_bar_config(leave=False)
+    if options.sampler not in (None, "ode"):
+        pipe.scheduler = choose_scheduler(pipe.scheduler, options.sampler)
+    given, labels = options.class_labels, None
+    pipe.check_labels(None if given is None else torch.tensor(given))
+    if given:
+        labels = [given[i % len(given)] for i in range(options.num_images)]
+
+    start, images = time.perf_counter(), []
+    batches = range(0, options.num_images, options.batch_size)
+    for first in tqdm(batches, desc="batches", disable=len(batches) == 1):
+        index = range(first, min(first + options.batch_size, options.num_images))
+        generators = [keyed_generator(options.seed, "sample", i) for i in index]
+        some = labels and labels[index.start : index.stop]
+        if options.sampler == "ode":
+            images.append(solve_ode(pipe, generators, some, options.rtol, options.decode).cpu())
+            continue
+        arguments = {"decode": options.decode, "output_type": "pt"}
+        images.append(pipe(len(index), options.num_inference_steps, generators, some, **arguments).images.cpu())
+    images = torch.cat(images)
+    seconds = time.perf_counter() - start
+
+    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+    image_grid(images).save(options.output)
+    if options.images_dir:
+        folder = Path(options.images_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, image in enumerate(pipe.numpy_to_pil(images.permute(0, 2, 3, 1).numpy())):
+            image.save(folder / f"{i:05d}.png")
+
+    steps = f"{options.num_inference_steps} steps" if options.sampler != "ode" else f"ODE, rtol {options.rtol}"
+    table = [
+        ("images", f"{len(images)} of {tuple(images.shape[1:])}, {pipe.config.num_levels} levels"),
+        ("sampler", f"{type(pipe.scheduler).__name__}, {steps}, seed {options.seed}"),
+        ("time", f"{seconds:.1f} s on {device}, {len(images) / seconds:.2f} images/s"),
+        ("pixel mean ± std", f"{images.mean():.3f} ± {images.std():.3f} of [0, 1]"),
+    ]
+    metrics = Path(options.model) / "metrics.jsonl"
+    if metrics.is_file():
+        lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+        last = next((line for line in reversed(lines) if "eval_bpd" in line), None)
+        if last:
+            error = f" ± {last['eval_bpd_stderr']:.4f}" if last["eval_bpd_stderr"] else ""
+            table.append(("held-out bits/dim", f"{last['eval_bpd']:.4f}{error} at step {last['step']}"))
+    table.append(("written", options.output))
+    for name, value in table:
+        print(f"  {name:<20}{value}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Samples by the command line, or by `arguments`; `SystemExit` says in one line what is wrong."""
+    tolerate_any_encoding()
+    options = parse_options(arguments)
+    try:
+        sample(options)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        raise SystemExit(f"sample.py: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

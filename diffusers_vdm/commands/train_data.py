@@ -1,0 +1,99 @@
+"""The images that train.py trains on, and the held-out ones."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+from .options import image_arguments
+
+
+def load_data(o: argparse.Namespace, progress_bar: bool):
+    """The images to train on and the held-out ones."""
+    train, test = _load(o, progress_bar)
+    if o.random_rotation and train.shape[1] != train.shape[2]:
+        raise ValueError(f"--random_rotation needs square images, got {train.shape}; set --resolution")
+    if o.class_conditional:
+        check_classes(train, test)
+    if not o.allow_shared:
+        check_shared(train, test)
+    return train, test
+
+
+def check_classes(train, test) -> None:
+    """`ValueError` unless the network will know each class of the held-out images."""
+    if train.num_classes is None:
+        raise ValueError(
+            f"--class_conditional: {train.name} has no classes; name them by --label_column ({train.files})"
+        )
+    if test.labels is None:
+        raise ValueError(
+            f"--class_conditional: {test.name} has no classes; name a split that has by --eval_split ({test.files})"
+        )
+    names = test.class_names or train.class_names or {}
+    held_out = set(test.labels.tolist())
+    known = train.classes_in_split if train.classes_in_split is not None else set(range(train.num_classes))
+    unknown = [
+        f"{label} ({names[label]})" if label < len(names) else str(label) for label in sorted(held_out - set(known))
+    ]
+    if unknown or (train.class_names and test.class_names and train.class_names != test.class_names):
+        raise ValueError(
+            f"--class_conditional: {test.name} has classes that {train.name} has not: "
+            f"{', '.join(unknown) or test.class_names}; leave their images out, or name another --eval_split"
+        )
+
+
+def check_shared(train, test) -> None:
+    """`ValueError` where a held-out image is a training image, by its place in the data set or by its pixels."""
+    from ..data.image_sources import overlap
+    from ..data.images import ImageSet, count_shared
+
+    shared = overlap(train.parts, test.parts)
+    if not shared and isinstance(train, ImageSet):
+        shared = count_shared(train, test)
+    if shared:
+        raise ValueError(
+            f"{'all' if shared == math.inf else shared} of the held-out images, {test.name}, are among the training "
+            f"images, {train.name}: their bits/dim would not be held out. Name other splits, or set --allow_shared"
+        )
+
+
+def _load(o: argparse.Namespace, progress_bar: bool):
+    from ..data.image_stream import ImageStream
+    from ..data.images import ImageSet, load_digits_split, load_images
+
+    if o.digits:
+        return load_digits_split()
+    shared = image_arguments(o, o.train_data_dir, o.class_conditional) | {"num_workers": o.dataloader_num_workers}
+    path = o.dataset_name or o.train_data_dir
+    damage = {"skip_damaged": o.skip_damaged}
+    try:
+        if not o.streaming:
+            shared |= {"progress_bar": progress_bar, "decoded_cache": o.decoded_cache}
+            return load_images(path, o.train_split, **shared, **damage), load_images(path, o.eval_split, **shared)
+        stream = ImageStream(
+            path, o.train_split, buffer_size=o.shuffle_buffer, num_images=o.num_train_images, **shared, **damage
+        )
+        held_out = ImageStream(path, o.eval_split, buffer_size=o.shuffle_buffer, **shared)
+    except ValueError as error:
+        if "nknown split" not in str(error):
+            raise
+        slices = "" if o.streaming else ", slices allowed: 'train[1000:]' and 'train[:1000]'"
+        raise ValueError(f"{str(error).rstrip('.')}; set --train_split and --eval_split{slices}") from error
+    count = min(held_out.num_images or math.inf, o.max_eval_images or math.inf)
+    if count == math.inf:
+        raise ValueError(f"--max_eval_images must say how many of {held_out.name} to take: nobody declared its number")
+    if not stream.num_images and (o.num_epochs or o.save_images_epochs or o.save_model_epochs):
+        raise ValueError(f"--num_train_images must tell the length of an epoch of {stream.name}: nobody declared it")
+    test = ImageSet(
+        *held_out.batch(range(count)),
+        256,
+        f"{held_out.name}, {count} images",
+        known_classes=held_out.num_classes,
+        class_names=held_out.class_names,
+        image_column=held_out.image_column,
+        label_column=held_out.label_column,
+        files=held_out.files,
+        parts=held_out.parts,
+    )
+    return stream, test

@@ -1,0 +1,202 @@
+"""A training run from its options to its end: the loop, and what is due after each step."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from ..files import write_atomically
+from ..randomness import key_to_seed
+from ..training import checkpoints
+from ..training.metrics import append_metrics, truncate_metrics
+from ..training.run import Clock, Run
+from ..training.stopping import Stopped, StopRequest
+from .processes import check_processes, check_sharding, hold_process_group, only_run, set_threads
+from .train_data import load_data
+from .train_hub import Sharing
+from .train_options import build, check_output_dir
+from .train_report import draw, evaluation_metrics, finish, is_finished, plan, remove_results, save_pipelines
+
+
+@contextmanager
+def errors_in_one_line():
+    """Ends the program with one line, and no traceback, for errors in files and arguments."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"train.py: {error}") from error
+
+
+def set_up(o: argparse.Namespace):
+    """The accelerator, with as many processes as were launched, and the threads of each."""
+    from accelerate import Accelerator
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = o.allow_tf32
+    accelerator = Accelerator(
+        mixed_precision=o.mixed_precision,
+        gradient_accumulation_steps=o.gradient_accumulation_steps,
+        log_with=None if o.logger == "none" or o.dry_run else o.logger,
+        project_dir=str(Path(o.output_dir) / o.logging_dir),
+    )
+    check_processes(accelerator)
+    check_sharding(accelerator)
+    hold_process_group()
+    set_threads(accelerator, o.num_threads)
+    return accelerator
+
+
+def train(o: argparse.Namespace) -> None:
+    """All processes of a run; nothing in its folder is read or written before no other run can."""
+    accelerator = set_up(o)
+    taken = f"another run is writing --output_dir {o.output_dir}; wait for its end, or name another folder"
+    lock = only_run(accelerator, Path(o.output_dir) / ".lock", taken, lambda: check_output_dir(o))
+    with errors_in_one_line(), nullcontext() if o.dry_run else lock:
+        run_training(o, accelerator)
+
+
+def run_training(o: argparse.Namespace, accelerator) -> None:
+
+    out, is_main = Path(o.output_dir), accelerator.is_main_process
+    train, test = load_data(o, progress_bar=is_main)
+    torch.manual_seed(key_to_seed(o.seed, "weights"))
+    unet, noise_schedule = build(o, train)
+    run = Run(o, accelerator, train, unet, noise_schedule)
+    if is_main:
+        print(plan(run, test), flush=True)
+    if o.dry_run:
+        return
+    sharing = Sharing(run)
+    if o.resume_from_checkpoint == "last-checkpoint":
+        sharing.fetch()
+    if o.resume_from_checkpoint:
+        run.resume()
+    if run.step > run.total:
+        raise ValueError(f"the checkpoint is at step {run.step}, past the {run.total} that are asked for")
+    if run.step == run.total and is_finished(out, run.total):
+        accelerator.print(f"nothing to do: {out} is finished, all {run.total} steps and what is due then")
+        sharing.push("trained")
+        return sharing.wait()
+    if is_main:
+        if run.step == 0:  # --overwrite_output_dir: nothing of the other run may be taken for this one's
+            checkpoints.remove_checkpoints(out)
+            remove_results(out)
+        write_atomically(out / "options.json", json.dumps(run.description(), indent=2))
+        truncate_metrics(out / "metrics.jsonl", run.step)
+    plain = {k: v for k, v in vars(o).items() if isinstance(v, int | float | str) and k != "hub_token"}
+    accelerator.init_trackers("train", plain)
+    accelerator.wait_for_everyone()
+    bar = {"total": run.total, "initial": run.step, "desc": "training", "disable": not is_main}
+    with StopRequest(accelerator.num_processes) as stop:
+        try:
+            with tqdm(**bar) as bar:
+                finished = loop(run, test, stop, bar, sharing)
+        except Stopped:  # within work that can be thrown away, before the next step
+            if not run.is_sharded:  # whose parts would have to be gathered by all, who stopped in different places
+                run.save()
+            finished = False
+        if finished:
+            accelerator.end_training()
+        elif stop.has_failed:
+            sharing.stop()
+            raise ValueError(
+                f"{stop.error or 'another process could not read its images'}\nthe {run.step} steps before it are "
+                "saved; the same command with --resume_from_checkpoint latest goes on, and --skip_damaged N leaves "
+                "up to N damaged images out"
+            )
+        else:
+            accelerator.print(
+                f"\nstopped by {stop.signal} after step {run.step} of {run.total}, which is saved; the same "
+                "command with --resume_from_checkpoint latest goes on"
+            )
+            sharing.stop()
+    if finished:
+        sharing.wait()
+
+
+def loop(run: Run, test, stop, bar, sharing: Sharing) -> bool:
+    """All steps, and what is due after each; whether it came to the end.
+
+    What is due at a step comes after its checkpoint and changes nothing in it: a run that goes on there does it again.
+    """
+    o, accelerator, is_main = run.o, run.accelerator, run.accelerator.is_main_process
+    epoch = math.ceil((run.num_images or 0) / run.global_rows)
+    run.objective.train()
+    batches, clock, shown, new = run.batches(), Clock(), {}, False
+    while True:
+        at_end = run.step == run.total
+        due = {
+            "evaluation": at_end or is_due(run.step, o.eval_steps),
+            "images": not at_end and is_due(run.step, o.save_images_epochs and o.save_images_epochs * epoch),
+            "pipeline": at_end or is_due(run.step, o.save_model_epochs and o.save_model_epochs * epoch),
+        }
+        # what several processes work on together may be ended in the midst, where they cannot agree on more
+        together = accelerator.num_processes > 1 and (due["evaluation"] or due["images"])
+        saves = at_end or together or is_due(run.step, o.checkpointing_steps)
+        due["checkpoint"] = new and saves and o.checkpointing_steps > 0
+        due["upload"] = sharing.is_due(due["checkpoint"], at_end)
+        due["pipeline"] = due["pipeline"] or due["upload"]
+        due["log"] = due["evaluation"] or is_due(run.step, o.logging_steps)
+        if not at_end:
+            clock.go()
+            try:
+                clock.waited += run.fetch(batches)
+            except (ValueError, OSError) as error:
+                stop.fail(error)
+        stopping = stop.agreed() and (new or stop.has_failed)
+        if stopping or any(due.values()):
+            run.gather()
+            clock.pause()
+        if due["checkpoint"] or (stopping and new):
+            run.save()
+        if stopping:
+            accelerator.wait_for_everyone()  # a launcher may end the rest with the first of them
+            accelerator.end_training()
+            return False
+        if due["log"] or accelerator.device.type == "cpu":  # elsewhere to look at it would be to wait for it
+            run.check_finite()
+
+        metrics = {}
+        if due["log"]:
+            metrics |= run.losses() | run.speed(clock)
+        if any(due[name] for name in ("evaluation", "images", "pipeline")):
+            with stop.at_once():
+                if due["evaluation"]:
+                    samples = (o.eval_samples, None) if at_end else (1, o.max_eval_images)
+                    results = [run.evaluate(test, *samples, decay) for decay in run.decays]
+                    for i, (result, decay) in enumerate(zip(results, run.decays, strict=True)):
+                        metrics |= evaluation_metrics(result, decay, i == 0, o.class_conditional)
+                if due["images"]:
+                    draw(run, f"samples-{run.step}.png")
+            if due["pipeline"]:
+                save_pipelines(run)
+            if at_end:
+                with stop.at_once():
+                    finish(run, results[0], metrics)
+            run.objective.train()
+        if due["log"]:
+            name = "train_bpd" if o.objective == "vdm" else "train_mse"
+            shown |= {k: f"{metrics[n]:.4g}" for k, n in ((name, name), ("eval_bpd", "eval_bpd")) if metrics.get(n)}
+            bar.set_postfix(shown)
+            accelerator.log({k: v for k, v in metrics.items() if v is not None}, step=run.step)
+            if is_main:
+                append_metrics(run.out / "metrics.jsonl", {"step": run.step} | metrics)
+            run.meter.sums.zero_()
+            clock = Clock()
+        if due["upload"]:
+            sharing.push("trained" if at_end else "in training")
+        if at_end:
+            return True
+        clock.go()
+        run.train_step()
+        clock.steps, new = clock.steps + 1, True
+        bar.update()
+
+
+def is_due(step: int, every: int | None) -> bool:
+    return bool(every) and step > 0 and step % every == 0

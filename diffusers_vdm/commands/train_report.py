@@ -1,0 +1,196 @@
+"""What train.py tells: the plan, the numbers, samples and pictures."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+import torch
+
+
+def plan(run, test) -> str:
+    """What will be trained, on what, and what it costs; tells `run` the FLOPs, for the utilisation."""
+    from ..data.images import ImageSet, count_shared, histogram_bpd
+    from ..training.cost import matmul_flops_per_second, training_cost
+
+    o, accelerator, data, schedule = run.o, run.accelerator, run.data, run.noise_schedule
+    world, images = accelerator.num_processes, data.num_images
+    cost = training_cost(run.unet, data.shape, num_averages=len(o.ema_decays), mixed_precision=o.mixed_precision)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(o.mixed_precision, torch.float32)
+    run.flops_per_image = cost.flops_per_image
+    run.flops_per_second = world * matmul_flops_per_second(accelerator.device, dtype)
+    shared = count_shared(data, test) if isinstance(data, ImageSet) else 0
+    run.histogram_bpd = histogram_bpd(data, test) if isinstance(data, ImageSet) else None
+    run.held_out = {"name": test.name, "images": len(test), "fingerprint": test.fingerprint}
+    run.held_out["shared_with_training"] = shared if isinstance(data, ImageSet) else None
+    run.held_out["files"] = test.files
+    hours = run.total * run.global_rows * cost.flops_per_image / run.flops_per_second / 3600
+    untrained = []
+    if run.o.class_conditional and isinstance(data, ImageSet):
+        untrained = sorted(set(test.labels.tolist()) - set(data.labels.tolist()))
+    lines = {
+        "data": f"{data.name}: {images or 'unknown many'} images of {data.shape}; held out, {test.name}: {len(test)}"
+        + (f", of which {shared} ARE AMONG THE TRAINING IMAGES" if shared else ""),
+        **{f"files{'' if part is data else ', held out'}": part.files for part in (data, test) if part.files},
+        **({"columns": columns_of(data)} if data.image_column else {}),
+        "network": f"{type(run.unet).__name__}, {cost.num_parameters:,} parameters, predicts {o.prediction_type}",
+        "noise schedule": f"{type(schedule).__name__}, {schedule.describe()}",
+        "objective": {"vdm": "variational bound, ", "ddpm": "unweighted squared error"}[o.objective]
+        + ("" if o.objective == "ddpm" else f"T = {o.num_timesteps}" if o.num_timesteps else "continuous time")
+        + (", t drawn where the loss is large" if o.importance_sampling else ""),
+        "batch": f"{run.global_rows} = {world} × {o.train_batch_size} × {o.gradient_accumulation_steps} (processes × "
+        "batch × accumulation)" + (f", {images / run.global_rows:.1f} steps an epoch" if images else ""),
+        "steps": f"{run.total}"
+        + (f", or {run.total * run.global_rows / images:.1f} epochs" if images else "")
+        + f"; {o.lr_scheduler} from "
+        f"{o.learning_rate:g}; averages {o.ema_decays or 'none'}",
+        "FLOPs": f"{cost.flops_per_image * run.global_rows:.3g} a step; matrix products here in {dtype}: "
+        f"{run.flops_per_second:.3g} a second, so {hours:.3g} h at least",
+        "memory": f"about {cost.memory_bytes(o.train_batch_size) / 2**30:.2f} GiB a process, "
+        f"{cost.fixed_bytes / 2**30:.2f} of them for weights, gradients, moments and averages",
+    }
+    if untrained:
+        lines["classes"] = f"held-out images are of the classes {untrained}, OF WHICH THERE IS NO TRAINING IMAGE"
+    if run.histogram_bpd is not None:
+        lines["baseline"] = f"histogram of each training pixel: {run.histogram_bpd:.4f} bits/dim held out"
+    return "\n".join(f"{name + ':':<16}{text}" for name, text in lines.items())
+
+
+def columns_of(data) -> str:
+    """The columns of a data set that are read."""
+    classes = "no classes" if data.label_column is None else f"classes {data.label_column!r} ({data.num_classes})"
+    return f"images {data.image_column!r}, {classes}"
+
+
+def evaluation_metrics(result, decay: float | None, is_first: bool, is_conditional: bool) -> dict:
+    """The numbers of an evaluation, with all that a bits/dim must be quoted with; of other averages only the bound."""
+    error = None if math.isnan(result.stderr_bpd) else result.stderr_bpd
+    if not is_first:
+        return {f"eval_bpd_ema_{decay}": result.bpd, f"eval_bpd_stderr_ema_{decay}": error}
+    return {
+        "eval_bpd": result.bpd,
+        "eval_bpd_stderr": error,
+        **{f"eval_{term}_bpd": getattr(result, f"{term}_bpd") for term in ("prior", "reconstruction", "diffusion")},
+        **{f"eval_{name}": getattr(result, name) for name in ("num_images", "num_samples", "num_timesteps")},
+        "eval_class_conditional": is_conditional,
+        "eval_weights": "raw" if decay is None else "ema",
+        "eval_ema_decay": decay,
+    }
+
+
+def is_finished(out: Path, total: int) -> bool:
+    """Whether all that is due at the last step is there."""
+    from ..training.metrics import read_metrics
+
+    lines = read_metrics(out / "metrics.jsonl")
+    return (
+        bool(lines) and lines[-1]["step"] == total and "eval_bpd" in lines[-1] and (out / "model_index.json").exists()
+    )
+
+
+def remove_results(out: Path) -> None:
+    """What another run left in the folder: pipelines and pictures, by their names."""
+    from ..repository import INDEX
+    from ..sharing.uploads import PICTURES, components_in
+
+    for folder in [out, *out.glob("ema_*")]:
+        if (folder / INDEX).is_file():
+            for name in components_in(folder):
+                shutil.rmtree(folder / name)
+            (folder / INDEX).unlink()
+    for path in (path for pattern in PICTURES for path in out.glob(pattern)):
+        path.unlink()
+
+
+def make_pipeline(run):
+    """The pipeline of the weights as they are."""
+    from .. import LinearBetaScheduler, VDMPipeline, VDMScheduler
+
+    o = run.o
+    cls = LinearBetaScheduler if o.schedule == "linear_beta" else VDMScheduler
+    scheduler = cls.from_noise_schedule(run.noise_schedule, prediction_type=o.prediction_type)
+    learned = run.noise_schedule if o.schedule.startswith("learned") else None
+    return VDMPipeline(run.unet.eval(), scheduler, learned, num_levels=run.data.num_levels)
+
+
+def save_pipelines(run) -> None:
+    """The first average as the pipeline in output_dir, the others in folders ema_DECAY in it."""
+    for decay in run.decays:
+        folder = run.out if decay == run.decays[0] else run.out / f"ema_{decay}"
+        with run.lent(decay):
+            if not run.accelerator.is_main_process:
+                continue
+            make_pipeline(run).save_pretrained(folder)
+        for weights in folder.glob("*/*.safetensors"):  # written for the owner alone, unlike the JSON beside them
+            if not weights.parent.name.startswith("checkpoint"):
+                shutil.copymode(folder / "model_index.json", weights)
+
+
+def draw(run, name: str, animation: str | None = None) -> None:
+    """Samples as a grid, drawn by all processes, and the way there as a GIF of about 40 frames."""
+    from .. import plots
+    from ..randomness import keyed_generator
+
+    o, accelerator = run.o, run.accelerator
+    frames, steps = [], o.ddpm_num_inference_steps
+    if o.schedule == "linear_beta":
+        steps = min(steps, o.ddpm_num_steps)  # the levels that the network knows
+
+    def everyone(tensor: torch.Tensor) -> torch.Tensor:
+        return accelerator.gather(tensor.contiguous())[: o.num_images].cpu()
+
+    def keep_frame(pipe, i, t, tensors):
+        if i % max(1, steps // 40) == 0 or i == steps - 1:
+            frames.append(plots.image_grid(everyone(tensors["latents"]) / 2 + 0.5))
+        return {}
+
+    share = math.ceil(o.num_images / accelerator.num_processes)  # all processes draw as many, the last some too many
+    first = share * accelerator.process_index
+    generators = [keyed_generator(o.seed, "sample", i) for i in range(first, first + share)]
+    with run.lent():
+        pipeline = make_pipeline(run)
+        pipeline.set_progress_bar_config(disable=not accelerator.is_main_process, leave=False)
+        on_step = keep_frame if animation else None
+        samples = pipeline(share, steps, generators, output_type="pt", callback_on_step_end=on_step).images
+    samples = everyone(samples)
+    if accelerator.is_main_process:
+        plots.image_grid(samples).save(run.out / name)
+        if animation:
+            plots.save_animation([*frames, plots.image_grid(samples)], run.out / animation)
+
+
+def finish(run, result, metrics: dict) -> None:
+    """Draws the pictures, prints the table; all processes must call it."""
+    from accelerate.utils import gather_object
+
+    from .. import plots
+    from ..training.metrics import read_metrics
+
+    out = run.out
+    damaged = sorted(set(gather_object(list(run.data.damaged))))  # each process reads images of its own
+    draw(run, "samples.png", "denoising.gif")
+    with run.lent():
+        if run.accelerator.is_main_process:
+            plots.plot_schedule(run.noise_schedule, out / "schedule.png")
+    if not run.accelerator.is_main_process:
+        return
+    lines = read_metrics(out / "metrics.jsonl")
+    plots.plot_training([*lines, {"step": run.step} | metrics], out / "training.png")
+    terms = {n: getattr(result, f"{n}_bpd") for n in ("diffusion", "reconstruction", "prior")}
+    plots.plot_loss_by_gamma(result.gamma_t, result.mse, out / "loss_by_gamma.png", terms_bpd=terms)
+
+    uniform = math.log2(run.data.num_levels)
+    table = [("every level alike", f"{uniform:.4f}")]
+    if run.histogram_bpd is not None:
+        table += [("histogram of each training pixel", f"{run.histogram_bpd:.4f}")]
+    error = "" if math.isnan(result.stderr_bpd) else f" ± {result.stderr_bpd:.4f}"
+    steps = "continuous time" if result.num_timesteps is None else f"T = {result.num_timesteps}"
+    table += [(f"this model, {steps}", f"{result.bpd:.4f}" + error)]
+    table += [(f"  {term}", f"{value:.4f}") for term, value in terms.items()]
+    print(f"\nbits/dim on {result.num_images} held-out images, {result.num_samples} draws each")
+    for row in table:
+        print(f"  {row[0]:<36}{row[1]:>18}")
+    if damaged:
+        print("\n".join([f"{len(damaged)} damaged images were left out of the training:", *damaged]))
+    print(f"pipeline, metrics and pictures are in {out}")

@@ -1,0 +1,6 @@
+"""`python -m diffusers_vdm.conversion`: the same as `diffusers-vdm convert`."""
+
+from ..commands.convert import main
+
+if __name__ == "__main__":
+    main()

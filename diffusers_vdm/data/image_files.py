@@ -1,0 +1,196 @@
+"""What an image file must be to be data: opened, refused with a reason, made into the integers that it holds.
+
+Bits/dim are of integers. So nothing is changed in silence: what Pillow would clip, round or blend is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from ..randomness import keyed_generator
+
+MODES = ("L", "RGB")
+# Pillow's names of layouts that it reduces to 8 bits without a word; not 'RGB;16', which is 5-6-5 bits
+_DEEP = re.compile(r"^L;16|;(16[BLNS]|32|64)")
+_ORIENTATION = 0x0112
+
+
+class DamagedImage(ValueError):
+    """A file that is damaged, missing or no image at all; one that is whole but refused is a plain `ValueError`."""
+
+
+def check_image_mode(image_mode: str | None) -> None:
+    """`ValueError` for anything but `"L"`, `"RGB"` and `None`."""
+    if image_mode is not None and image_mode not in MODES:
+        raise ValueError(f"image_mode must be one of {MODES} or None, got {image_mode!r}.")
+
+
+def row_name(row: dict[str, Any] | None) -> str:
+    """', file NAME' where the row of an undecoded image column tells it, for error messages."""
+    name = (row or {}).get("path")
+    return f", file {name}" if name else ""
+
+
+def check_frames(frames: str | None) -> None:
+    """`ValueError` for anything but `"first"`, `"all"` and `None`."""
+    if frames not in (None, "first", "all"):
+        raise ValueError(f"frames must be 'first', 'all' or None, got {frames!r}.")
+
+
+def decode(
+    row: dict[str, Any] | None,
+    mode: str | None,
+    convert: bool,
+    resolution: int | None = None,
+    crop_key: tuple[int | str, ...] | None = None,
+    frame: int | None = None,
+) -> np.ndarray:
+    """uint8 array `(C, H, W)` of one row of a column cast to `datasets.Image(decode=False)`.
+
+    Taken are 8-bit grayscale and RGB. Always refused are more than 8 bits a value, as far as the file tells it (all of
+    Pillow's deep modes; 16-bit colors in PNG, TIFF, PPM and SGI, but not in JPEG 2000 or AVIF), and images with
+    transparent pixels: what lies under them is whatever the program that wrote the file left there. The image is
+    turned as its EXIF orientation says, as `datasets` does.
+
+    Args:
+        row (`dict`): `bytes` of the file, or else the `path` of it.
+        mode (`"L"` or `"RGB"`, *optional*): what the image must be, either of the two if not given.
+        convert (`bool`): convert to `mode` what is 8-bit and opaque: palettes, CMYK, black and white, ….
+        resolution (`int`, *optional*): side of the square that is resized and cropped to.
+        crop_key (`tuple`, *optional*): key of the place of the crop; without it the middle is cropped.
+        frame (`int`, *optional*): which frame of a file with several (TIFF, GIF, APNG, WebP) is taken; without it such
+            a file is refused.
+
+    Raises: `ValueError` that says what came and why it is no data; it does not name the image, which the caller knows.
+    """
+    if mode is not None:
+        check_image_mode(mode)
+    content = _content(row)
+    try:
+        image = Image.open(BytesIO(content))
+        count = _num_frames(image)
+        if frame:
+            image.seek(frame)
+        depth = _deep_layout(image)  # known until the pixels are loaded
+        image.load()
+        if image.getexif().get(_ORIENTATION) is not None:
+            image = ImageOps.exif_transpose(image)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(
+            f"has too many pixels for Pillow ({_one_line(error)}); if the file can be trusted, raise "
+            "PIL.Image.MAX_IMAGE_PIXELS."
+        ) from error
+    except Exception as error:  # Pillow raises whatever a damaged file leads it to
+        raise DamagedImage(
+            f"cannot be decoded ({_one_line(error)}); the file is damaged, replace it or leave it out."
+        ) from error
+    if count > 1 and frame is None:
+        raise ValueError(
+            f"has {count} frames; set frames='first' to take the first of each file, or frames='all' to take each "
+            "frame as an image."
+        )
+    if depth is not None:
+        raise ValueError(
+            f"{depth!r} holds more than 8 bits a value. Conversion would clip or round them in silence, and bits/dim "
+            "would be of other data; convert the files to 8-bit 'L' or 'RGB' yourself, and say so with every number."
+        )
+    if image.has_transparency_data and (convert or image.mode in MODES):
+        alpha = image.convert("RGBA").getchannel("A").getextrema()[0]
+        if alpha < 255:
+            raise ValueError(
+                f"mode {image.mode!r} with transparent pixels (alpha {alpha}): what lies under them is arbitrary; "
+                "composite the files on a background of your choice."
+            )
+    return _pixels(image, mode or image.mode, convert, resolution, crop_key)
+
+
+def num_frames(row: dict[str, Any] | None) -> int:
+    """How many images a file holds; 1 for a file that cannot be opened, which [`decode`] then says."""
+    try:
+        return _num_frames(Image.open(BytesIO(_content(row))))
+    except Exception:  # Pillow raises whatever a damaged file leads it to
+        return 1
+
+
+def _num_frames(image: Image.Image) -> int:
+    if image.format == "MPO":  # a photo with a preview or a depth map behind it
+        return 1
+    return getattr(image, "n_frames", 1)
+
+
+def _content(row: dict[str, Any] | None) -> bytes:
+    """The bytes of the file; `DamagedImage` where there are none, or something else than an image."""
+    if row is None or (row.get("bytes") is None and not row.get("path")):
+        raise DamagedImage("cannot be decoded: the row holds no image.")
+    content = row.get("bytes")
+    try:
+        if content is None and "://" not in row["path"]:
+            with open(row["path"], "rb") as file:
+                content = file.read()
+        elif content is None:
+            import fsspec
+
+            with fsspec.open(row["path"], "rb") as file:  # 'hf://…', 'zip://…::…': what streaming does not download
+                content = file.read()
+    except FileNotFoundError as error:
+        raise DamagedImage("cannot be decoded: the file is missing, or a link that leads nowhere.") from error
+    start = content[:512].lstrip().lower()
+    if not content:
+        raise DamagedImage("cannot be decoded: the file is empty, it has 0 bytes.")
+    if start.startswith(b"version https://git-lfs"):
+        raise DamagedImage("cannot be decoded: the file is a pointer of Git LFS; run `git lfs pull` for its content.")
+    if start.startswith((b"<!doctype html", b"<html")):
+        raise DamagedImage("cannot be decoded: the file is a web page (HTML), as a download that failed leaves it.")
+    return content
+
+
+def _one_line(error: BaseException) -> str:
+    text = re.sub(r"<_io\.BytesIO object at 0x[0-9a-f]+>", "its content", str(error))
+    return " ".join(text.split())[:500] or type(error).__name__
+
+
+def _deep_layout(image: Image.Image) -> str | None:
+    """Pillow's name of what is stored, if that is more than 8 bits a value; of an image that is not loaded yet."""
+    if image.mode in ("F", "I") or image.mode.startswith("I;"):
+        return image.mode
+    for codec, _, _, layout in getattr(image, "tile", []):
+        for part in layout if isinstance(layout, tuple) else (layout,):
+            if isinstance(part, str) and _DEEP.search(part):
+                return part
+            if codec.startswith("ppm") and isinstance(part, int) and part > 255:  # the largest value
+                return f"{image.mode} up to {part}"
+    return None
+
+
+def _pixels(
+    image: Image.Image, mode: str, convert: bool, resolution: int | None, crop_key: tuple[int | str, ...] | None
+) -> np.ndarray:
+    """uint8 array `(C, H, W)` of a PIL image, resized and cropped."""
+    if mode not in MODES:
+        raise ValueError(
+            f"images must be 8-bit grayscale ('L') or RGB, got mode {mode!r}; set image_mode to convert them, knowing "
+            "that bits/dim are then of the converted images."
+        )
+    if image.mode != mode:
+        if not convert:
+            raise ValueError(f"mode {image.mode!r}, but the first image has {mode!r}; set image_mode to convert all.")
+        if image.has_transparency_data:  # opaque, as was checked; Pillow warns of some direct ways
+            image = image.convert("RGBA")
+        image = image.convert(mode)
+    if resolution is not None and image.size != (resolution, resolution):
+        scale = resolution / min(image.size)
+        width, height = (max(resolution, round(side * scale)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+        left, top = (width - resolution) // 2, (height - resolution) // 2
+        if crop_key is not None:
+            share = torch.rand(2, generator=keyed_generator(*crop_key)).tolist()
+            left, top = int(share[0] * (width - resolution + 1)), int(share[1] * (height - resolution + 1))
+        image = image.crop((left, top, left + resolution, top + resolution))
+    pixels = np.array(image)
+    return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))

@@ -1,0 +1,413 @@
+"""Images as integers: decoded once, kept with where they come from and a fingerprint of every pixel."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import shutil
+import struct
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+from safetensors import SafetensorError, safe_open
+from tqdm.auto import tqdm
+
+from ..files import whole_file
+from ..threads import in_order
+from .image_files import DamagedImage, check_frames, check_image_mode, decode, num_frames, row_name
+from .image_sources import MAX_CLASSES, ImageSource, check_label, missing_label, open_source
+
+logger = logging.getLogger(__name__)
+
+# of the files of `decoded_cache`; a new number where the same arguments give other pixels
+CACHE_VERSION = 2
+MODE_OF = {1: "L", 3: "RGB"}  # by the number of channels
+# images a thread decodes ahead of the one that is waited for
+LOOK_AHEAD = 16
+# what is counted at a time: an index of eight bytes for each value is more than a mapped set should take
+_IMAGES_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images as integers, decoded once and kept in memory, or in a file that is mapped into it.
+
+    `images` are uint8 levels in [0, num_levels) of shape `(N, C, H, W)`, `labels` are int64 classes of shape `(N,)` or
+    `None`, `name` says where they come from, to be recorded with every number. `known_classes` is the number of
+    classes of the whole data set and `class_names` are their names, where the data set has them: this split need not
+    have an image of each. `classes_in_split` are those that the whole split has, of which this set may be a slice.
+    `image_column` and `label_column` are the columns that were read, `files` says in one line which files are used,
+    `damaged` names those that were left out for being damaged, `parts` are the rows of the data set, as (split, start,
+    stop).
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor | None
+    num_levels: int
+    name: str
+    known_classes: int | None = None
+    class_names: tuple[str, ...] | None = None
+    classes_in_split: frozenset[int] | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    files: str | None = None
+    damaged: tuple[str, ...] = ()
+    parts: tuple[tuple[str, int, float], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def num_images(self) -> int:
+        return len(self.images)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """`(C, H, W)` of one image."""
+        return tuple(self.images.shape[1:])
+
+    @property
+    def num_classes(self) -> int | None:
+        """The classes of the data set, or one more than the largest label; `None` without labels."""
+        if self.labels is None:
+            return None
+        return self.known_classes or int(self.labels.max()) + 1
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of every pixel in order, so that a number can be told to be of the same data; taken once."""
+        digest = _new_digest(tuple(self.images.shape))
+        digest.update(self.images.contiguous().numpy())
+        return digest.hexdigest()
+
+
+def _new_digest(shape: tuple[int, ...]) -> Any:
+    return hashlib.blake2b(repr(shape).encode(), digest_size=8)
+
+
+def load_digits_split() -> tuple[ImageSet, ImageSet]:
+    """scikit-learn's bundled 8×8 digits with 17 levels: a fixed split into 1,500 training and 297 held-out images."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.from_numpy(digits.images.astype(np.uint8))[:, None]
+    labels = torch.from_numpy(digits.target.astype(np.int64))
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))
+    names = tuple(str(digit) for digit in range(10))
+    return tuple(
+        ImageSet(images[part], labels[part], 17, f"scikit-learn digits, {name}", len(names), names)
+        for part, name in ((order[:1500], "1500 training"), (order[1500:], "297 held-out"))
+    )
+
+
+def load_images(
+    path: str,
+    split: str,
+    *,
+    config_name: str | None = None,
+    is_folder: bool = False,
+    resolution: int | None = None,
+    center_crop: bool = False,
+    image_mode: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    frames: str | None = None,
+    allow_shared: bool = False,
+    skip_damaged: int = 0,
+    cache_dir: str | None = None,
+    seed: int = 0,
+    num_workers: int = 2,
+    progress_bar: bool = True,
+    decoded_cache: bool = False,
+) -> ImageSet:
+    """A data set of images, from the Hub, a local copy of one, or a folder of image files.
+
+    Args:
+        path (`str`): name on the Hub, or folder, of parquet files or of images; see [`read_image_folder`] for how the
+            folders of images make splits and classes.
+        split, config_name (`str`): split, slices allowed (`"train[:2000]"`), and configuration of the data set.
+        is_folder (`bool`, defaults to `False`): read `path` as a folder of image files, whatever else is in it.
+        resolution (`int`, *optional*): side of the square images; smaller sides are resized to it and the rest is
+            cropped. Without it images stay as they are and must all have one size.
+        center_crop (`bool`, defaults to `False`): crop the middle; else a place drawn once for each image.
+        image_mode (`"RGB"` or `"L"`, *optional*): convert to it; else all images must have the mode of the first one,
+            which must be one of these two. See [`image_files.decode`] for what is refused always.
+        image_column, label_column (`str`, *optional*): columns; found by their type if not given, which must leave no
+            choice. A class column that was found and holds no class at all is none; `label_column=""` takes no
+            classes.
+        frames (`"first"` or `"all"`, *optional*): which frames of files with several become images (TIFF, GIF, APNG,
+            WebP); without it such files are refused.
+        allow_shared (`bool`, defaults to `False`): take a folder of image files that has a file in two splits.
+        skip_damaged (`int`, defaults to 0): leave out up to so many files that are damaged or missing, each with a
+            warning in the log.
+        cache_dir (`str`, *optional*): datasets' cache.
+        seed (`int`, defaults to 0): key of the crops.
+        num_workers (`int`, defaults to 2): decoding threads.
+        progress_bar (`bool`, defaults to `True`): show a tqdm bar while decoding.
+        decoded_cache (`bool`, defaults to `False`): decode into a file below `cache_dir`, or take the one that is
+            there, and map it into memory: decoded once, shared by all processes of a machine, no larger in memory than
+            what is in use. Its name is a hash of all that makes the pixels, of the files included.
+
+    Returns: [`ImageSet`] with 256 levels. Writing to images of a decoded cache changes this process's copy alone.
+    Raises: `ValueError` for data that are not there, missing columns and classes, a file in two splits, images that
+        cannot be read, differ in size or mode, or are no 8-bit grayscale or RGB, naming the image.
+    """
+    import datasets
+
+    check_image_mode(image_mode)
+    check_frames(frames)
+    source = open_source(
+        path,
+        split,
+        config_name=config_name,
+        is_folder=is_folder,
+        image_column=image_column,
+        label_column=label_column,
+        cache_dir=cache_dir,
+        allow_shared=allow_shared,
+    )
+    data, found = source.data, label_column is None
+    if len(data) == 0:
+        raise ValueError(f"split {split!r} of {path!r} is empty; there is nothing to train on.")
+    rows, workers = data.cast_column(source.image_column, datasets.Image(decode=False)), max(1, num_workers)
+    declared_mode = image_mode or source.image_mode
+
+    def read(place: tuple[int, int | None], shape: tuple[int, ...] | None) -> np.ndarray:
+        i, frame = place
+        row, mode = None, declared_mode or (shape and MODE_OF[shape[0]])
+        crop_key = None if center_crop else (seed, i) if not frame else (seed, i, frame)
+        try:
+            row = rows[i][source.image_column]
+            pixels = decode(row, mode, declared_mode is not None, resolution, crop_key, frame)
+            if shape and pixels.shape != shape:
+                raise ValueError(f"size {pixels.shape[1:]}, but the first image has {shape[1:]}; set resolution.")
+            return pixels
+        except (ValueError, OSError) as error:
+            kind = DamagedImage if isinstance(error, DamagedImage) else ValueError
+            raise kind(f"image {i} of {path!r} ({split}{row_name(row)}): {error}") from error
+
+    def in_threads(function: Callable, keys: Iterable) -> Iterable:
+        return in_order(function, keys, workers, LOOK_AHEAD * workers - 1)
+
+    def places(left_out: set[int]) -> list[tuple[int, int | None]]:
+        """(row, frame) of every image."""
+        kept = [i for i in range(len(data)) if i not in left_out]
+        if frames != "all":
+            return [(i, 0 if frames == "first" else None) for i in kept]
+        counts = in_threads(lambda i: num_frames(rows[i][source.image_column]), kept)
+        return [(i, frame) for i, count in zip(kept, counts, strict=True) for frame in range(count)]
+
+    def decoded() -> _Decoded:
+        damaged = _find_damaged(len(data), lambda i: read((i, 0), None), in_threads, skip_damaged, progress_bar)
+        chosen = places(set(damaged))
+        if not chosen:
+            raise ValueError(f"all images of {path!r} ({split}) are damaged.")
+        shape = read(chosen[0], None).shape
+        labels = _labels(source, found, f"{path!r} ({split}", [i for i, _ in chosen])
+        results = in_threads(lambda place: read(place, shape), chosen)
+        bar = tqdm(results, total=len(chosen), desc="decoding", disable=not progress_bar)
+        return _Decoded((len(chosen), *shape), labels, bar, list(damaged.values()))
+
+    name = f"{path}, {split}"
+    if decoded_cache:
+        pixels_of = {
+            "version": CACHE_VERSION, "pillow": PIL.__version__, "data": data._fingerprint, "name": name,
+            "columns": [source.image_column, source.label_column], "found": found, "mode": declared_mode,
+            "resolution": resolution, "crop": None if resolution is None else "center" if center_crop else seed,
+            "frames": frames, "skip_damaged": skip_damaged,
+        }  # fmt: skip
+        folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser() / "decoded_images"
+        result = _stored(folder, pixels_of, name, decoded)
+    else:
+        new = decoded()
+        images = torch.empty(new.shape, dtype=torch.uint8)
+        for image, pixels in zip(images, new.images, strict=True):
+            image.copy_(torch.from_numpy(pixels))
+        result = ImageSet(images, new.labels, 256, name, damaged=tuple(new.damaged))
+    files = source.files + (f", but for {len(result.damaged)} that are damaged" if result.damaged else "")
+    for reason in result.damaged:
+        logger.warning(f"left out: {reason}")
+    classes = source.classes_in_split
+    if classes is None and result.labels is not None and "[" not in split:
+        classes = frozenset(result.labels.tolist())
+    return _replaced(
+        result,
+        known_classes=source.num_classes,
+        class_names=source.class_names,
+        classes_in_split=classes,
+        image_column=source.image_column,
+        label_column=source.label_column,
+        files=files,
+        parts=source.parts,
+    )
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """What is to be stored: the shape of all images, their classes, the images as they come, and what was left out."""
+
+    shape: tuple[int, ...]
+    labels: torch.Tensor | None
+    images: Iterable[np.ndarray]
+    damaged: list[str]
+
+
+def _replaced(data: ImageSet, **fields: Any) -> ImageSet:
+    """`dataclasses.replace` for fields that are not pixels, with the fingerprint if it has been taken."""
+    new = replace(data, **fields)
+    if "fingerprint" in vars(data):
+        vars(new)["fingerprint"] = data.fingerprint
+    return new
+
+
+def _find_damaged(
+    count: int, read: Callable[[int], Any], in_threads: Callable, limit: int, progress_bar: bool
+) -> dict[int, str]:
+    """The files that are damaged and why, by their rows; `ValueError` for more than `limit`. None without a limit."""
+
+    def reason(i: int) -> str | None:
+        try:
+            read(i)
+        except DamagedImage as error:
+            return str(error)
+        except ValueError:  # it is whole, and refused when it is decoded
+            pass
+        return None
+
+    damaged: dict[int, str] = {}
+    if limit:
+        reasons = tqdm(
+            in_threads(reason, range(count)), total=count, desc="looking for damage", disable=not progress_bar
+        )
+        for i, text in enumerate(reasons):
+            if text is not None:
+                damaged[i] = text
+            if len(damaged) > limit:
+                raise ValueError(f"more than skip_damaged={limit} images are damaged; the last one: {text}")
+    return damaged
+
+
+def _labels(source: ImageSource, found: bool, where: str, rows: list[int]) -> torch.Tensor | None:
+    """int64 classes `(N,)` of some rows; `None` without classes, or if a column that was found holds none at all."""
+    column = source.label_column
+    if column is None:
+        return None
+    values, labels, i = source.data[column][:], [], 0
+    try:
+        for i in rows:
+            labels.append(check_label(values[i], column, source.num_classes and min(source.num_classes, MAX_CLASSES)))
+        if found and max(labels) < 0:
+            return None
+        if min(labels) < 0:
+            i = rows[labels.index(-1)]
+            raise missing_label(column)
+    except ValueError as error:
+        raise ValueError(f"image {i} of {where}): {error}") from error
+    return torch.tensor(labels, dtype=torch.int64)
+
+
+# ---- the decoded cache -------------------------------------------------------------------------------------------
+
+
+def _stored(
+    folder: Path,
+    pixels_of: dict[str, Any],
+    name: str,
+    decoded: Callable[[], _Decoded],
+) -> ImageSet:
+    """The images of the file in `folder` that belongs to `pixels_of`; written first, by one process, if need be."""
+    from filelock import FileLock
+
+    key = json.dumps(pixels_of, sort_keys=True)
+    path = folder / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.safetensors"
+    data = _read_cache(path, name)
+    if data is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):  # a process that dies lets go of it
+            data = _read_cache(path, name, warn=False)  # what another process wrote while this one waited
+            if data is None:
+                _write_cache(path, decoded(), {"pixels_of": key})
+                data = _read_cache(path, name)
+    if data is None:
+        raise OSError(f"the decoded images of {name} cannot be read from {path}, where they were written just now.")
+    return data
+
+
+def _read_cache(path: Path, name: str, warn: bool = True) -> ImageSet | None:
+    """The images of a file, mapped into memory; `None` if there is none, or, with a warning, if it is damaged."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:  # compares the size of the file with its header
+            metadata, images = file.metadata(), file.get_tensor("images")
+            labels = file.get_tensor("labels").clone() if "labels" in file.keys() else None
+    except (SafetensorError, OSError) as error:
+        if warn:
+            logger.warning(f"the decoded images in {path} are damaged ({error}); {name} is decoded again.")
+        return None
+    data = ImageSet(images, labels, 256, name, damaged=tuple(json.loads(metadata["damaged"])))
+    vars(data)["fingerprint"] = metadata["fingerprint"]  # a property that is taken once; never of a part of the set
+    return data
+
+
+def _write_cache(
+    path: Path,
+    new: _Decoded,
+    metadata: dict[str, str],
+) -> None:
+    """Writes a safetensors file row by row, beside `path`, and renames it when it is whole."""
+    shape, labels, metadata = new.shape, new.labels, metadata | {"damaged": json.dumps(new.damaged)}
+    size, free = math.prod(shape), shutil.disk_usage(path.parent).free
+    if size > free:
+        raise OSError(
+            f"the decoded images need {size / 1e9:.3g} GB, but {path.parent} has {free / 1e9:.3g} GB free; set "
+            "cache_dir to a larger disk, or do without decoded_cache."
+        )
+    digest = _new_digest(shape)
+    with whole_file(path) as file:
+        file.write(_header(shape, labels is not None, metadata | {"fingerprint": "0" * 16}))
+        if labels is not None:
+            file.write(labels.numpy().tobytes())
+        for pixels in new.images:
+            digest.update(pixels)
+            file.write(pixels)
+        file.seek(0)
+        file.write(_header(shape, labels is not None, metadata | {"fingerprint": digest.hexdigest()}))
+
+
+def _header(shape: tuple[int, ...], has_labels: bool, metadata: dict[str, str]) -> bytes:
+    """Of a safetensors file with `labels`, first for their alignment, and `images`."""
+    start, stop = 0, 8 * shape[0] * has_labels
+    header: dict[str, Any] = {"__metadata__": metadata}
+    if has_labels:
+        header["labels"] = {"dtype": "I64", "shape": [shape[0]], "data_offsets": [0, stop]}
+    start, stop = stop, stop + math.prod(shape)
+    header["images"] = {"dtype": "U8", "shape": list(shape), "data_offsets": [start, stop]}
+    content = json.dumps(header).encode()
+    content += b" " * (-len(content) % 8)
+    return struct.pack("<Q", len(content)) + content
+
+
+def count_shared(train: ImageSet, test: ImageSet) -> int:
+    """How many images of `test` are, pixel for pixel, in `train` as well; bits/dim of those are not held out."""
+    known = {hash(image.tobytes()) for image in train.images.numpy()}
+    return sum(hash(image.tobytes()) in known for image in test.images.numpy())
+
+
+def histogram_bpd(train: ImageSet, test: ImageSet) -> float:
+    """Bits/dim of `test` under the histogram of each pixel of `train`, with a tenth of a count added to each level."""
+    counts = torch.full((train.images[0].numel(), train.num_levels), 0.1, dtype=torch.float64)
+    for part in train.images.split(_IMAGES_AT_ONCE):
+        levels = part.flatten(1).long().T
+        counts.scatter_add_(1, levels, torch.ones_like(levels, dtype=torch.float64))
+    log_p = torch.log2(counts / counts.sum(1, keepdim=True))
+    total = sum(float(log_p.gather(1, part.flatten(1).long().T).sum()) for part in test.images.split(_IMAGES_AT_ONCE))
+    return -total / test.images.numel()

@@ -1,0 +1,439 @@
+"""Bits per dimension with every term of T steps for every image, for our models and for diffusers' checkpoints.
+
+(`evaluate_bound` in monte_carlo.py estimates the bound by draws of t, also in continuous time.) Two conventions:
+
+* `"vdm"`: x = 2(k + ½)/levels − 1, p(x|z_0) = softmax over the levels, T terms of the diffusion loss [VDM §4].
+* `"ddpm"`: x = 2k/(levels − 1) − 1, T − 1 terms, and the discretised Gaussian decoder at index 0 [DDPM eq. 5 and 13;
+  improved-diffusion's `calc_bpd_loop`].
+
+γ = −log SNR grows with the noise. All randomness is keyed on (seed, step, image): no answer depends on the batch size,
+the order, or the number of processes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from torch import nn
+from tqdm.auto import tqdm
+
+from .. import diffusion
+from ..diffusers_schedulers import noise_schedule_of
+from ..diffusion import to_high_precision
+from ..gamma_scheduler import GammaScheduler
+from ..randomness import keyed_noise
+from ..schedulers import VDMScheduler
+from .rows import (
+    Rows,
+    batches,
+    check_class_labels,
+    check_images,
+    check_rows_finite,
+    device_of,
+    evaluating,
+    fingerprint,
+    identity_of,
+    value_so_far,
+)
+from .step_selection import best_levels
+
+Convention = Literal["vdm", "ddpm"]
+
+# terms whose numbers come from the device together: each time it is waited for
+_TERMS_AT_ONCE = 16
+
+
+@dataclass
+class BpdEvaluation:
+    """The T-step bound of a data set with every term of every image.
+
+    Attributes:
+        bpd (`float`): mean of the bound over the images, bits/dim.
+        stderr_bpd (`float`): its standard error as an estimate for the *population* that the images are drawn from, by
+            their spread; NaN for a single image. Every image has noise of its own, so that they are independent.
+        prior_bpd, reconstruction_bpd, diffusion_bpd (`float`): its terms.
+        num_images, num_steps (`int`): N, and T, the number of terms of the chain (of network calls for each image).
+        convention (`str`): `"vdm"` or `"ddpm"`, see the head of the module.
+        clip_sample (`bool`): whether x̂ was clamped.
+        variance_type (`str`): the variance of p(z_s|z_t).
+        gamma_0 (`float`): where the chain ends, −inf in the DDPM convention, whose end is the data.
+        gammas (`torch.Tensor` of shape `(T,)`): noise level of the latent in each diffusion term, increasing.
+        timesteps (`list`): decreasing timesteps that give this chain again, in `evaluate_bpd` and `set_timesteps`.
+        terms_bpd (`torch.Tensor` of shape `(N, T)`): the diffusion terms; in the DDPM convention the first is 0 and
+            the decoder stands in `reconstruction`.
+        per_image_bpd (`torch.Tensor` of shape `(N,)`): the bound of each image.
+        mse (`torch.Tensor` of shape `(N, T)`): mean of (ε − ε̂)² over the dimensions.
+    """
+
+    bpd: float
+    stderr_bpd: float
+    prior_bpd: float
+    reconstruction_bpd: float
+    diffusion_bpd: float
+    num_images: int
+    num_steps: int
+    convention: str
+    clip_sample: bool
+    variance_type: str
+    gamma_0: float
+    gammas: torch.Tensor = field(repr=False)
+    timesteps: list[float] = field(repr=False)
+    terms_bpd: torch.Tensor = field(repr=False)
+    per_image_bpd: torch.Tensor = field(repr=False)
+    mse: torch.Tensor = field(repr=False)
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """The levels of a T-step bound: term k goes from `gammas[k]` down to `gammas[k − 1]`, the first to `gamma_0`.
+
+    γ_0 = −inf stands for DDPM's convention, where the network itself is the decoder at the first level.
+    """
+
+    gammas: torch.Tensor
+    gamma_0: torch.Tensor
+    timesteps: torch.Tensor
+    visited: torch.Tensor  # `timesteps`, and that of `gamma_0` where it has one in the list
+    convention: str
+    prediction_type: str
+    variance_type: str
+    clip_sample: bool
+    clip_range: float
+    num_levels: int
+
+
+@torch.no_grad()
+def evaluate_bpd(
+    unet: nn.Module,
+    scheduler: ConfigMixin,
+    images: torch.Tensor,
+    *,
+    num_steps: int | None = None,
+    timesteps: Sequence[float] | None = None,
+    convention: Convention | None = None,
+    clip_sample: bool | None = None,
+    num_levels: int = 256,
+    class_labels: torch.Tensor | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    accelerator: Any = None,
+    resume_dir: str | os.PathLike | None = None,
+    progress_bar: bool = True,
+) -> BpdEvaluation:
+    """The bound with T steps, in full: all T terms for every image, each image exactly once.
+
+    Args:
+        unet (`nn.Module`): a `VDMUNet2DModel`, a `UNet2DModel`; called as `unet(z_t, timestep, return_dict=False)[0]`.
+        scheduler: ours, or one of diffusers with betas (linear, scaled_linear, squaredcos_cap_v2, sigmoid,
+            trained_betas). Its γ are worked out in float64 from its config.
+        images (integer `torch.Tensor` of shape `(N, C, H, W)`): data in [0, num_levels).
+        num_steps (`int`, *optional*): T; defaults to 1000 for a [`VDMScheduler`], to all steps for betas, of which
+            fewer are taken evenly.
+        timesteps (`Sequence[float]`, *optional*): decreasing timesteps of one's own instead, as `set_timesteps` takes
+            them, from [`best_timesteps`] for example. The prior is that of the first one's level.
+        convention (`"vdm"` or `"ddpm"`, *optional*): defaults to `"vdm"` for our schedulers and to `"ddpm"` for those
+            of diffusers. Numbers of different conventions do not compare.
+        clip_sample (`bool`, *optional*): clamp x̂ to ± the scheduler's `clip_sample_range`; defaults to what the
+            scheduler does. It changes p(x).
+        num_levels, class_labels, batch_size, seed, device, accelerator, resume_dir, progress_bar: as in
+            `evaluate_bound`. Where the work is interrupted, only the term of the batch in hand is lost.
+
+    Returns: [`BpdEvaluation`].
+    Raises: `TypeError`, `ValueError` for images that are not integers in range, schedulers without a usable table of
+        betas, sizes that differ, and where the network returns NaN, with the index of the image.
+    """
+    chain = _chain(scheduler, num_steps, timesteps, convention, clip_sample, num_levels)
+    check_images(images, num_levels, unet)
+    check_class_labels(class_labels, images, unet)
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}.")
+    if device is None:
+        device = device_of(unet)
+    n, total = len(images), len(chain.gammas)
+    identity = None
+    if resume_dir is not None:
+        identity = identity_of(unet, noise_schedule_of(scheduler), images, class_labels)
+        identity |= {"method": "all terms", "seed": seed, "chain": fingerprint([chain.gammas, chain.timesteps])}
+        names = ("convention", "prediction_type", "variance_type", "clip_sample", "clip_range", "num_levels")
+        identity |= {name: getattr(chain, name) for name in names}
+    # columns: prior, reconstruction, then the terms and the errors of the chain
+    rows = Rows(2 + 2 * total, accelerator=accelerator, resume_dir=resume_dir, identity=identity)
+    rows.grow(n)
+    mine = rows.mine(0, n)
+    hidden = not progress_bar or rows.rank > 0
+    with (
+        evaluating(unet, rows),
+        tqdm(total=len(mine) * total, unit="call", disable=hidden, leave=False) as bar,
+    ):
+        for _, index, row in batches(mine, n, batch_size):
+            labels = None if class_labels is None else class_labels[index].to(device)
+            _evaluate_chain(unet, chain, images[index].to(device), labels, index, seed, rows, bar)
+            check_rows_finite(rows.values[row], index)
+            bits = rows.values[:, : 2 + total].sum(1)
+            bar.set_description(value_so_far(bits[~bits.isnan()], rows.world))
+        table = rows.share(0, n)
+    terms, per_image = table[:, 2 : 2 + total], table[:, : 2 + total].sum(1)
+    return BpdEvaluation(
+        bpd=float(per_image.mean()),
+        stderr_bpd=float(per_image.std() / math.sqrt(n)) if n > 1 else math.nan,
+        prior_bpd=float(table[:, 0].mean()),
+        reconstruction_bpd=float(table[:, 1].mean()),
+        diffusion_bpd=float(terms.sum(1).mean()),
+        num_images=n,
+        num_steps=total,
+        convention=chain.convention,
+        clip_sample=chain.clip_sample,
+        variance_type=chain.variance_type,
+        gamma_0=float(chain.gamma_0),
+        gammas=chain.gammas,
+        timesteps=chain.visited.flip(0).tolist(),
+        terms_bpd=terms,
+        per_image_bpd=per_image,
+        mse=table[:, 2 + total :],
+    )
+
+
+def best_timesteps(result: BpdEvaluation, num_steps: int) -> tuple[list[float], float]:
+    """The T of the timesteps that a chain visited with which its bound would be best, see [`best_levels`].
+
+    Args:
+        result ([`BpdEvaluation`]): a chain of many steps, measured on images that are not the ones to be judged.
+        num_steps (`int`): T, the network calls, at most those of `result`.
+
+    Returns: decreasing timesteps for `evaluate_bpd`, `set_timesteps` and `VDMPipeline`, and the bound with them as far
+        as these measurements tell, bits/dim.
+    Raises: `ValueError` for T out of range, and where p(z_s|z_t) has not the variance of the posterior: the terms are
+        functions of both levels then.
+    """
+    if not isinstance(result, BpdEvaluation):
+        raise TypeError(f"result must be what evaluate_bpd returns, got {type(result).__name__}.")
+    if result.variance_type != "fixed_small":
+        raise ValueError(f"variance_type must be 'fixed_small' for it, got {result.variance_type!r}.")
+    ddpm = result.convention == "ddpm"  # there the last network call is the decoder
+    if not isinstance(num_steps, int) or not 1 + ddpm <= num_steps <= result.num_steps:
+        raise ValueError(
+            f"num_steps must be an integer within [{1 + ddpm}, {result.num_steps}], the steps that were measured, got "
+            f"{num_steps!r}."
+        )
+    gamma_0 = torch.tensor([result.gamma_0], dtype=torch.float64)
+    levels = result.gammas if ddpm else torch.cat([gamma_0, result.gammas])
+    path, diffusion_bpd = best_levels(levels, result.mse.mean(0)[int(ddpm) :], num_steps - int(ddpm))
+    timesteps = result.timesteps[::-1]
+    visited = path if len(timesteps) == len(levels) else path[1:] - 1  # γ(0) of a VDMScheduler goes without saying
+    bpd = result.prior_bpd + result.reconstruction_bpd + diffusion_bpd
+    return [timesteps[i] for i in visited.flip(0).tolist()], bpd
+
+
+def _chain(scheduler, num_steps, timesteps, convention, clip_sample: bool | None, num_levels: int) -> _Chain:
+    """What a scheduler says of the chain, checked."""
+    ours = isinstance(scheduler, GammaScheduler)
+    convention = convention or ("vdm" if ours else "ddpm")
+    if convention not in ("vdm", "ddpm"):
+        raise ValueError(f"convention must be 'vdm' or 'ddpm', got {convention!r}.")
+    if not 2 <= num_levels <= 65536:
+        raise ValueError(f"num_levels must be within [2, 65536], got {num_levels}.")
+    config = getattr(scheduler, "config", {})
+    variance_type = config.get("variance_type", "fixed_small").removesuffix("_log")
+    if variance_type not in ("fixed_small", "fixed_large", "learned", "learned_range"):
+        raise ValueError(f"the scheduler's variance_type {variance_type!r} is unknown.")
+    if config.get("thresholding", False):
+        raise ValueError("thresholding=True scales x̂ by what else is in the image: p(z_s|z_t) is no Gaussian then.")
+    if num_steps is not None and timesteps is not None:
+        raise ValueError("give either num_steps or timesteps, not both.")
+    own = None if timesteps is None else _own_timesteps(timesteps)
+    schedule = noise_schedule_of(scheduler)
+    if isinstance(scheduler, VDMScheduler):
+        if convention == "ddpm":
+            raise ValueError("a VDMScheduler has no DDPM decoder; use convention='vdm'.")
+        if own is None:
+            table = scheduler.config.timestep_type == "index"
+            steps = _steps((len(scheduler) - 1 if table else 1000) if num_steps is None else num_steps)
+            gammas = schedule(torch.arange(steps + 1, dtype=torch.float64) / steps)
+        else:
+            gammas = scheduler._gammas_at(own)
+            if bool((gammas <= schedule.ends()[0]).any()):
+                raise ValueError("timesteps must be above that of γ(0), where the chain ends by itself.")
+            gammas = torch.cat([schedule.ends()[0][None], gammas])
+        timesteps = schedule.timestep(None, gammas)
+    else:
+        table = schedule.table()
+        indices = torch.arange(len(table))
+        if own is not None:
+            indices = own.round().long()
+            if bool((indices != own).any()) or not 0 <= int(indices[0]) <= int(indices[-1]) < len(table):
+                raise ValueError(f"timesteps must be integers in [0, {len(table)}), got {own.flip(0).tolist()[:8]}.")
+        elif num_steps is not None and _steps(num_steps) < len(table):
+            indices = torch.linspace(0, len(table) - 1, num_steps, dtype=torch.float64).round().long()
+        elif num_steps is not None and num_steps > len(table):
+            raise ValueError(
+                f"num_steps must be at most {len(table)}, the levels that the network knows, got {num_steps}."
+            )
+        gammas, timesteps = table[indices], indices
+    gamma_0 = torch.tensor(-math.inf, dtype=torch.float64)
+    visited = timesteps[1:] if isinstance(scheduler, VDMScheduler) else timesteps
+    if len(gammas) < 2:
+        raise ValueError(f"num_steps must be at least 2 levels for a table of betas, got {len(gammas)}.")
+    if convention == "vdm":
+        gamma_0, gammas, timesteps = gammas[0], gammas[1:], timesteps[1:]
+    return _Chain(
+        gammas=gammas,
+        gamma_0=gamma_0,
+        timesteps=timesteps,
+        visited=visited,
+        convention=convention,
+        prediction_type=config.get("prediction_type", "epsilon"),
+        variance_type=variance_type,
+        clip_sample=bool(config.get("clip_sample", False)) if clip_sample is None else clip_sample,
+        clip_range=float(config.get("clip_sample_range", 1.0)),
+        num_levels=num_levels,
+    )
+
+
+def _own_timesteps(timesteps: Sequence[float]) -> torch.Tensor:
+    """Increasing, float64."""
+    own = torch.as_tensor(timesteps, dtype=torch.float64).flatten().flip(0)
+    if len(own) == 0 or bool((own.diff() <= 0).any()):
+        raise ValueError(f"timesteps must be a decreasing list of at least one value, got {own.flip(0).tolist()[:8]}.")
+    return own
+
+
+def _steps(num_steps: int) -> int:
+    if not isinstance(num_steps, int) or num_steps < 1:
+        raise ValueError(f"num_steps must be a positive integer, got {num_steps!r}.")
+    return num_steps
+
+
+def _evaluate_chain(unet, chain: _Chain, images, labels, index, seed: int, rows: Rows, bar) -> None:
+    """Fills the rows of some images: prior, reconstruction, terms and errors; terms that are there are left alone."""
+    row, keys = rows.values[index], index.tolist()  # one repeat, so that an image is its row
+    device, total = images.device, len(chain.gammas)
+    dtype = torch.promote_types(getattr(unet, "dtype", torch.float32), torch.float32)
+    if chain.convention == "vdm":
+        x = diffusion.x_from_levels(images, chain.num_levels, dtype)
+    else:
+        x = 2 * images.to(dtype) / (chain.num_levels - 1) - 1
+    nats_per_bpd = x[0].numel() * math.log(2)
+    # on the device once: a coefficient that comes from the CPU waits for all that the device has in hand
+    there = {
+        name: to_high_precision(_mps_float(getattr(chain, name), device)).to(device) for name in ("gammas", "gamma_0")
+    }
+    chain = replace(chain, **there, timesteps=_mps_float(chain.timesteps, device).to(device))
+
+    def noise(name: int | str) -> torch.Tensor:
+        return keyed_noise([(seed, name, i) for i in keys], x.shape[1:], x)
+
+    def per_image(nats: torch.Tensor) -> torch.Tensor:
+        return to_high_precision(nats).flatten(1).sum(1) / nats_per_bpd
+
+    columns = {0: per_image(diffusion.prior_kl_nats(x, chain.gammas[-1]))}
+    if chain.convention == "vdm":
+        z_0 = diffusion.q_sample(x, noise("z_0"), chain.gamma_0)
+        log_prob = diffusion.decoder_log_prob_nats(images, z_0, chain.gamma_0, chain.num_levels)
+        columns[1] = per_image(-log_prob)
+    conditions = {} if labels is None else {"class_labels": labels}
+    for k in range(total - 1, -1, -1):
+        bar.update(len(x))
+        if not bool(row[:, [1, 2 + k, 2 + total + k] if k == 0 else [2 + k, 2 + total + k]].isnan().any()):
+            continue
+        gamma_t = chain.gammas[k]
+        gamma_s = chain.gammas[k - 1] if k > 0 else chain.gamma_0
+        eps = noise(k)
+        z_t = diffusion.q_sample(x, eps, gamma_t)
+        timestep = chain.timesteps[k]
+        timestep = timestep if timestep.dtype == torch.long else timestep.to(x.dtype)
+        output = unet(z_t, timestep, return_dict=False, **conditions)[0].to(x.dtype)
+        value = None
+        if chain.variance_type.startswith("learned"):
+            output, value = output.split(x.shape[1], dim=1)
+        if output.shape != x.shape:
+            raise ValueError(
+                f"the network returned shape {tuple(output.shape)} for images of {tuple(x.shape)}; set the "
+                "scheduler's variance_type where it predicts variances, too."
+            )
+        if chain.prediction_type == "epsilon" and not chain.clip_sample and (k > 0 or chain.convention == "vdm"):
+            x_hat, eps_hat = None, output
+        else:
+            x_hat, eps_hat = diffusion.predicted_x_and_eps(output, z_t, gamma_t, chain.prediction_type)
+        if chain.clip_sample:
+            x_hat = x_hat.clamp(-chain.clip_range, chain.clip_range)
+            error = diffusion.expand_like(diffusion.snr(gamma_t), x) * (x - x_hat).square()
+        else:  # not through x̂, which would cost digits where there is little noise
+            error = (eps - eps_hat).square()
+        if k == 0 and chain.convention == "ddpm":
+            log_std = 0.5 * _log_variance(chain, k, value, x)
+            columns[1] = per_image(-discretized_gaussian_log_prob_nats(x, x_hat, log_std, chain.num_levels))
+            columns[2] = torch.zeros_like(columns[1])
+        else:
+            nats = diffusion.expand_like(diffusion.step_weight(gamma_s, gamma_t), x) * error
+            if chain.variance_type != "fixed_small":
+                # KL of two Gaussians of unlike variance; r = q's over p's
+                log_r = _posterior_log_variance(chain, k) - to_high_precision(_log_variance(chain, k, value, x))
+                r = torch.exp(log_r).to(x.dtype)
+                nats = r * nats + 0.5 * (r - 1 - torch.log(r))
+            columns[2 + k] = per_image(nats)
+        columns[2 + total + k] = to_high_precision(error).flatten(1).mean(1)
+        if k % _TERMS_AT_ONCE == 0:
+            rows.values[index[:, None], torch.tensor([list(columns)])] = (
+                torch.stack([*columns.values()], 1).double().cpu()
+            )
+            rows.keep()
+            columns = {}
+
+
+def _mps_float(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return tensor.float() if device.type == "mps" and tensor.dtype == torch.float64 else tensor
+
+
+def _posterior_log_variance(chain: _Chain, k: int) -> torch.Tensor:
+    """log Var q(z_s | z_t, x) of term k = log σ_s² c; that of term 1 at the first level, where it would be −inf."""
+    k = max(k, 1)
+    gamma_s, gamma_t = chain.gammas[k - 1] if chain.convention == "ddpm" or k > 1 else chain.gamma_0, chain.gammas[k]
+    return torch.nn.functional.logsigmoid(gamma_s) + torch.log(-torch.expm1(gamma_s - gamma_t))
+
+
+def _log_variance(chain: _Chain, k: int, value: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    """log Var p(z_s | z_t), as the checkpoint has it: fixed, or by interpolation [Nichol & Dhariwal 2021, eq. 15]."""
+    small = _posterior_log_variance(chain, k)
+    if chain.variance_type == "fixed_small":
+        return diffusion.expand_like(small, x)
+    if chain.variance_type == "learned":
+        return torch.log(value)
+    gamma_s = chain.gammas[k - 1] if k > 0 else chain.gamma_0
+    ratio = diffusion.log_alpha_squared(chain.gammas[k]) - diffusion.log_alpha_squared(gamma_s)
+    large = torch.log(-torch.expm1(ratio))  # β
+    if chain.variance_type == "fixed_large":
+        return diffusion.expand_like(large if k > 0 else small, x)
+    share = (value + 1) / 2
+    return share * diffusion.expand_like(large, x) + (1 - share) * diffusion.expand_like(small, x)
+
+
+def discretized_gaussian_log_prob_nats(
+    x: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor, num_levels: int = 256
+) -> torch.Tensor:
+    """log of the mass that N(mean, std²) has in the bin of each level; the outer bins reach to infinity [DDPM eq. 13].
+
+    With Φ by the tanh approximation and the floor of 1e-12 that the public code of DDPM has, so that its numbers are
+    reproduced.
+
+    Args:
+        x (`torch.Tensor` of shape `(B, ...)`): data 2k/(num_levels − 1) − 1.
+        mean, log_std (`torch.Tensor`, broadcastable to `x`): of the Gaussian.
+        num_levels (`int`, defaults to 256): number of levels.
+
+    Returns: `torch.Tensor` of the shape of `x`, nats.
+    """
+
+    def phi(z: torch.Tensor) -> torch.Tensor:
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+
+    half_bin, centred, scale = 1 / (num_levels - 1), x - mean, torch.exp(-log_std)
+    above, below = phi(scale * (centred + half_bin)), phi(scale * (centred - half_bin))
+    mass = torch.where(x < -1 + half_bin, above, torch.where(x > 1 - half_bin, 1 - below, above - below))
+    return torch.log(mass.clamp(min=1e-12))

@@ -1,0 +1,226 @@
+"""The numbers of an evaluation, a row for each piece of work: shared among processes, kept on disk as they come in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from ..diffusion import check_levels, to_high_precision
+from ..files import write_atomically
+from ..noise_schedules import NoiseSchedule
+
+SECONDS_BETWEEN_SAVES = 60.0
+
+
+def fingerprint(tensors: Iterable[torch.Tensor]) -> str:
+    """Hash of the shapes, types and values of some tensors."""
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def identity_of(
+    network: nn.Module, noise_schedule: NoiseSchedule, images: torch.Tensor, class_labels: torch.Tensor | None
+) -> dict[str, Any]:
+    """What numbers of these depend on, as [`Rows`] takes it: weights, kind of network, levels, timesteps, images."""
+    gammas = noise_schedule.table(257)
+    config = {name: value for name, value in dict(getattr(network, "config", {})).items() if not name.startswith("_")}
+    return {
+        "network": f"{type(network).__name__} {json.dumps(config, sort_keys=True, default=str)}",
+        "weights": fingerprint(network.state_dict().values()),
+        "gammas": fingerprint([gammas]),
+        "timesteps": fingerprint([noise_schedule.timestep(None, gammas)]),
+        "images": fingerprint([images]),
+        "class_labels": None if class_labels is None else fingerprint([class_labels]),
+    }
+
+
+def check_images(images: torch.Tensor, num_levels: int, network: nn.Module) -> None:
+    """Raises `TypeError`, `ValueError` unless these are integers in [0, num_levels) of the network's size."""
+    check_levels(images, num_levels)
+    config = getattr(network, "config", {})
+    if "in_channels" not in config:
+        return
+    size = config.get("sample_size")
+    size = (size, size) if isinstance(size, int) else size
+    if images.ndim != 4 or images.shape[1] != config["in_channels"] or (size and tuple(size) != images.shape[2:]):
+        raise ValueError(
+            f"images must be of the network's size, (N, {config['in_channels']}, *{size}), got {tuple(images.shape)}; "
+            "resize or convert them."
+        )
+
+
+def check_class_labels(class_labels: torch.Tensor | None, images: torch.Tensor, network: nn.Module) -> None:
+    """Raises `TypeError`, `ValueError` unless there is a class for each image, one that the network knows."""
+    config = getattr(network, "config", {})
+    classes = config.get("num_class_embeds")
+    if class_labels is None:
+        if classes is not None and not config.get("null_class", False):
+            raise ValueError(f"class_labels must be given, in [0, {classes}): this network has no null class.")
+        return
+    if not torch.is_tensor(class_labels) or class_labels.is_floating_point():
+        raise TypeError(f"class_labels must be a tensor of integers, got {type(class_labels).__name__}.")
+    if class_labels.shape != images.shape[:1]:
+        raise ValueError(f"class_labels must have shape ({len(images)},), got {tuple(class_labels.shape)}.")
+    if classes is not None:
+        highest = classes + bool(config.get("null_class", False))
+        low, high = int(class_labels.min()), int(class_labels.max())
+        if low < 0 or high >= highest:
+            raise ValueError(f"class_labels must be within [0, {highest}), got values from {low} to {high}.")
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Where the weights are; the CPU for a network without any."""
+    return next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+
+
+def value_so_far(bits: torch.Tensor, num_processes: int = 1) -> str:
+    """What a progress bar says of some bits/dim: their mean and, of two or more, its standard error.
+
+    Of several processes each knows only its own share before [`Rows.share`], whose mean is not that of all: no number.
+    """
+    if num_processes > 1:
+        return "bits/dim"
+    error = f" ± {float(bits.std()) / math.sqrt(len(bits)):.4f}" if len(bits) > 1 else ""
+    return f"{float(bits.mean()):.4f}{error} bits/dim"
+
+
+@contextmanager
+def evaluating(network: nn.Module, rows: Rows) -> Iterator[None]:
+    """`network` in `eval()` mode, module by module put back after; where the work is interrupted, `rows` are kept."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    except BaseException:
+        rows.keep(now=True)  # what went to its end was kept by `share`
+        raise
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def batches(rows: torch.Tensor, num_images: int, batch_size: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Pieces of at most `batch_size` rows `repeat · num_images + image` of one repeat: (repeat, images, rows)."""
+    for repeat in (rows // num_images).unique().tolist():
+        for row in rows[rows // num_images == repeat].split(batch_size):
+            yield repeat, row % num_images, row
+
+
+def check_rows_finite(values: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """`values` of shape `(B, columns)`; `ValueError` with the first of the B `images` whose numbers are not finite."""
+    bad = (~values.isfinite()).any(1).nonzero()
+    if len(bad):
+        i = int(images[bad[0, 0]])
+        raise ValueError(f"the bound of image {i} is not finite: the network returned NaN or infinity.")
+    return values
+
+
+class Rows:
+    """A table whose rows are worked out by several processes, in any order, once each; NaN is what is not there yet.
+
+    Every process calls the same methods in the same order, but for `keep`.
+
+    Args:
+        num_columns (`int`): numbers of a row.
+        accelerator (`accelerate.Accelerator`, *optional*): share the rows among its processes.
+        resume_dir (`str` or `os.PathLike`, *optional*): folder that keeps what is done, a file for each process.
+            What it already holds is taken over, by whatever number of processes it was written.
+        identity (`dict`, *optional*): what the numbers depend on, values that JSON holds.
+
+    Raises: `ValueError` where `resume_dir` holds the numbers of another evaluation, with what differs.
+    """
+
+    def __init__(
+        self,
+        num_columns: int,
+        *,
+        accelerator: Any = None,
+        resume_dir: str | os.PathLike | None = None,
+        identity: dict[str, Any] | None = None,
+    ):
+        self.values = torch.full((0, num_columns), torch.nan, dtype=torch.float64)
+        self.rank, self.world = 0, 1
+        self._accelerator = accelerator
+        if accelerator is not None:
+            self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self._identity = {name: json.loads(json.dumps(value)) for name, value in (identity or {}).items()}
+        self._folder = None if resume_dir is None else Path(resume_dir)
+        self._saved_at = time.monotonic()
+        self._resumed = torch.zeros(0, dtype=torch.bool)  # rows that were complete on disk, known to every process
+        if self._folder is not None:
+            for path in sorted(self._folder.glob("rows-*.safetensors")):
+                self._take_over(path)
+            self._resumed = self.values.isfinite().all(1)  # what is infinite is worked out, and told, again
+            if self.world > 1:
+                accelerator.wait_for_everyone()  # none may write before all have read
+
+    def grow(self, num_rows: int) -> None:
+        """Makes the table `num_rows` long, if it is shorter."""
+        missing = num_rows - len(self.values)
+        if missing > 0:
+            self.values = torch.cat([self.values, self.values.new_full((missing, self.values.shape[1]), torch.nan)])
+            self._resumed = torch.cat([self._resumed, torch.zeros(missing, dtype=torch.bool)])
+
+    def mine(self, start: int, stop: int) -> torch.Tensor:
+        """The rows in [start, stop) that this process has to work out."""
+        left = (~self._resumed[start:stop]).nonzero().flatten() + start
+        return left[self.rank :: self.world]
+
+    def keep(self, now: bool = False) -> None:
+        """Saves what is there, at most once a minute unless it must be `now`."""
+        if self._folder is None or not (now or time.monotonic() - self._saved_at > SECONDS_BETWEEN_SAVES):
+            return
+        if bool(self.values.isnan().all()):  # else a refused argument would say whose folder this is
+            return
+        self._saved_at = time.monotonic()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        metadata = {"identity": json.dumps(self._identity)}
+        path = self._folder / f"rows-{self.rank}.safetensors"
+        write_atomically(path, save({"values": self.values.contiguous()}, metadata))
+
+    def share(self, start: int, stop: int) -> torch.Tensor:
+        """Waits for all processes, and returns the rows [start, stop): the same on each."""
+        self.keep(now=True)
+        if self.world > 1:
+            mine, share = self.mine(start, stop) - start, torch.zeros_like(self.values[start:stop])
+            share[mine] = self.values[start:stop][mine]
+            share = to_high_precision(share.to(self._accelerator.device))
+            share = self._accelerator.reduce(share, "sum").double().cpu()
+            new = ~self._resumed[start:stop]
+            self.values[start:stop][new] = share[new]
+        return self.values[start:stop]
+
+    def _take_over(self, path: Path) -> None:
+        try:
+            with safe_open(path, "pt") as file:
+                identity = dict(json.loads(file.metadata()["identity"]))
+                values = file.get_tensor("values")
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error}); remove it, and what it held is worked out again."
+            ) from error
+        names = sorted({n for n in identity.keys() | self._identity if identity.get(n) != self._identity.get(n)})
+        if names or values.ndim != 2 or values.shape[1] != self.values.shape[1]:
+            differ = ", ".join(f"{n} was {identity.get(n)!r} and is {self._identity.get(n)!r}" for n in names)
+            raise ValueError(
+                f"{path.parent} holds the numbers of another evaluation ({differ or 'other columns'}); name another "
+                "folder, or remove it."
+            )
+        self.grow(len(values))
+        here = self.values[: len(values)]
+        here.copy_(torch.where(here.isnan(), values, here))

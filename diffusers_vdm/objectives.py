@@ -1,0 +1,294 @@
+"""What a network is trained on: the variational bound on −log₂ p(x) in bits/dim, and DDPM's simple objective.
+
+−log p(x) ≤ prior KL(q(z_1|x) ‖ p(z_1)) + reconstruction E[−log p(x|z_0)] + diffusion loss        [VDM eq. 11]
+
+Diffusion loss, T steps: ½ T E[expm1(γ_t − γ_s) ‖ε − ε̂‖²]; continuous time: ½ E[γ′(t) ‖ε − ε̂‖²]  [VDM §4, §5].
+γ = −log SNR grows with t. Data are integers; see diffusion.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from diffusers.utils import BaseOutput
+from torch import nn
+
+from . import diffusion
+from .diffusion import PredictionType, to_high_precision
+from .noise_schedules import LinearBetaGamma, NoiseSchedule
+from .times import stratified_times
+
+
+@dataclass
+class SimpleObjectiveOutput(BaseOutput):
+    """DDPM's unweighted objective; not a likelihood.
+
+    Attributes:
+        loss (`torch.Tensor` of shape `()`): mean of `mse`.
+        mse (`torch.Tensor` of shape `(B,)`): mean squared error of the network's output over the dimensions.
+        gamma_t (`torch.Tensor` of shape `(B,)`): the noise levels that were drawn.
+    """
+
+    loss: torch.Tensor
+    mse: torch.Tensor = None
+    gamma_t: torch.Tensor = None
+
+
+def check_times(t: torch.Tensor, batch_size: int) -> None:
+    if not torch.is_tensor(t) or t.shape != (batch_size,):
+        got = tuple(t.shape) if torch.is_tensor(t) else t
+        raise ValueError(f"t must have shape ({batch_size},), a tensor with a time for each image, got {got}.")
+    if t.device.type == "cpu" and not bool(((t >= 0) & (t <= 1)).all()):
+        raise ValueError(f"t must be within [0, 1], got values from {float(t.min()):.6g} to {float(t.max()):.6g}.")
+
+
+class Objective(nn.Module):
+    """What both objectives share: the network, the schedule, and images that are integers."""
+
+    def __init__(self, unet: nn.Module, noise_schedule: NoiseSchedule, num_levels: int, prediction_type: str):
+        super().__init__()
+        diffusion.check_prediction_type(prediction_type)
+        if not isinstance(noise_schedule, NoiseSchedule):
+            raise TypeError(
+                f"noise_schedule must be a NoiseSchedule, got {type(noise_schedule).__name__}; of a scheduler take "
+                "scheduler.noise_schedule()."
+            )
+        if not isinstance(num_levels, int) or not 2 <= num_levels <= 65536:
+            raise ValueError(f"num_levels must be within [2, 65536], an integer, got {num_levels}.")
+        self.unet = unet
+        self.noise_schedule = noise_schedule
+        self.num_levels = num_levels
+        self.prediction_type = prediction_type
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The blocks that Accelerate shards one by one under FSDP, by their classes."""
+        names = getattr(self.unet, "_no_split_modules", None) or ["ResnetBlock2D"]
+        here = {type(module).__name__ for module in self.unet.modules()}
+        return [name for name in names if name in here]
+
+    def _data(self, images: torch.Tensor) -> torch.Tensor:
+        diffusion.check_levels(images, self.num_levels)
+        # float32 whatever the network's type: x in bfloat16 would be other data
+        dtype = torch.promote_types(getattr(self.unet, "dtype", torch.float32), torch.float32)
+        return diffusion.x_from_levels(images, self.num_levels, dtype)
+
+    def _noise(self, x: torch.Tensor, eps: torch.Tensor | None, generator: torch.Generator | None) -> torch.Tensor:
+        if eps is None:
+            return diffusion.randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        if eps.shape != x.shape:
+            raise ValueError(f"eps and eps_0 must have the shape of images {tuple(x.shape)}, got {tuple(eps.shape)}.")
+        return eps.to(x)
+
+    def _squared_error(self, x, eps, t, gamma_t, **conditions) -> torch.Tensor:
+        """Σ (target − output)² over the dimensions, at z_t = α_t x + σ_t ε; shape `(B,)`."""
+        z_t = diffusion.q_sample(x, eps, gamma_t)
+        timesteps = self.noise_schedule.timestep(t, gamma_t).to(x.dtype)
+        conditions = {name: value for name, value in conditions.items() if value is not None}
+        output = self.unet(z_t, timesteps, return_dict=False, **conditions)[0]
+        if output.shape[1] == 2 * x.shape[1]:
+            output = output[:, : x.shape[1]]  # the rest predicts variances, which the bound in ε̂ does not use
+        if output.shape != x.shape:
+            raise ValueError(f"the network returned {tuple(output.shape)} for images of {tuple(x.shape)}.")
+        if self.prediction_type == "epsilon":
+            target = eps
+        elif self.prediction_type == "sample":
+            target = x
+        else:
+            target = diffusion.velocity(x, eps, gamma_t)
+        return (target - output.to(x.dtype)).square().flatten(1).sum(1)
+
+
+@dataclass
+class VariationalBoundOutput(BaseOutput):
+    """Terms of the bound, all in **bits per dimension**.
+
+    Attributes:
+        loss (`torch.Tensor` of shape `()`): mean of `total`, to be minimised.
+        total (`torch.Tensor` of shape `(B,)`): prior + reconstruction + diffusion of each image.
+        prior, reconstruction, diffusion (`torch.Tensor` of shape `(B,)`): the three terms of each image.
+        gamma_t (`torch.Tensor` of shape `(B,)`): the noise level at which the diffusion term was estimated.
+        mse (`torch.Tensor` of shape `(B,)`): mean of (ε − ε̂)² over the dimensions, there.
+    """
+
+    # BaseOutput can be rebuilt from a dict, as accelerate does under mixed precision, only if the rest has defaults
+    loss: torch.Tensor
+    total: torch.Tensor = None
+    prior: torch.Tensor = None
+    reconstruction: torch.Tensor = None
+    diffusion: torch.Tensor = None
+    gamma_t: torch.Tensor = None
+    mse: torch.Tensor = None
+
+
+class VariationalBound(Objective):
+    """The variational bound as one module: what DDP, FSDP, `torch.compile` and Accelerate should wrap.
+
+    In continuous time the bound does not depend on γ between its ends [VDM §5.1]: its gradient there is pure noise.
+    What the inside of γ does change is the *variance* of the estimate. So the inside is trained by the gradient of the
+    squared diffusion loss, which costs no second pass: what arrives at γ(t_i) and γ′(t_i) is multiplied by
+    2 · diffusion_i [VDM app. I.2]. The ends always follow the bound, and with a finite T all of γ does.
+
+    Args:
+        unet (`nn.Module`): called as `unet(z_t, timesteps, return_dict=False, …)[0]`; a `VDMUNet2DModel`, a
+            `UNet2DModel`.
+        noise_schedule ([`NoiseSchedule`]): γ(t); of a scheduler, `scheduler.noise_schedule()`.
+        num_timesteps (`int`, *optional*): T of the discrete-time bound; continuous time if not given.
+        num_levels (`int`, defaults to 256): levels of the data, 2 to 65536.
+        prediction_type (`"epsilon"`, `"sample"` or `"v_prediction"`, defaults to `"epsilon"`): what `unet` predicts.
+        minimize_variance (`bool`, defaults to `True`): train the inside of γ as told above; `False` leaves it the
+            bound's own gradient, as the published code does.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        noise_schedule: NoiseSchedule,
+        *,
+        num_timesteps: int | None = None,
+        num_levels: int = 256,
+        prediction_type: PredictionType = "epsilon",
+        minimize_variance: bool = True,
+    ):
+        super().__init__(unet, noise_schedule, num_levels, prediction_type)
+        if num_timesteps is not None and (int(num_timesteps) != num_timesteps or num_timesteps < 1):
+            raise ValueError(f"num_timesteps must be a positive integer, or None (continuous time): {num_timesteps}.")
+        self.num_timesteps = num_timesteps
+        self.minimize_variance = minimize_variance
+
+    def forward(
+        self,
+        images: torch.Tensor,
+        *,
+        class_labels: torch.Tensor | None = None,
+        augmentation_flags: torch.Tensor | None = None,
+        t: torch.Tensor | None = None,
+        t_density: torch.Tensor | None = None,
+        eps: torch.Tensor | None = None,
+        eps_0: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> VariationalBoundOutput:
+        """An unbiased estimate of the bound of each image, from one t, one ε and one ε_0 each.
+
+        Args:
+            images (integer `torch.Tensor` of shape `(B, ...)`): data in [0, num_levels), uint8 as a rule.
+            class_labels, augmentation_flags (`torch.Tensor` of shape `(B,)`, *optional*): handed to the network.
+            t (`torch.Tensor` of shape `(B,)`, *optional*): times in [0, 1], defaults to [`stratified_times`]. With
+                `num_timesteps` they are rounded up to a multiple of 1/T.
+            t_density (`torch.Tensor` of shape `(B,)`, *optional*): density that `t` was drawn with, uniform if not
+                given; the diffusion term is divided by it [times.py].
+            eps, eps_0 (`torch.Tensor` of shape `(B, ...)`, *optional*): noise of z_t and of z_0.
+            generator (`torch.Generator`, *optional*): for what is not given, drawn in the order t, eps, eps_0.
+
+        Returns: [`VariationalBoundOutput`], in bits per dimension.
+        Raises: `TypeError` for images that are not integers, `ValueError` for values and shapes that do not fit.
+        """
+        x = self._data(images)
+        if t is None:
+            t = stratified_times(len(x), generator, x.device)
+        check_times(t, len(x))
+        rounding = torch.finfo(t.dtype).eps
+        t = to_high_precision(t.to(x.device))
+        eps, eps_0 = self._noise(x, eps, generator), self._noise(x, eps_0, generator)
+
+        nats_per_bpd = math.log(2) * x[0].numel()
+        gamma_0, gamma_1 = self.noise_schedule.ends()
+
+        squared_loss_slope: list[torch.Tensor] = []
+        hook = None
+        if self.minimize_variance and self.num_timesteps is None:
+            hook = lambda: squared_loss_slope[0]  # noqa: E731  known only once the loss is
+        if self.num_timesteps is None:
+            gamma_t, slope = self.noise_schedule.gamma_and_slope(t, scale_shape_grad=hook)
+            weight = 0.5 * slope
+        else:
+            # k/T as a number stays step k: (k/T) T may round to a little more than k
+            step = (t * self.num_timesteps - self.num_timesteps * rounding).ceil().clamp(min=1)
+            t = step / self.num_timesteps
+            gamma_t = self.noise_schedule(t)
+            # (step − 1)/T is exactly 0 for the first step, so that γ_s there is γ(0) itself
+            gamma_s = self.noise_schedule((step - 1) / self.num_timesteps)
+            weight = self.num_timesteps * diffusion.step_weight(gamma_s, gamma_t)
+        weight = weight * diffusion.eps_error_weight(gamma_t, self.prediction_type)
+
+        squared_error = self._squared_error(
+            x, eps, t, gamma_t, class_labels=class_labels, augmentation_flags=augmentation_flags
+        )
+        diffusion_bpd = weight.to(x.dtype) * squared_error / nats_per_bpd
+        squared_loss_slope.append(2 * diffusion_bpd.detach().to(t.dtype))
+        if t_density is not None:
+            diffusion_bpd = diffusion_bpd / t_density.to(diffusion_bpd)
+
+        z_0 = diffusion.q_sample(x, eps_0, gamma_0)
+        log_prob = diffusion.decoder_log_prob_nats(images, z_0, gamma_0, self.num_levels, self._max_gamma_0())
+        reconstruction_bpd = -log_prob.flatten(1).sum(1) / nats_per_bpd
+        prior_bpd = diffusion.prior_kl_nats(x, gamma_1).flatten(1).sum(1) / nats_per_bpd
+        total = prior_bpd + reconstruction_bpd + diffusion_bpd
+        return VariationalBoundOutput(
+            loss=total.mean(),
+            total=total,
+            prior=prior_bpd,
+            reconstruction=reconstruction_bpd,
+            diffusion=diffusion_bpd,
+            gamma_t=gamma_t.detach(),
+            mse=squared_error.detach() / x[0].numel(),
+        )
+
+    def _max_gamma_0(self) -> float | None:
+        """γ_0 as a number where it is not learned, which spares a wait for the device in each step."""
+        gamma_0 = self.noise_schedule.ends()[0]
+        if gamma_0.requires_grad or gamma_0.device.type != "cpu":
+            return None
+        return float(gamma_0)
+
+
+class SimpleObjective(Objective):
+    """DDPM's objective: the unweighted mean squared error, t uniform for each sample [DDPM eq. 14].
+
+    γ is never trained by it: the minimiser would be one γ for all t > 0. With [`LinearBetaGamma`] t is one of DDPM's
+    indices, else it is uniform in [0, 1].
+
+    Args:
+        unet, noise_schedule, num_levels, prediction_type: as in [`VariationalBound`].
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        noise_schedule: NoiseSchedule,
+        *,
+        num_levels: int = 256,
+        prediction_type: PredictionType = "epsilon",
+    ):
+        super().__init__(unet, noise_schedule, num_levels, prediction_type)
+
+    def forward(
+        self,
+        images: torch.Tensor,
+        *,
+        class_labels: torch.Tensor | None = None,
+        augmentation_flags: torch.Tensor | None = None,
+        t: torch.Tensor | None = None,
+        eps: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> SimpleObjectiveOutput:
+        """The loss of each image at one t and one ε each; arguments as in [`VariationalBound.forward`]."""
+        x = self._data(images)
+        if t is None:
+            source = generator.device if generator is not None else x.device
+            t = torch.rand(len(x), generator=generator, device=source)
+        check_times(t, len(x))
+        t = to_high_precision(t.to(x.device))
+        if isinstance(self.noise_schedule, LinearBetaGamma):
+            last = self.noise_schedule.config.num_train_timesteps - 1
+            t = (t * (last + 1)).floor().clamp(max=last) / last
+        eps = self._noise(x, eps, generator)
+        with torch.no_grad():
+            gamma_t = self.noise_schedule(t)
+        mse = (
+            self._squared_error(x, eps, t, gamma_t, class_labels=class_labels, augmentation_flags=augmentation_flags)
+            / x[0].numel()
+        )
+        return SimpleObjectiveOutput(loss=mse.mean(), mse=mse, gamma_t=gamma_t)

@@ -1,0 +1,374 @@
+"""The sections of a model card, each a function of what was read of a run; "" where there is nothing to say."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+from ..diffusers_schedulers import noise_schedule_of
+from ..pipeline import VDMPipeline
+from ..schedulers import VDMScheduler
+from .markdown import escaped, fenced, image, literal, one_line, table
+from .measurements import (
+    DataName,
+    Measurement,
+    base_name,
+    count,
+    first_of_each,
+    last_part,
+    mapping,
+    number,
+    total_steps,
+    training_data,
+)
+
+_VDM = "[Kingma et al. 2021](https://arxiv.org/abs/2107.00630)"
+_DDPM = "[Ho et al. 2020](https://arxiv.org/abs/2006.11239)"
+# options that neither the weights nor the numbers depend on, and those that are told elsewhere or to nobody
+_NOT_TOLD = {
+    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "allow_changed", "dry_run", "cache_dir", "logger",
+    "logging_dir", "logging_steps", "eval_steps", "checkpointing_steps", "checkpoints_total_limit", "milestone_steps",
+    "save_images_epochs", "save_model_epochs", "dataloader_num_workers", "decoded_cache", "num_threads", "digits",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """All that a card is made of.
+
+    Attributes:
+        folder (`Path`), name (`str`): where it is, and what the model is called.
+        repo_id, variant (`str`, *optional*): what the code of use names.
+        step (`int`, *optional*): of the weights, where training was still going on.
+        pipe ([`VDMPipeline`]): the pipeline, loaded.
+        has_code (`bool`): whether the repository carries code for those without this package.
+        description (`dict`): options.json, empty if there is none.
+        lines (`list[dict]`): metrics.jsonl.
+        measured (`list[Measurement]`): all numbers, the report's first.
+        report (`dict`), report_path (`Path`, *optional*): the report, if it is of these weights.
+    """
+
+    folder: Path
+    name: str
+    repo_id: str | None
+    variant: str | None
+    step: int | None
+    pipe: VDMPipeline
+    has_code: bool
+    description: dict[str, Any]
+    lines: list[dict[str, Any]]
+    measured: list[Measurement]
+    report: dict[str, Any]
+    report_path: Path | None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return mapping(self.description.get("options"))
+
+    @property
+    def data(self) -> DataName | None:
+        return training_data(self.description)
+
+    @property
+    def claimed(self) -> list[Measurement]:
+        """Numbers of these weights on data that have a name; the report's, whose weights were compared, first."""
+        return first_of_each(m for m in self.measured if m.is_final and m.data)
+
+
+# ---- sections ----------------------------------------------------------------------------------------------------
+
+
+def title_section(run: RunRecord) -> str:
+    size = "×".join(str(side) for side in run.pipe.image_shape[1:])
+    objective, schedule = str(run.options.get("objective")), str(run.options.get("schedule"))
+    if objective == "vdm":
+        learned = {"learned": "its noise schedule γ(t) learned", "learned_linear": "the ends of its γ(t) learned"}
+        how = learned.get(schedule, "DDPM's linear betas" if schedule == "linear_beta" else "a fixed γ(t)")
+        what = f"A variational diffusion model ({_VDM}) with {how}"
+    elif objective == "ddpm":
+        betas = "linear betas" if schedule == "linear_beta" else "a fixed γ(t)"
+        what = f"A DDPM ({_DDPM}) with {betas}, trained on the unweighted squared error"
+    else:
+        what = f"A diffusion model of pixels ({_VDM}, {_DDPM})"
+    on = f", trained on {escaped(run.data.name)}" if run.data else ""
+    picture = _picture(run, "samples.png", "Samples of the model")
+    going_on = f" Training was going on: these are its weights after step {run.step}." if run.step else ""
+    text = f"# {escaped(run.name)}\n\n{what}{on}.{going_on} It draws images of {size} pixels"
+    channels = {1: ", grayscale", 3: ", RGB"}.get(run.pipe.image_shape[0], "")
+    return f"{text}{channels}." + (f"\n\n{picture}" if picture else "")
+
+
+def sampling_steps(run: RunRecord) -> int:
+    """What samples.png was drawn with, or the pipeline's 250, where the scheduler has so many."""
+    steps = count(run.options.get("ddpm_num_inference_steps")) or 250
+    if isinstance(run.pipe.scheduler, VDMScheduler):
+        return steps
+    return min(steps, count(run.pipe.scheduler.config.get("num_train_timesteps")) or steps)
+
+
+def use_section(run: RunRecord) -> str:
+    config = run.pipe.unet.config
+    classes = config.num_class_embeds
+    has_null = bool(config.get("null_class", False))
+    label = ", class_labels=0" if classes is not None and not has_null else ""
+    loaded = literal(run.repo_id or ".") + (f", variant={literal(run.variant)}" if run.variant else "")
+    code = [
+        "import torch",
+        "from diffusers_vdm import VDMPipeline",
+        "",
+        f"pipe = VDMPipeline.from_pretrained({loaded})",
+        f"images = pipe(4, num_inference_steps={sampling_steps(run)}{label}, "
+        "generator=torch.Generator().manual_seed(0)).images",
+        "for i, picture in enumerate(images):",
+        '    picture.save(f"sample-{i}.png")',
+    ]
+    parts = ["## Use", fenced("pip install diffusers_vdm", "sh"), fenced("\n".join(code), "python")]
+    told = ["" if run.repo_id else "To be run in this folder.", '`pipe.to("cuda")` draws on a GPU.']
+    if classes is not None:
+        null = "no `class_labels` draw of all classes" if has_null else "`class_labels` must be given"
+        told.append(f"`class_labels` are classes in [0, {classes}), one or one for each image; {null}.")
+    parts.append(" ".join(text for text in told if text))
+    if run.has_code:
+        short = ["from diffusers import DiffusionPipeline", ""]
+        short.append(f"pipe = DiffusionPipeline.from_pretrained({loaded}, trust_remote_code=True)")
+        parts.append("Without that package, by code of this repository, which it runs (read it first):")
+        parts.append(fenced("\n".join(short), "python"))
+    else:
+        parts.append(
+            "`DiffusionPipeline.from_pretrained` loads it, too, once `diffusers_vdm.register()` was called in the "
+            "process: diffusers by itself does not know these classes."
+        )
+    return "\n\n".join(parts)
+
+
+def likelihood_section(run: RunRecord) -> str:
+    if not run.measured:
+        return ""
+    levels = run.pipe.config.num_levels
+    shape = "×".join(str(side) for side in run.pipe.image_shape)
+    first = next(iter(run.claimed), run.measured[0])
+    parts = ["## Likelihood", _headline(first, run)]
+    rows = [_row(m, first, run) for m in run.measured]
+    header = ("bits/dim", "what", "images", "draws of each", "± is the standard error of", "weights")
+    parts.append(table(header, rows))
+    termed = [m for m in first_of_each(run.measured) if m.terms_bpd]
+    if termed:
+        parts.append("The terms of the bound, in bits/dim:")
+        parts.append(table(("what", "images", "diffusion", "reconstruction", "prior"), [_terms(m) for m in termed]))
+    conditional = sum(bool(m.details.get("class_conditional")) for m in run.measured)
+    p = {0: "p(x)", len(run.measured): "p(x | class), given the class of each image,"}.get(
+        conditional, "p(x), or p(x | class) where the class of each image is given,"
+    )
+    text = (
+        f"An upper bound on −log₂ {p} for each of the {math.prod(run.pipe.image_shape)} integers 0 … {levels - 1} of "
+        f"an image ({shape}): the bits that a lossless code by this model would need. Less is better, and "
+        f"{math.log2(levels):.4f} is what every level alike would give."
+    )
+    if any(m.method == "ode" for m in run.measured):
+        text += " By the ODE, it is a bound up to the tolerances of the solver."
+    if any(m.convention == "vdm" for m in run.measured):
+        text += " Decoder: softmax over the levels at γ(0), of x = 2(k + ½)/levels − 1."
+    if any(m.convention == "ddpm" for m in run.measured):
+        text += (
+            " DDPM's convention: x = 2k/(levels − 1) − 1, and the discretised Gaussian of index 0 as the decoder; it "
+            "is not to be compared with the other one to the last digits."
+        )
+    histogram = number(run.description.get("histogram_bpd"))
+    if histogram is not None and first.step is not None:
+        text += f" The histograms of the training pixels, each by itself, give {histogram:.4f} on the same images."
+    parts.append(text + " Numbers of other T, of other data, or of images prepared otherwise, are other quantities.")
+    return "\n\n".join(parts)
+
+
+def _headline(m: Measurement, run: RunRecord) -> str:
+    images = f"{m.num_images} images" if m.num_images else "images"
+    of = f" of {escaped(m.data.name)}" + (f", split {escaped(m.data.split)}" if m.data.split else "") if m.data else ""
+    unit = {"mc": "draws of (t, ε)", "ode": "solves"}.get(m.method)
+    draws = f", {unit} for each image: {m.num_draws}" if m.num_draws and unit else ""
+    error = f" ± is the standard error of {escaped(m.stderr_is_of)}." if m.stderr_bpd is not None else ""
+    weights = f", weights: {escaped(m.weights)}" if m.weights else ""
+    parts = [f"**{m.value} bits/dim** on {images}{of}: {escaped(m.quantity)}{draws}{weights}.{error}"]
+    if m.stderr_bpd is None:
+        parts.append("No error of it is known.")
+    details = {k: v for k, v in m.details.items() if k not in ("clip_sample", "dequantization")}
+    if details:
+        told = ", ".join(k.replace("_", " ") + ("" if v is True else f" {_short(v)}") for k, v in details.items())
+        parts.append(f"Also: {escaped(told)}.")
+    fingerprints = [f"images {m.data_fingerprint}"] if m.data_fingerprint else []
+    fingerprints += [f"weights {run.report['weights_fingerprint']}"] if m.step is None else []
+    if fingerprints:
+        parts.append(f"Fingerprints: {escaped(', '.join(fingerprints))}.")
+    return " ".join(parts + _warnings(m, run))
+
+
+def _warnings(m: Measurement, run: RunRecord) -> list[str]:
+    """What takes from the worth of a number."""
+    held_out = mapping(run.description.get("held_out"))
+    shared = count(held_out.get("shared_with_training"))
+    found = []
+    if _is_training_data(m, run):
+        found.append("**These are the images that the model was trained on.**")
+    if shared and m.data_fingerprint == held_out.get("fingerprint"):
+        found.append(f"**{shared} of these images are among the training images as well.**")
+    if not m.is_final:
+        found.append(f"**Measured at step {m.step}; the weights here may be of another step.**")
+    return found
+
+
+def _row(m: Measurement, first: Measurement, run: RunRecord) -> tuple[object, ...]:
+    when = "" if m.step is None else f", in training, step {m.step}"
+    data = f" of {m.data.name}, {m.data.split or 'all'}" if m.data and not m.is_of_data_of(first) else ""
+    images = f"{m.num_images or ''}" + (" of the training set" if _is_training_data(m, run) else "") + data
+    return (
+        m.value,
+        m.quantity + when,
+        images,
+        m.num_draws,
+        m.stderr_is_of if m.stderr_bpd is not None else None,
+        m.weights,
+    )
+
+
+def _terms(m: Measurement) -> tuple[str | None, ...]:
+    values = [m.terms_bpd.get(term) for term in ("diffusion", "reconstruction", "prior")]
+    return m.quantity, m.num_images, *(None if value is None else f"{value:.4f}" for value in values)
+
+
+def _is_training_data(m: Measurement, run: RunRecord) -> bool:
+    trained_on = mapping(run.description.get("data")).get("fingerprint")
+    return trained_on is not None and m.data_fingerprint == trained_on
+
+
+def _picture(run: RunRecord, name: str, alternative: str) -> str:
+    return image(alternative, PurePath(name)) if (run.folder / name).is_file() else ""
+
+
+def figures_section(run: RunRecord) -> str:
+    pictures = [
+        _picture(run, "schedule.png", "The noise schedule, γ over t, and the shares of data and noise"),
+        _picture(run, "loss_by_gamma.png", "The loss as a density over γ, with the terms of the bound"),
+        _picture(run, "training.png", "Loss and bits/dim over the steps of training"),
+        _picture(run, "denoising.gif", "From noise to samples"),
+    ]
+    if run.report_path is not None and run.report_path.resolve().is_relative_to(run.folder.resolve()):
+        beside = run.report_path.resolve().relative_to(run.folder.resolve())
+        for part, alternative in (
+            ("by_gamma", "The loss over γ, as the report measured it"),
+            ("histogram", "Histogram of the bits/dim of the images"),
+            ("most_likely", "The images of the fewest bits"),
+            ("most_unlikely", "The images of the most bits"),
+        ):
+            pictures.append(_picture(run, beside.with_name(f"{beside.stem}_{part}.png").as_posix(), alternative))
+    found = [picture for picture in pictures if picture]
+    return "\n\n".join(["## Figures", *found]) if found else ""
+
+
+def training_section(run: RunRecord) -> str:
+    rows = [(name, value) for name, value in _facts(run).items() if value not in (None, "")]
+    parts = ["## Model and training", table(("", ""), rows)]
+    if run.options:
+        parts.append("The command, with the scripts of the package's repository:")
+        if not isinstance(run.description.get("given"), list):
+            parts[-1] = "All options that weights and numbers depend on, as a command of the package's repository:"
+        parts.append(fenced(training_command(run.description), "sh"))
+    return "\n\n".join(parts)
+
+
+def _facts(run: RunRecord) -> dict[str, str | None]:
+    o, pipe = run.options, run.pipe
+    data, recorded = run.data, mapping(run.description.get("data"))
+    steps, total = run.step or (run.lines[-1]["step"] if run.lines else None), total_steps(run.description)
+    skipped = count(run.lines[-1].get("skipped_steps")) if run.lines else None
+    loss = {"train_bpd": "bits/dim", "train_mse": "squared error of what the network predicts, for each dimension"}
+    last = next(((line, k) for line in reversed(run.lines) for k in loss if number(line.get(k)) is not None), None)
+    trained = {"vdm": "the bound, " + _time(o), "ddpm": "unweighted squared error"}.get(str(o.get("objective")))
+    decays = o.get("ema_decays") if isinstance(o.get("ema_decays"), list) else []
+    versions = mapping(run.description.get("versions"))
+    processes = count(run.description.get("num_processes"))
+    return {
+        "training data": data and data.name + (f", split {data.split}" if data.split else ""),
+        "images": recorded.get("images") and f"{recorded['images']}",
+        "fingerprint of the data": recorded.get("fingerprint"),
+        "network": f"{type(pipe.unet).__name__}, {sum(p.numel() for p in pipe.unet.parameters()):,} parameters, "
+        f"predicts {pipe.scheduler.config.get('prediction_type', 'epsilon')}",
+        "scheduler": type(pipe.scheduler).__name__,
+        "noise schedule": _noise_schedule(pipe),
+        "objective": trained,
+        "optimiser steps": steps
+        and f"{steps}"
+        + (f" of {total}: it was still being trained" if run.step and total and steps < total else "")
+        + (f", of which {skipped} were skipped" if skipped else ""),
+        "images a step": run.description.get("global_batch_size"),
+        "last loss of training": last and f"{last[0][last[1]]:.4f} {loss[last[1]]}, at step {last[0]['step']}",
+        "averages of the weights": (", ".join(f"EMA {_short(d)}" for d in decays) or "none") if o else None,
+        "precision": {"no": "float32"}.get(str(o.get("mixed_precision")), o.get("mixed_precision")) if o else None,
+        "processes": processes and f"{processes}",
+        "device": run.description.get("device"),
+        "versions": ", ".join(f"{k} {v}" for k, v in versions.items()),
+    }
+
+
+def _time(o: dict[str, Any]) -> str:
+    steps = count(o.get("num_timesteps"))
+    return f"T = {steps}" if steps else "continuous time"
+
+
+def _noise_schedule(pipe: VDMPipeline) -> str | None:
+    """The ends of γ(t) that samples are drawn with."""
+    try:
+        gamma_0, gamma_1 = (float(end) for end in noise_schedule_of(pipe.scheduler).ends())
+    except ValueError:
+        return None
+    kind = "" if pipe.noise_schedule is None else f"{type(pipe.noise_schedule).__name__}, "
+    return f"{kind}γ = −log SNR from {gamma_0:.3f} at t = 0 to {gamma_1:.3f} at t = 1"
+
+
+def _short(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def training_command(description: dict[str, Any]) -> str:
+    """The command that made a run, of its options.json; `output_dir` and the like are the reader's own.
+
+    With a list `"given"` of the names of those that were given; else of all options, since their defaults are not
+    known here. Of paths only the last part is told, of tokens nothing.
+    """
+    options = mapping(description.get("options"))
+    given = description.get("given")
+    names = options if not isinstance(given, list) else [name for name in options if name in given]
+    words = []
+    for name in names:
+        value = options[name]
+        if name in _NOT_TOLD or name.startswith(("hub_", "push_")) or "token" in name or value in (None, []):
+            continue
+        if name == "gamma_min" and options.get("schedule") == "linear_beta":  # of no use there, and refused
+            continue
+        if not re.fullmatch(r"\w+", name, re.ASCII):
+            continue
+        words.append(" ".join([f"--{'no-' if value is False else ''}{name}", *_arguments(name, value)]))
+    processes = count(description.get("num_processes")) or 1
+    launch = "accelerate launch " + (f"--num_processes {processes} " if processes > 1 else "") + "examples/train.py"
+    lines = [launch]
+    for word in words:
+        if len(lines[-1]) + len(word) < 110:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(f"    {word}")
+    return " \\\n".join(lines)
+
+
+def _arguments(name: str, value: object) -> list[str]:
+    if isinstance(value, bool):
+        return []
+    told = []
+    for v in value if isinstance(value, list) else [value]:
+        if name == "model_config_name_or_path" and isinstance(v, str) and ("/" in v or "\\" in v):
+            v = "unet"  # of this repository: a path of the author's is of no use
+        elif isinstance(v, str):
+            v = base_name(v) if name.endswith("_dir") else last_part(v)
+        told.append(shlex.quote(one_line(repr(v) if isinstance(v, float) else v)))
+    return told

@@ -1,0 +1,269 @@
+"""A model card made of what a run left, never by hand: what it quotes was measured, and what was not it leaves out.
+
+The folder is loaded for it, so that a card is only made of a pipeline that loads; a report counts only if it is of the
+very weights that are there. The same folder makes the same text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import logging
+from huggingface_hub import EvalResult, ModelCardData
+
+from ..evaluation.rows import fingerprint
+from ..files import write_atomically
+from ..pipeline import VDMPipeline
+from ..repository import INDEX, read_json
+from .card_sections import RunRecord, figures_section, likelihood_section, title_section, training_section, use_section
+from .markdown import one_line
+from .measurements import (
+    DataName,
+    Measurement,
+    gammas_fingerprint,
+    last_part,
+    measured_in_report,
+    measured_in_training,
+    read_report,
+    training_lines,
+)
+
+logger = logging.get_logger(__name__)
+
+NAME = "README.md"
+_MARK = (
+    "*Made by `diffusers_vdm.sharing.model_card` of the files beside it, as {digest}; "
+    "once edited, it is not made again.*"
+)
+_MARKED = re.compile(
+    r"(.*\n)\*Made by `diffusers_vdm(?:\.sharing)?\.model_card` of the files beside it, as ([0-9a-f]{16});[^\n]*\n*",
+    re.DOTALL,
+)
+
+
+def model_card(
+    folder: str | os.PathLike,
+    *,
+    repo_id: str | None = None,
+    license: str | None = None,
+    datasets: str | Sequence[str] | None = None,
+    report: str | os.PathLike | None = None,
+    variant: str | None = None,
+    step: int | None = None,
+) -> str:
+    """The text of README.md for a saved pipeline: YAML metadata, use, bits/dim with their errors, figures, training.
+
+    Args:
+        folder (`str` or `os.PathLike`): what examples/train.py left, or what `VDMPipeline.save_pretrained` wrote: then
+            the card says less. It is loaded.
+        repo_id (`str`, *optional*): name of the repository, for the code that loads it; "." if not given, which works
+            within the folder.
+        license (`str`, *optional*): the Hub's identifier of the licence; none is claimed if not given.
+        datasets (`str` or sequence of them, *optional*): data sets of the Hub that the model was trained on, by
+            default the one that options.json names.
+        report (`str` or `os.PathLike`, *optional*): report of examples/evaluate.py, defaults to report.json of the
+            folder; one that is found there and is of other weights, or is damaged, is left out with a warning.
+        variant (`str`, *optional*): the variant of the weights in the folder, as `VDMPipeline.from_pretrained` takes.
+        step (`int`, *optional*): the step of training that the weights are of, if it was not the last.
+
+    Returns: `str`, the same for the same folder and arguments.
+    Raises: `TypeError`, `ValueError` for arguments that are none of these, a report that is none or is of other
+        weights, and files that are damaged; `OSError` for a folder without a pipeline.
+    """
+    _check_arguments(repo_id, license)
+    run = _read(Path(folder), repo_id, report, variant, step)
+    metadata = _metadata(run, license, _checked_datasets(datasets, run.data))
+    sections = [title_section, use_section, likelihood_section, figures_section, training_section]
+    body = "\n\n".join(text for section in sections if (text := section(run)))
+    text = f"---\n{metadata.to_yaml()}\n---\n\n{body}\n\n"
+    return text + _MARK.format(digest=_digest(text)) + "\n"
+
+
+def is_made_here(text: str) -> bool:
+    """Whether a card is as [`model_card`] made it, and was not edited since."""
+    found = _MARKED.fullmatch("\n".join(text.splitlines()) + "\n")
+    return found is not None and _digest(found[1]) == found[2]
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.strip().encode(), digest_size=8).hexdigest()
+
+
+def save_model_card(folder: str | os.PathLike, *, overwrite: bool = False, **arguments: Any) -> Path:
+    """Writes [`model_card`] to README.md of `folder`, whole or not at all, and returns its path.
+
+    Args:
+        folder (`str` or `os.PathLike`), arguments: as in [`model_card`].
+        overwrite (`bool`, defaults to `False`): replace a README.md that was not made here, or was edited.
+
+    Raises: as [`model_card`]; `ValueError` for such a README.md.
+    """
+    path = Path(folder) / NAME
+    if path.exists() and not overwrite and not is_made_here(path.read_text(encoding="utf-8", errors="replace")):
+        raise ValueError(
+            f"{NAME} of {folder} was not made by save_model_card, or edited since; set overwrite=True to replace it."
+        )
+    write_atomically(path, model_card(folder, **arguments))
+    return path
+
+
+# ---- what a card is made of --------------------------------------------------------------------------------------
+
+
+def _check_arguments(repo_id: str | None, licence: str | None) -> None:
+    if repo_id is not None and not isinstance(repo_id, str):
+        raise TypeError(f"repo_id must be a str like 'user/name', got {type(repo_id).__name__}.")
+    if repo_id is not None and not repo_id.strip():
+        raise ValueError("repo_id must not be empty; leave it out if there is no repository yet.")
+    check_license(licence)
+
+
+def check_license(licence: str | None) -> None:
+    """`ValueError` for what cannot be an identifier of the Hub's."""
+    if licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
+        raise ValueError(f"license must be an identifier of the Hub like 'apache-2.0' or 'other', got {licence!r}.")
+
+
+def _read(
+    folder: Path, repo_id: str | None, report: str | os.PathLike | None, variant: str | None, step: int | None
+) -> RunRecord:
+    if not folder.is_dir():
+        raise ValueError(f"folder must be one that holds a saved pipeline, got {str(folder)!r}.")
+    with _without_bars():
+        pipe = VDMPipeline.from_pretrained(folder, variant=variant)
+    options = folder / "options.json"
+    description = read_json(options, options.name) if options.is_file() else {}
+    lines = training_lines(folder)
+    found, report_path = _report_of(folder, report, pipe)
+    return RunRecord(
+        folder=folder,
+        name=one_line(last_part((repo_id or "").split("/")[-1]) or folder.resolve().name, 96) or "model",
+        repo_id=repo_id,
+        variant=variant,
+        step=step,
+        pipe=pipe,
+        has_code=isinstance(read_json(folder / INDEX, INDEX).get("_class_name"), list),
+        description=description,
+        lines=lines,
+        measured=[*(measured_in_report(found) if found else []), *measured_in_training(lines, description)],
+        report=found,
+        report_path=report_path,
+    )
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """No bar of diffusers' for a pipeline that nobody asked to see loaded."""
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
+def _report_of(
+    folder: Path, report: str | os.PathLike | None, pipe: VDMPipeline
+) -> tuple[dict[str, Any], Path | None]:
+    """The report, if it is of these weights."""
+    path = folder / "report.json" if report is None else Path(report)
+    if report is None and not path.is_file():
+        return {}, None
+    try:
+        found = read_report(path)
+        if pipe.unet.dtype != torch.float32:  # in which all is measured
+            pipe.unet.to(torch.float32)
+        _check_same_model(found, pipe, path.name)
+    except ValueError as error:
+        if report is not None:
+            raise
+        logger.warning(f"the model card leaves {path.name} out: {error}")
+        return {}, None
+    return found, path
+
+
+def _check_same_model(report: dict[str, Any], pipe: VDMPipeline, name: str) -> None:
+    """`ValueError` unless the report is of these weights, and of this γ and these levels where it says them."""
+    here = {
+        "weights_fingerprint": fingerprint(pipe.unet.state_dict().values()),
+        "gammas_fingerprint": gammas_fingerprint(pipe.scheduler),
+        "num_levels": pipe.config.num_levels,
+        "prediction_type": pipe.scheduler.config.get("prediction_type", "epsilon"),
+    }
+    for key, value in here.items():
+        if report.get(key) is not None and report[key] != value:
+            raise ValueError(
+                f"report {name} must be of the model of the folder, whose {key} is {value}, got "
+                f"{one_line(report[key])}; evaluate this one again."
+            )
+
+
+def _checked_datasets(datasets: str | Sequence[str] | None, data: DataName | None) -> list[str]:
+    if datasets is None:
+        return [data.name] if data and data.is_repository else []
+    names = [datasets] if isinstance(datasets, str) else list(datasets)
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"([\w-]+/)?[\w.-]+", name, re.ASCII):
+            raise ValueError(f"datasets must be names of data sets of the Hub like 'user/name', got {name!r}.")
+    return names
+
+
+# ---- metadata ----------------------------------------------------------------------------------------------------
+
+
+def _metadata(run: RunRecord, licence: str | None, datasets: list[str]) -> ModelCardData:
+    """What the Hub reads: only numbers of the weights that are here, on data that have a name."""
+    results = [_result(m) for m in run.claimed]
+    kind = {"vdm": ["variational-diffusion-model"], "ddpm": ["ddpm"]}.get(str(run.options.get("objective")), [])
+    conditional = ["class-conditional"] if run.pipe.unet.config.num_class_embeds is not None else []
+    return ModelCardData(
+        license=licence,
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        tags=["diffusers_vdm", *kind, "likelihood", *conditional],
+        datasets=datasets or None,
+        model_name=run.name if results else None,
+        eval_results=results or None,
+    )
+
+
+def _result(m: Measurement) -> EvalResult:
+    """A number in the Hub's format, with all that it must be quoted with as arguments of the metric."""
+    # a hexadecimal number may read as 1e9 in YAML, a word before it may not
+    data_fingerprint = one_line(f"blake2b {m.data_fingerprint}") if m.data_fingerprint else None
+    arguments = {
+        "stderr": m.stderr_bpd,
+        "stderr_is_of": m.stderr_is_of if m.stderr_bpd is not None else None,
+        "method": m.method,
+        "num_steps": m.num_steps or (None if m.method == "ode" else "continuous time"),
+        "num_images": m.num_images,
+        "num_draws": m.num_draws,
+        "weights": m.weights,
+        "step": m.step,
+        "convention": m.convention,
+        **{f"{term}_bpd": value for term, value in m.terms_bpd.items()},
+        "data_fingerprint": data_fingerprint,
+        **m.details,
+    }
+    plain = {k: one_line(v) if isinstance(v, str) else v for k, v in arguments.items() if v not in (None, "")}
+    name = one_line(m.data.name)
+    return EvalResult(
+        task_type="unconditional-image-generation",
+        task_name="Unconditional image generation",
+        dataset_type=name if m.data.is_repository else re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-") or "data",
+        dataset_name=name,
+        dataset_split=one_line(m.data.split) if m.data.split else None,
+        metric_type="bits-per-dim",
+        metric_name=one_line(f"bits/dim ({m.quantity})"),
+        metric_value=m.bpd,
+        metric_args=plain,
+    )

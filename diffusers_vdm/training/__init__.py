@@ -1,0 +1,1 @@
+"""What a training run consists of: keyed batches, averages, checkpoints, metrics, stopping, sharding."""

@@ -1,0 +1,94 @@
+"""Batches of training whose randomness is keyed: which images, which times, which noise.
+
+Every random draw of training is a function of (seed, step, position in the global batch), never of what was drawn
+before. So a resumed run is the run that was never stopped, and how the batch is split over processes and accumulation
+steps matters for nothing but the masks of dropout, which are drawn for each batch of each process.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from ..data.image_stream import ImageStream
+from ..data.images import ImageSet
+from ..randomness import key_to_seed, keyed_generator  # noqa: F401
+
+# share of the images whose class is withheld from a class-conditional network
+LABEL_DROPOUT = 0.1
+
+
+def batch_indices(positions: Iterable[int], num_images: int, seed: int) -> torch.Tensor:
+    """Which image stands at each of `positions` of the endless order of training: one permutation after another.
+
+    The permutation of an epoch is keyed on (seed, epoch), so no order needs to be replayed to find one's place.
+    """
+    positions = list(positions)
+    orders = {epoch: _order(num_images, seed, epoch) for epoch in {p // num_images for p in positions}}
+    return torch.stack([orders[p // num_images][p % num_images] for p in positions])
+
+
+@functools.lru_cache(maxsize=2)  # the epoch at hand and the next one
+def _order(num_images: int, seed: int, epoch: int) -> torch.Tensor:
+    return torch.randperm(num_images, generator=keyed_generator(seed, "order", epoch))
+
+
+@dataclass(frozen=True)
+class KeyedBatch:
+    """One micro-batch and all its randomness, on the CPU."""
+
+    images: torch.Tensor
+    labels: torch.Tensor | None
+    augmented: torch.Tensor
+    withheld: torch.Tensor
+    t: torch.Tensor
+    eps: torch.Tensor
+    eps_0: torch.Tensor
+
+
+def keyed_batch(
+    data: ImageSet | ImageStream,
+    step: int,
+    rows: range,
+    global_batch_size: int,
+    seed: int,
+    random_flip: bool = False,
+    random_rotation: bool = False,
+    label_dropout: float = LABEL_DROPOUT,
+) -> KeyedBatch:
+    """Rows `rows` of the global batch of `step`: images in keyed order, and all that is drawn for each of them.
+
+    t_i = (u + i/B) mod 1 over the whole global batch, whoever computes its rows [VDM app. I.1]. `augmented` is 1 where
+    an image was flipped or turned by a multiple of 90°, which the network must be told [VDM app. B], and `withheld` is
+    true for a share `label_dropout` of the labels.
+    """
+    positions = [step * global_batch_size + i for i in rows]
+    if isinstance(data, ImageSet):
+        index = batch_indices(positions, len(data), seed)
+        images, labels = data.images[index], None if data.labels is None else data.labels[index]
+    else:
+        images, labels = data.batch(positions)
+    shift = torch.rand((), generator=keyed_generator(seed, "t", step), dtype=torch.float64)
+    t = (shift + torch.tensor(list(rows), dtype=torch.float64) / global_batch_size) % 1.0
+    noise = torch.empty((len(rows), 2, *images.shape[1:]))
+    augmented, withheld = torch.zeros(len(rows)), torch.zeros(len(rows), dtype=torch.bool)
+    turned = []
+    for k, i in enumerate(rows):
+        generator = keyed_generator(seed, "noise", step, i)
+        torch.randn(noise.shape[1:], generator=generator, out=noise[k])
+        flip, withhold, turn = torch.rand(3, generator=generator).tolist()
+        quarters = int(4 * turn) if random_rotation else 0
+        flip = random_flip and flip < 0.5
+        withheld[k], augmented[k] = withhold < label_dropout, float(flip or quarters > 0)
+        if augmented[k]:
+            image = images[k].flip(-1) if flip else images[k]
+            turned.append((k, torch.rot90(image, quarters, (-2, -1))))
+    if turned:
+        images = images.clone()  # of a memory-mapped set, too
+        for k, image in turned:
+            images[k] = image
+    eps, eps_0 = (part.contiguous() for part in noise.unbind(1))
+    return KeyedBatch(images, labels, augmented, withheld, t, eps, eps_0)

@@ -1,0 +1,286 @@
+"""Checkpoints of a run: safetensors and JSON that are whole or not there, and what makes a run the same run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import platform
+import re
+import shutil
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import logging
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ..files import write_atomically
+from .sharding import sharded_like
+
+logger = logging.get_logger(__name__)
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+# ---- folders -----------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    output_dir: str | os.PathLike,
+    step: int,
+    tensors: dict[str, dict[str, torch.Tensor]],
+    state: dict[str, Any],
+    total_limit: int | None = None,
+    milestone_steps: int | None = None,
+) -> Path:
+    """Writes `output_dir/checkpoint-{step}` as safetensors and JSON: under another name first, then renamed.
+
+    Each group of `tensors` is a file, `state` is anything that JSON holds. With `total_limit` only so many of the
+    newest checkpoints are kept, at least one, and those at multiples of `milestone_steps` besides. Every file is on
+    the disk before the name is. Returns the folder.
+
+    Raises: `OSError` where it cannot be written, a full disk; what was there before is still there then.
+    """
+    output_dir = Path(output_dir)
+    final, temporary = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.tmp"
+    for left_over in output_dir.glob(".checkpoint-*"):  # of a process that was killed
+        shutil.rmtree(left_over, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        digests = {}
+        for name, group in tensors.items():
+            path = temporary / f"{name}.safetensors"
+            save_file({key: value.detach().cpu().contiguous() for key, value in group.items()}, path)
+            _sync(path)
+            digests[path.name] = _digest(path)
+        write_atomically(temporary / "state.json", json.dumps({**state, "step": step, "files": digests}, indent=2))
+        for path in temporary.glob("*.safetensors"):  # written for the owner alone, unlike the JSON
+            shutil.copymode(temporary / "state.json", path)
+        _sync(temporary)
+        if final.exists():
+            _remove(final)
+        os.rename(temporary, final)
+        _sync(output_dir)
+    except SafetensorError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"{final} could not be written: {error}") from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs the space
+        raise
+    if total_limit is not None:
+        remove_checkpoints(output_dir, keep=max(1, total_limit), milestone_steps=milestone_steps)
+    return final
+
+
+def remove_checkpoints(output_dir: str | os.PathLike, keep: int = 0, milestone_steps: int | None = None) -> None:
+    """Removes the complete checkpoints but for the `keep` newest and those at multiples of `milestone_steps`."""
+    complete = list_checkpoints(output_dir)
+    for folder in complete[: max(0, len(complete) - keep)]:
+        if not (milestone_steps and step_of(folder) % milestone_steps == 0):
+            _remove(folder)
+
+
+def list_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    folders = [p for p in Path(output_dir).glob("checkpoint-*") if _CHECKPOINT.fullmatch(p.name)]
+    return sorted((p for p in folders if (p / "state.json").is_file()), key=step_of)
+
+
+def load_checkpoint(folder: str | os.PathLike) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+    """What [`save_checkpoint`] wrote: `(tensors, state)`.
+
+    Raises: `ValueError` for a folder that is not a checkpoint, and for one of which a file is not as it was written.
+    """
+    folder = Path(folder)
+    if not (folder / "state.json").is_file():
+        raise ValueError(f"{folder} is not a complete checkpoint: it has no state.json.")
+    tensors, path = {}, folder / "state.json"
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        for name, digest in state["files"].items():
+            path = folder / Path(name).name
+            if _digest(path) != digest:
+                raise ValueError("its content is not what was written")
+            tensors[path.stem] = load_file(path)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
+        reason = "it is missing" if isinstance(error, FileNotFoundError) else error
+        raise ValueError(f"{path} is damaged ({reason}); go on from an older checkpoint, by its folder.") from error
+    return tensors, state
+
+
+def load_latest(
+    output_dir: str | os.PathLike,
+) -> tuple[Path, dict[str, dict[str, torch.Tensor]], dict[str, Any]] | None:
+    """The newest checkpoint that is not damaged, `(folder, tensors, state)`; `None` where there was never one.
+
+    A damaged one is named in the log and the one before is taken. Raises `ValueError` if all are damaged.
+    """
+    folders = list_checkpoints(output_dir)
+    for folder in reversed(folders):
+        try:
+            return folder, *load_checkpoint(folder)
+        except ValueError as error:
+            logger.warning(str(error).split(";")[0] + "; the checkpoint before it is used.")
+    if folders:
+        raise ValueError(f"every checkpoint in {output_dir} is damaged; start anew with --overwrite_output_dir.")
+    return None
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint, by its name."""
+    return int(folder.name.split("-")[1])
+
+
+def _remove(folder: Path) -> None:
+    """Away under its name at once, so that what an interruption leaves is not taken for a checkpoint."""
+    doomed = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        digest.update(content)
+    return digest.hexdigest()
+
+
+# ---- optimisers --------------------------------------------------------------------------------------------------
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimiser's moments and counters as flat tensors, `"{parameter index}.{name}"`."""
+    state = optimizer.state_dict()["state"]
+    return {f"{i}.{name}": torch.as_tensor(value) for i, entry in state.items() for name, value in entry.items()}
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Puts back what [`optimizer_tensors`] took, in whole tensors; the options of its groups stay."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in tensors.items():
+        i, name = key.split(".", 1)
+        state.setdefault(int(i), {})[name] = sharded_like(value, parameters[int(i)])
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def rate_state(lr_scheduler: torch.optim.lr_scheduler.LRScheduler) -> dict[str, Any]:
+    """Where a schedule of learning rates stands, as JSON can hold it; its functions are made anew."""
+    return {name: value for name, value in lr_scheduler.state_dict().items() if name != "lr_lambdas"}
+
+
+def load_rate_state(lr_scheduler: torch.optim.lr_scheduler.LRScheduler, state: dict[str, Any]) -> None:
+    """Puts back what [`rate_state`] took, in the schedule and in its optimiser."""
+    lr_scheduler.load_state_dict({**lr_scheduler.state_dict(), **state})
+    for group, rate in zip(lr_scheduler.optimizer.param_groups, state["_last_lr"], strict=True):
+        group["lr"] = rate
+
+
+# ---- the same run ------------------------------------------------------------------------------------------------
+
+# options that a resumed run may change: they say where to and how often, not what is trained
+FREE_OPTIONS = frozenset({
+    "output_dir", "overwrite_output_dir", "logging_steps", "eval_steps", "eval_batch_size", "eval_samples",
+    "max_eval_images", "num_images", "ddpm_num_inference_steps", "checkpointing_steps", "checkpoints_total_limit",
+    "milestone_steps", "resume_from_checkpoint", "allow_changed", "logger", "logging_dir", "push_to_hub",
+    "hub_strategy", "hub_include_code", "hub_license",
+    "hub_model_id", "hub_token", "hub_private_repo", "cache_dir", "dataloader_num_workers", "num_threads",
+    "gradient_checkpointing", "train_batch_size", "gradient_accumulation_steps", "save_images_epochs",
+    "save_model_epochs", "max_nonfinite_steps", "decoded_cache", "dry_run", "allow_shared", "skip_damaged",
+})  # fmt: skip
+
+
+def check_same_run(before: dict[str, Any], now: dict[str, Any], allowed: Collection[str] = ()) -> str | None:
+    """`ValueError` if two descriptions of a run differ in what is trained: options, data, global batch.
+
+    A description holds `"options"`, `"data"`, `"global_batch_size"` and `"num_processes"`. `allowed` names options, or
+    `"data"`, that may differ nevertheless; [`FREE_OPTIONS`] always may.
+
+    Returns: what is to be told of a global batch that is split in another way, `None` if it is not.
+    """
+    fixed = (set(now["options"]) & set(before["options"])) - FREE_OPTIONS
+    if str(now["options"].get("lr_scheduler")).startswith("constant"):  # else the rates depend on where they end
+        fixed -= {"max_train_steps", "num_epochs"}
+    pairs = {name: (before["options"][name], now["options"][name]) for name in fixed}
+    pairs |= {name: (before[name], now[name]) for name in ("data", "global_batch_size")}
+    differ = {
+        k: v
+        for k, v in sorted(pairs.items())
+        if _plain(v[0]) != _plain(v[1]) and k not in set(allowed) - {"global_batch_size"}
+    }
+    told = [f"{name}: {a!r} → {b!r}" for name, (a, b) in differ.items()]
+    if told:
+        raise ValueError(
+            f"this is not the same run: {'; '.join(told)}. Start a new one in another output_dir, or name what may "
+            "differ by allow_changed."
+        )
+    splits = [
+        f"{run['num_processes']} × {run['options']['train_batch_size']}"
+        f" × {run['options']['gradient_accumulation_steps']} (processes × batch × accumulation)"
+        for run in (before, now)
+    ]
+    if splits[0] == splits[1]:
+        return None
+    masks = "; the masks of dropout are others from here on" if now["options"].get("dropout") else ""
+    return f"{splits[0]} → {splits[1]}: the same data order, global batch and noise{masks}"
+
+
+def machine_of(device: torch.device) -> dict[str, Any]:
+    """What the rounding of sums depends on beside versions: the device and, of a CPU, instructions and threads."""
+    if device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(device), "cudnn": torch.backends.cudnn.version()}
+    if device.type != "cpu":
+        return {"device": device.type}
+    return {
+        "device": _processor(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, "") or platform.processor() or platform.machine() or "cpu"
+
+
+def rounding_changes(before: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """What to say where a run goes on otherwise than it was saved, so that sums are rounded in other ways.
+
+    Two descriptions of a run are compared by `"machine"`, as [`machine_of`] gives it, and torch's version in
+    `"versions"`, as far as both hold them: checkpoints of earlier versions do not. `None` where nothing differs.
+    """
+    pairs = {name: (before.get("machine", {}).get(name), value) for name, value in now.get("machine", {}).items()}
+    pairs["torch"] = (before.get("versions", {}).get("torch"), now.get("versions", {}).get("torch"))
+    differ = [f"{name}: {a} → {b}" for name, (a, b) in pairs.items() if None not in (a, b) and a != b]
+    if not differ:
+        return None
+    return f"{'; '.join(differ)}: from here on the numbers are the same up to rounding, not bit for bit"
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
+
+
+def check_allowed(names: Iterable[str], options: Collection[str]) -> None:
+    """`ValueError` unless each of `names` is an option or `"data"`; the global batch is never free to change."""
+    unknown = sorted(set(names) - set(options) - {"data"})
+    if unknown:
+        raise ValueError(f"allow_changed must name options, or data; there is no {unknown[0]!r}.")

@@ -1,0 +1,36 @@
+"""Optimizer steps with finite gradients only."""
+
+from __future__ import annotations
+
+import torch
+
+from ..randomness import key_to_seed, keyed_generator  # noqa: F401
+from .sharding import replicated_like, whole
+
+
+class FiniteSteps:
+    """Optimiser steps with finite gradients only: others change nothing, and are counted.
+
+    The decision stays on the device, so that nothing waits for it: a fused optimiser of torch skips its update where
+    its `found_inf` is one. Gradients, and so the decision, are the same on every process.
+
+    Attributes: `skipped` and `in_row`, scalar tensors on the device: steps skipped in all, and since the last good
+    one.
+    """
+
+    def __init__(self, device: torch.device | str):
+        self.skipped = torch.zeros((), device=device)
+        self.in_row = torch.zeros((), device=device)
+
+    def step(self, optimizer: torch.optim.Optimizer, gradient_norm: torch.Tensor, has_scaler: bool = False) -> None:
+        """`optimizer.step()`, without effect if `gradient_norm` is not finite; a `GradScaler` sees to that itself."""
+        bad = (~whole(gradient_norm).isfinite()).float()
+        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+        if not has_scaler:
+            inner.found_inf = replicated_like(bad, gradient_norm)
+        optimizer.step()
+        if not has_scaler:
+            del inner.found_inf
+        bad = bad.to(self.skipped.device)
+        self.skipped += bad
+        self.in_row = (self.in_row + 1) * bad

@@ -1,0 +1,300 @@
+"""What train.py trains: the objective, its optimiser and averages, and a checkpoint that holds all of it."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast_object_list
+from diffusers.optimization import get_scheduler
+
+from ..evaluation.monte_carlo import evaluate_bound
+from ..objectives import SimpleObjective, VariationalBound
+from ..randomness import key_to_seed
+from ..threads import in_order
+from ..times import ImportanceTimes
+from . import checkpoints
+from .averages import WeightAverages
+from .batches import keyed_batch
+from .finite_steps import FiniteSteps
+from .metrics import LossMeter
+from .sharding import gathered, sharded_like, whole
+
+
+class Clock:
+    """Seconds of training, without what is done between steps, and how long of them was waited for data."""
+
+    def __init__(self):
+        self.seconds, self.waited, self.steps, self._mark = 0.0, 0.0, 0, None
+
+    def go(self) -> None:
+        self._mark = time.perf_counter() if self._mark is None else self._mark
+
+    def pause(self) -> None:
+        if self._mark is not None:
+            self.seconds, self._mark = self.seconds + time.perf_counter() - self._mark, None
+
+
+class Run:
+    """What is trained and all that a checkpoint holds of it."""
+
+    def __init__(self, o: argparse.Namespace, accelerator, data, unet, noise_schedule):
+
+        self.o, self.accelerator, self.data = o, accelerator, data
+        # what is measured and saved; under FSDP a whole copy of what is trained, which [`lent`] fills
+        self.is_sharded = accelerator.distributed_type.value == "FSDP"
+        self.unet, self.noise_schedule = (
+            copy.deepcopy((unet, noise_schedule)) if self.is_sharded else (unet, noise_schedule)
+        )
+        self.out, world = Path(o.output_dir), accelerator.num_processes
+        self.num_images = data.num_images  # as declared: a stream may learn it on the way
+        shared = {"num_levels": data.num_levels, "prediction_type": o.prediction_type}
+        # a DDPM knows the T levels of its betas, so that its bound has the T − 1 steps between them
+        bound_steps = o.num_timesteps if o.schedule != "linear_beta" or o.objective == "vdm" else o.ddpm_num_steps - 1
+        # apart from the objective, which accelerate puts under autocast: bits/dim are measured in float32
+        self.bound = VariationalBound(self.unet, self.noise_schedule, num_timesteps=bound_steps, **shared)
+        if o.objective == "vdm":
+            self.objective = VariationalBound(unet, noise_schedule, num_timesteps=o.num_timesteps, **shared)
+        else:
+            self.objective = SimpleObjective(unet, noise_schedule, **shared)
+        self.global_rows = o.train_batch_size * o.gradient_accumulation_steps * world
+        self.total = o.max_train_steps or math.ceil(o.num_epochs * data.num_images / self.global_rows)
+        groups = [{"params": list(unet.parameters())}]
+        if any(p.requires_grad for p in noise_schedule.parameters()):  # decay would pull γ to a shape of its own
+            own = {"weight_decay": 0.0, "lr": o.gamma_learning_rate or 10 * o.learning_rate}
+            groups.append({"params": list(noise_schedule.parameters()), **own})
+        optimizer = torch.optim.AdamW(
+            groups, o.learning_rate, (o.adam_beta1, o.adam_beta2), o.adam_epsilon, o.adam_weight_decay, fused=True
+        )
+        steps = {"num_warmup_steps": o.lr_warmup_steps, "num_training_steps": self.total}
+        self.lr_scheduler = get_scheduler(o.lr_scheduler, optimizer, **steps)
+        self.wrapped, self.optimizer = accelerator.prepare(self.objective, optimizer)
+        self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
+        # what is measured and saved, the first as the pipeline; None: raw weights
+        self.decays = o.ema_decays or [None]
+        self.averages = WeightAverages(self.parameters, o.ema_decays, o.ema_inv_gamma, o.ema_power)
+        self.finite, self.meter = FiniteSteps(accelerator.device), LossMeter(accelerator.device)
+        self.times = ImportanceTimes(accelerator.device) if o.importance_sampling else None
+        self.step, self.sums = 0, []
+        self.next_inputs: list[tuple[int, dict]] = []  # the micro-batches of the next step
+        # the plan tells
+        self.flops_per_image = self.flops_per_second = 0
+        self.histogram_bpd, self.held_out = None, {}
+
+    def description(self) -> dict:
+        """What a run is: its options, its data, and what it ran on."""
+        import accelerate
+        import diffusers
+
+        import diffusers_vdm
+
+        device = self.accelerator.device
+        modules = (torch, diffusers, accelerate, diffusers_vdm)
+        return {
+            "options": {k: v for k, v in vars(self.o).items() if k != "given"} | {"hub_token": None},
+            "given": self.o.given,
+            "total_steps": self.total,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "machine": checkpoints.machine_of(device),
+            "held_out": self.held_out,
+            "histogram_bpd": self.histogram_bpd,
+            "data": {"name": self.data.name, "images": self.num_images, "fingerprint": self.data.fingerprint},
+            "columns": {"image": self.data.image_column, "label": self.data.label_column},
+            "class_names": self.data.class_names if self.o.class_conditional else None,
+            "files": self.data.files,
+            "damaged": list(self.data.damaged),
+            "global_batch_size": self.global_rows,
+            "num_processes": self.accelerator.num_processes,
+            "versions": {module.__name__: module.__version__ for module in modules},
+        }
+
+    def batches(self):
+        """The micro-batches of this process from the next step on, made ahead by threads."""
+        o, rank, world = self.o, self.accelerator.process_index, self.accelerator.num_processes
+
+        def make(key: tuple[int, int]):
+            step, micro = key
+            first = (micro * world + rank) * o.train_batch_size
+            rows = range(first, first + o.train_batch_size)
+            augmentations = (o.random_flip, o.random_rotation, o.label_dropout)
+            batch = keyed_batch(self.data, step, rows, self.global_rows, o.seed, *augmentations)
+            inputs = {"images": batch.images, "t": batch.t, "eps": batch.eps}
+            if o.objective == "vdm":
+                inputs["eps_0"] = batch.eps_0
+            if (o.random_flip or o.random_rotation) and getattr(self.unet.config, "augmentation_flag", False):
+                inputs["augmentation_flags"] = batch.augmented
+            if self.unet.config.num_class_embeds is not None:
+                null = torch.full_like(batch.labels, self.unet.config.num_class_embeds)
+                inputs["class_labels"] = torch.where(batch.withheld, null, batch.labels)
+            if self.accelerator.device.type == "cuda":
+                inputs = {name: tensor.pin_memory() for name, tensor in inputs.items()}
+            return key_to_seed(o.seed, "dropout", step, first), inputs
+
+        micros = range(o.gradient_accumulation_steps)
+        keys = ((step, micro) for step in range(self.step, self.total) for micro in micros)
+        # a stream decodes with threads of its own, and gives its images one batch after another
+        workers = 1 if o.streaming else max(1, o.dataloader_num_workers)
+        return in_order(make, keys, workers, look_ahead=2 * workers)
+
+    def fetch(self, batches) -> float:
+        """Waits for all micro-batches of the next step, before any of them changes a thing; returns the seconds.
+
+        Raises: `ValueError`, `OSError` for images that cannot be read.
+        """
+        clock = time.perf_counter()
+        self.next_inputs = [next(batches) for _ in range(self.o.gradient_accumulation_steps)]
+        return time.perf_counter() - clock
+
+    def train_step(self) -> None:
+        """One optimiser step on what `fetch` got."""
+        parts, self.next_inputs = self.next_inputs, []
+        for seed, inputs in parts:
+            inputs = {k: v.to(self.accelerator.device, non_blocking=True) for k, v in inputs.items()}
+            if self.times is not None:
+                inputs["t"], inputs["t_density"] = self.times.warp(inputs["t"])
+            torch.manual_seed(seed)
+            with self.accelerator.accumulate(self.wrapped):
+                with self.accelerator.autocast():  # under FSDP2 accelerate leaves it out
+                    output = self.wrapped(**inputs)
+                loss = output.loss
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients:
+                    norm = self.accelerator.clip_grad_norm_(self.parameters, self.o.max_grad_norm)
+                    self.finite.step(self.optimizer, norm, has_scaler=self.accelerator.scaler is not None)
+                    self.optimizer.zero_grad()
+            self.meter.add(loss)
+            if self.times is not None:
+                self.times.add(inputs["t"], output.diffusion * inputs["t_density"])
+        if self.times is not None:
+            self.times.step(self.accelerator)
+        self.lr_scheduler.step()
+        self.averages.step()
+        self.step += 1
+
+    @contextmanager
+    def lent(self, decay: float | None = None):
+        """Within the context `unet`, `noise_schedule` and `bound` have the averaged weights; all must enter it."""
+        with self.averages.lent(decay):
+            if not self.is_sharded:
+                yield
+                return
+            self.bound.to(self.accelerator.device)
+            trained = dict(self.objective.named_parameters())
+            with torch.no_grad():
+                for name, parameter in self.bound.named_parameters():
+                    parameter.copy_(whole(trained[name]))
+        try:
+            yield
+        finally:
+            self.bound.to("cpu")  # a process has no room for it while it trains
+
+    def evaluate(self, test, num_samples: int, num_images: int | None, decay: float | None):
+        labels = test.labels[:num_images] if self.unet.config.num_class_embeds is not None else None
+        with self.lent(decay):
+            return evaluate_bound(
+                self.bound,
+                test.images[:num_images],
+                class_labels=labels,
+                num_samples=num_samples,
+                batch_size=self.o.eval_batch_size,
+                accelerator=self.accelerator,
+            )
+
+    def gather(self) -> None:
+        """The losses of all processes since the last line of metrics; all must call it."""
+        self.sums = self.meter.gather(self.accelerator)
+
+    def losses(self) -> dict:
+        """What a line of metrics says of them, and of the step."""
+        mean = self.meter.mean(self.sums)
+        return {
+            "train_bpd" if self.o.objective == "vdm" else "train_mse": None if math.isnan(mean) else mean,
+            "learning_rate": self.lr_scheduler.get_last_lr()[0],
+            "skipped_steps": int(self.finite.skipped),
+        }
+
+    def speed(self, clock: Clock) -> dict:
+        """Images per second, their FLOPs as a share of what the devices can do, and the share of waiting for data."""
+        if not clock.seconds:
+            return {}
+        images = clock.steps * self.global_rows / clock.seconds
+        share = images * self.flops_per_image / self.flops_per_second if self.flops_per_second else None
+        return {"images_per_second": images, "flop_utilisation": share, "data_wait": clock.waited / clock.seconds}
+
+    def check_finite(self) -> None:
+        """`ValueError` after too many steps in a row that had to be skipped."""
+        in_row = int(self.finite.in_row)
+        if in_row >= self.o.max_nonfinite_steps:
+            last = checkpoints.list_checkpoints(self.out)
+            raise ValueError(
+                f"the gradients of {in_row} steps in a row, up to step {self.step}, were not finite; all were "
+                f"skipped. The last checkpoint is {last[-1] if last else 'none'}; go on from it with a lower "
+                "--learning_rate (and --allow_changed learning_rate)"
+            )
+
+    def save(self) -> None:
+        """Writes a checkpoint, with the losses as they were gathered; all processes must call it."""
+        tensors = {"model": self.objective.state_dict(), "optimizer": checkpoints.optimizer_tensors(self.optimizer)}
+        if self.times is not None:
+            tensors["importance"] = {"sums": self.times.sums}
+        tensors = gathered(tensors | self.averages.tensors(), keep=self.accelerator.is_main_process)
+        if tensors is None:
+            return
+        rates = checkpoints.rate_state(self.lr_scheduler)
+        state = {"run": self.description(), "lr_scheduler": rates, "sums": self.sums}
+        state |= {name: float(getattr(self.finite, name)) for name in ("skipped", "in_row")}
+        if self.o.streaming:
+            state["stream"] = self.data.state_dict()
+        if self.accelerator.scaler is not None:
+            state["scaler"] = self.accelerator.scaler.state_dict()
+        limits = (self.o.checkpoints_total_limit, self.o.milestone_steps)
+        checkpoints.save_checkpoint(self.out, self.step, tensors, state, *limits)
+
+    def resume(self) -> None:
+        """Goes on from the checkpoint that was asked for; from the start if there is none yet."""
+        name, allowed = self.o.resume_from_checkpoint, self.o.allow_changed or ()
+        found = [None]
+        in_output_dir = name in ("latest", "last-checkpoint")
+        if in_output_dir and self.accelerator.is_main_process:  # one process decides which one is the newest
+            found = [checkpoints.load_latest(self.out)]
+        folder = Path(name) if not in_output_dir else broadcast_object_list([found[0] and str(found[0][0])])[0]
+        options = self.out / "options.json"
+        if folder is None:
+            if options.is_file():
+                checkpoints.check_same_run(
+                    json.loads(options.read_text(encoding="utf-8")), self.description(), allowed
+                )
+            return self.accelerator.print(f"there is no checkpoint in {self.out} yet: a new run")
+        tensors, state = found[0][1:] if found[0] else checkpoints.load_checkpoint(folder)
+        now = self.description()
+        told = (
+            checkpoints.check_same_run(state["run"], now, allowed),
+            checkpoints.rounding_changes(state["run"], now),
+        )
+        self.accelerator.print("\n".join([f"going on from {folder}", *(line for line in told if line)]))
+        try:
+            here = self.objective.state_dict()
+            model = {name: sharded_like(t, here.get(name, t)) for name, t in tensors["model"].items()}
+            self.objective.load_state_dict(model)
+        except RuntimeError as error:
+            raise ValueError(f"{folder} is of another model: {str(error).splitlines()[1].strip()}") from error
+        self.averages.load(tensors)
+        checkpoints.load_optimizer_tensors(self.optimizer, tensors["optimizer"])
+        checkpoints.load_rate_state(self.lr_scheduler, state["lr_scheduler"])
+        if self.accelerator.scaler is not None and "scaler" in state:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.times is not None and "importance" in tensors:
+            self.times.sums.copy_(tensors["importance"]["sums"])
+        if self.o.streaming and "stream" in state:
+            self.data.load_state_dict(state["stream"])
+        self.meter.load(state["sums"], self.accelerator.process_index, self.accelerator.num_processes)
+        self.finite.skipped.fill_(state["skipped"])
+        # a run that ended by its limit gets as many steps again, with a lower rate as a rule
+        self.finite.in_row.fill_(state["in_row"] if state["in_row"] < self.o.max_nonfinite_steps else 0)
+        self.step = state["step"]
