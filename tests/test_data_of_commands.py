@@ -202,3 +202,58 @@ def test_a_damaged_file_costs_a_streamed_run_nothing(tmp_path, config, processes
     assert lines[0] == lines[1]
     weights = [(f / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() for f in (out, whole)]
     assert weights[0] == weights[1]
+
+
+# ---- streams and resumed runs --------------------------------------------------------------------------------------
+
+
+def test_a_streamed_held_out_set_ends_where_the_split_ends(tmp_path, config):
+    path = parquet_folder(tmp_path / "data", [(png(i), 0) for i in range(6)])
+    parquet_folder(tmp_path / "data", [(png(100 + i), 0) for i in range(3)], name="test")
+    _, test = options(tmp_path, config, "--dataset_name", path, "--streaming", "--max_eval_images", 20)
+    assert sorted(test.images[:, 0, 0, 0].tolist()) == [100, 101, 102] and "3 images" in test.name
+
+
+@pytest.mark.parametrize("split", ["train+test", "all"])
+def test_a_stream_of_several_splits_is_compared_by_their_names(tmp_path, config, split):
+    path = parquet_folder(tmp_path / "data", [(png(i), 0) for i in range(6)])
+    parquet_folder(tmp_path / "data", [(png(100), 0)], name="test")
+    with pytest.raises(ValueError, match="among the training"):
+        options(
+            tmp_path, config, "--dataset_name", path, "--streaming", "--max_eval_images", 1, "--train_split", split
+        )
+
+
+def test_an_empty_split_beside_does_not_turn_the_checks_off(tmp_path, config):
+    path = parquet_folder(tmp_path / "data", [(png(i, (9, 5)), 0) for i in range(6)])
+    parquet_folder(tmp_path / "data", [(png(9, (9, 5)), 0)], name="test")
+    parquet_folder(tmp_path / "data", [], name="validation")
+    both = ["--dataset_name", path, "--resolution", 4]
+    with pytest.raises(ValueError, match="1 of the held-out images"):
+        options(tmp_path, config, *both, "--train_split", "train+test")
+    with pytest.raises(ValueError, match="takes some images twice"):
+        options(tmp_path, config, *both, "--train_split", "train[:5]+train[2:3]")
+    assert len(evaluated(tmp_path, model(tmp_path), "--dataset_name", path, "--resolution", 4)) == 1
+
+
+def test_an_evaluation_reads_the_files_that_rows_name(tmp_path):
+    write(tmp_path / "data", "a/0.png", "a/1.png", "b/2.png")
+    (tmp_path / "data" / "b" / "3.png").write_bytes(png(0))
+    files = "  data_files:\n  - split: train\n    path: a/*\n  - split: test\n    path: b/*\n"
+    (tmp_path / "data" / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n{files}---\n")
+    with pytest.raises(SystemExit, match="in other splits .*'train': 1"):
+        evaluated(tmp_path, model(tmp_path), "--dataset_name", tmp_path / "data")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", [[], ["--streaming"]])
+def test_a_run_does_not_go_on_with_other_classes(tmp_path, config, streaming):
+    path = write(tmp_path / "data", *(f"{s}/{c}/{i}.png" for s in ("train", "test") for c in "abc" for i in range(2)))
+    common = ["--train_data_dir", path, "--class_conditional", *streaming, "--cache_dir", tmp_path / "cache"]
+    common += [*TINY.format(config=config).split(), "--output_dir", tmp_path / "out"]
+    run("train.py", *common)
+    for split in ("train", "test"):
+        (tmp_path / "data" / split / "b").rename(tmp_path / "data" / split / "d")
+    more = ["--max_train_steps", 4, "--allow_changed", "max_train_steps", "--resume_from_checkpoint", "latest"]
+    done = run("train.py", *common, *more, check=False)
+    assert done.returncode == 1 and "this is not the same run" in done.stderr and "class_names" in done.stderr

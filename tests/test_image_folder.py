@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import subprocess
 import zipfile
 from pathlib import Path
 
@@ -12,10 +13,11 @@ import pytest
 from PIL import Image
 from test_images import DATASETS_LEAVES_FILES_OPEN, encoded, parquet_folder
 
+from diffusers_vdm.data.image_files import decode
 from diffusers_vdm.data.image_folder import SPLIT_WORDS, read_image_folder
 from diffusers_vdm.data.image_sources import open_source
 from diffusers_vdm.data.image_stream import ImageStream
-from diffusers_vdm.data.images import load_images
+from diffusers_vdm.data.images import count_shared, load_images
 
 QUIET = {"progress_bar": False}
 
@@ -572,3 +574,162 @@ def test_in_any_folder_every_image_is_used_once_or_the_folder_is_refused(tmp_pat
             pixels = stream.batch(range(len(data)))[0]
             assert sorted(pixels[:, 0, 0, 0].tolist()) == sorted(data.images[:, 0, 0, 0].tolist())
     assert 2 < refused < 38
+
+
+# ---- data sets that change, or are found twice -------------------------------------------------------------------
+
+
+def declared(root, value):
+    """A data set whose README.md says which files make which split, as a copy of one on the Hub."""
+    files = "  data_files:\n  - split: train\n    path: data/*\n  - split: test\n    path: heldout/*\n"
+    parquet_folder(root / "data", [(png(value), 0)], name="a")
+    parquet_folder(root / "heldout", [(png(value + 1), 0), (png(value + 2), 0)], name="b")
+    (root / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n{files}---\n")
+    return str(root)
+
+
+@pytest.mark.parametrize("decoded_cache", [False, True])
+def test_local_data_sets_of_one_name_are_kept_apart_and_changes_are_seen(tmp_path, decoded_cache):
+    options = {"cache_dir": str(tmp_path / "cache"), "decoded_cache": decoded_cache, **QUIET}
+    one, two = (declared(tmp_path / name / "faces", value) for name, value in (("A", 10), ("B", 20)))
+    assert indices(load_images(one, "test", **options)) == [11, 12]
+    assert indices(load_images(two, "test", **options)) == [21, 22]
+    parquet_folder(tmp_path / "A" / "faces" / "heldout", [(png(31), 0), (png(32), 0)], name="b")
+    assert indices(load_images(one, "test", **options)) == [31, 32]
+    parquet_folder(tmp_path / "A" / "faces" / "heldout", [(png(33), 0)], name="c")
+    assert indices(load_images(one, "test", **options)) == [31, 32, 33]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_save_to_disk_wrote_is_read_without_what_map_cached(tmp_path, streaming):
+    features = datasets.Features({"image": datasets.Image()})
+    rows = [{"bytes": png(i), "path": None} for i in range(4)]
+    splits = {"train": rows[:3], "test": rows[3:]}
+    made = {name: datasets.Dataset.from_dict({"image": part}, features=features) for name, part in splits.items()}
+    datasets.DatasetDict(made).save_to_disk(str(tmp_path / "data"))
+    datasets.load_from_disk(str(tmp_path / "data")).map(lambda row: row)
+    assert list((tmp_path / "data" / "train").glob("cache-*.arrow"))
+    if streaming:
+        data = ImageStream(str(tmp_path / "data"), "train")
+        assert data.num_images == 3 and sorted(data.batch(range(3))[0][:, 0, 0, 0].tolist()) == [0, 1, 2]
+    else:
+        assert indices(load_images(str(tmp_path / "data"), "train", **QUIET)) == [0, 1, 2]
+        assert indices(load_images(str(tmp_path / "data"), "train[1:]+test", **QUIET)) == [1, 2, 3]
+        made["train"].save_to_disk(str(tmp_path / "single"))
+        assert indices(load_images(str(tmp_path / "single"), "train", **QUIET)) == [0, 1, 2]
+        with pytest.raises(ValueError, match="Unknown split 'validation'"):
+            load_images(str(tmp_path / "data"), "validation", **QUIET)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["train-1", "train-1-copy"], "holds one file twice"),
+        (["train-00000-of-00001", "train-00000-of-00001-copy"], "has 2 files of 'train', which are 1"),
+        (["train-00000-of-00002"], "lacks file 1 of the 2"),
+        (["train", "train.png"], r"1 files of .* are in no split, the first 'train.png'"),
+    ],
+)
+def test_sets_of_files_that_are_not_whole_are_refused(tmp_path, names, message):
+    parquet_folder(tmp_path / "new", [(png(1), 0)])
+    content = next((tmp_path / "new").iterdir()).read_bytes()
+    (tmp_path / "data").mkdir()
+    for name in names:
+        path = tmp_path / "data" / (name if name.endswith(".png") else f"{name}.parquet")
+        path.write_bytes(png(2) if name.endswith(".png") else content)
+    with pytest.raises(ValueError, match=message):
+        open_source(str(tmp_path / "data"), "train", cache_dir=str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("cropped", [False, True])
+def test_shared_images_are_found_whatever_the_crop_and_the_format(tmp_path, cropped):
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 256, (4, 40, 3), dtype=np.uint8)) for _ in range(4)]
+    train = parquet_folder(tmp_path / "train", [(encoded(image), 0) for image in pictures[:3]])
+    test = parquet_folder(tmp_path / "test", [(encoded(image, "bmp"), 0) for image in pictures[3:] + pictures[1:3]])
+    options = {"cache_dir": str(tmp_path / "cache"), "decoded_cache": True, **QUIET}
+    options |= {"resolution": 4} if cropped else {}
+    for _ in range(2):
+        assert count_shared(*(load_images(path, "train", **options) for path in (train, test))) == 2
+
+
+def test_images_that_rows_name_are_decoded_again_when_they_change(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "1.png").write_bytes(png(1))
+    rows = {"image": [{"bytes": None, "path": str(tmp_path / "1.png")}]}
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "data" / "train.parquet"))
+    options = {"cache_dir": str(tmp_path / "cache"), "decoded_cache": True, **QUIET}
+    assert indices(load_images(str(tmp_path / "data"), "train", **options)) == [1]
+    (tmp_path / "1.png").write_bytes(png(2))
+    assert indices(load_images(str(tmp_path / "data"), "train", **options)) == [2]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train2017/1.png", "val2017/2.png"],
+        ["trainA/1.png", "testA/2.png", "trainB/3.png"],
+        ["train_set/1.png", "test_set/2.png", "logo.png"],
+    ],
+)
+def test_folders_that_look_like_splits_are_no_classes(tmp_path, names):
+    with pytest.raises(ValueError, match="look like splits"):
+        loaded(write(tmp_path / "data", *names), "train", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("file_name,image\n1.png,2.png\n", "several columns that are called 'image'"),
+        ("image,file_name\n2.png,1.png\n", "several columns that are called 'image'"),
+        ("file_name\n", "lists no image"),
+        ("file_name,kind\n,1\n", "row 1 has None"),
+    ],
+)
+def test_metadata_that_say_two_things_or_none_are_refused(tmp_path, header, message):
+    path = write(tmp_path / "data", "1.png", "2.png")
+    (tmp_path / "data" / "metadata.csv").write_text(header)
+    with pytest.raises(ValueError, match=message):
+        loaded(path, "train", tmp_path)
+
+
+def test_odd_values_in_other_columns_do_no_harm(tmp_path):
+    path = write(tmp_path / "data", "1.png", "2.png")
+    lines = [
+        '{"file_name": "1.png", "id": 99999999999999999999999, "text": "a\u2028b"}',
+        '{"file_name": "2.png", "id": "x"}',
+    ]
+    (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert indices(loaded(path, "train", tmp_path)) == [0, 1]
+
+
+def test_equal_masks_in_two_splits_are_no_shared_images(tmp_path):
+    path = write(tmp_path / "data", "train/1.png", "test/2.png")
+    for split, name in (("train", "1.png"), ("test", "2.png")):
+        (tmp_path / "data" / split / "mask.png").write_bytes(png(99))
+        (tmp_path / "data" / split / "metadata.csv").write_text(f"file_name,mask_file_name\n{name},mask.png\n")
+    assert indices(loaded(path, "train", tmp_path, image_column="image")) == [0]
+    with pytest.raises(ValueError, match="images in two splits"):
+        loaded(path, "train", tmp_path, image_column="mask")
+
+
+def test_a_folder_of_any_depth_is_walked(tmp_path):
+    path, here = write(tmp_path / "data", "1.png"), os.getcwd()
+    os.chdir(path)
+    try:
+        for _ in range(1200):
+            os.mkdir("d")
+            os.chdir("d")
+        os.chdir(here)
+        assert indices(loaded(path, "train", tmp_path)) == [0]
+    finally:  # what removes the folders of tests would not get to the ground of it
+        os.chdir(here)
+        subprocess.run(["rm", "-rf", path], check=True)
+
+
+def test_values_that_pillow_would_rescale_are_refused():
+    with pytest.raises(ValueError, match="another range than 0 to 255"):
+        decode({"bytes": b"P5 2 2 200\n" + bytes([0, 100, 150, 200])}, None, False)
+    pixels = decode({"bytes": b"P5 2 2 255\n" + bytes([0, 100, 150, 200])}, None, False)
+    assert pixels.flatten().tolist() == [0, 100, 150, 200]

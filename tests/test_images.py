@@ -343,9 +343,9 @@ def test_the_cache_holds_the_same_images_and_their_hash(stored, tmp_path, monkey
     first = stored()
     (file,) = cache_files(tmp_path)
     with safe_open(file, "pt") as content:
-        assert set(content.keys()) == {"images", "labels"}
+        assert set(content.keys()) == {"images", "labels", "digests"}
         assert content.metadata()["fingerprint"] == plain.fingerprint
-    monkeypatch.setattr(images_module, "decode", None)  # nothing is decoded again
+    monkeypatch.setattr(images_module, "decode_image", None)  # nothing is decoded again
     monkeypatch.setattr(images_module.hashlib, "blake2b", key_only(images_module.hashlib.blake2b))
     again = stored()
     for data in (first, again):
@@ -412,7 +412,7 @@ def test_a_damaged_cache_is_noticed_and_made_again(stored, tmp_path, damage, cap
 
 
 def test_an_interrupted_write_leaves_nothing_that_is_taken_for_a_cache(stored, tmp_path, monkeypatch):
-    real, calls = images_module.decode, []
+    real, calls = images_module.decode_image, []
 
     def stops(*arguments):
         calls.append(arguments)
@@ -420,7 +420,7 @@ def test_an_interrupted_write_leaves_nothing_that_is_taken_for_a_cache(stored, t
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(images_module, "decode", stops)
+    monkeypatch.setattr(images_module, "decode_image", stops)
     with pytest.raises(KeyboardInterrupt):
         stored()
     assert not cache_files(tmp_path) and not list((tmp_path / "cache").rglob("*.tmp"))
@@ -441,8 +441,8 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_decoded(stored, tmp
 
 
 def _decode_in_a_process(path, cache, queue):
-    counted, real = [], images_module.decode
-    images_module.decode = lambda *arguments: counted.append(1) or real(*arguments)
+    counted, real = [], images_module.decode_image
+    images_module.decode_image = lambda *arguments: counted.append(1) or real(*arguments)
     options = {"is_folder": True, "cache_dir": cache, "progress_bar": False, "decoded_cache": True}
     queue.put((len(counted), load_images(path, "train", **options).fingerprint, len(counted)))
 
@@ -491,13 +491,13 @@ def test_memory_stays_flat(tmp_path):
             return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) / 1024
 
     load_images(path, "train[:20]", cache_dir=str(tmp_path / "cache"), decoded_cache=True, **OPTIONS)
-    base, peaks, real = anonymous(), [], images_module.decode
+    base, peaks, real = anonymous(), [], images_module.decode_image
     watched = lambda *arguments: peaks.append(anonymous()) or real(*arguments)  # noqa: E731
-    images_module.decode = watched
+    images_module.decode_image = watched
     try:
         data = load_images(path, "train", cache_dir=str(tmp_path / "cache"), decoded_cache=True, **OPTIONS)
     finally:
-        images_module.decode = real
+        images_module.decode_image = real
     print(f"{data.images.nbytes / 2**20:.0f} MB of images, peak {max(peaks) - base:.0f} MB")
     assert data.images.nbytes > 200 * 2**20 and max(peaks) - base < 40
     assert int(data.images[::7].max()) == 255 and anonymous() - base < 40
@@ -506,9 +506,9 @@ def test_memory_stays_flat(tmp_path):
 def test_crops_are_drawn_once_for_each_image():
     rng = np.random.default_rng(1)
     wide = picture(rng, (32, 8))
-    crops = [_pixels(wide, "RGB", False, 8, (0, i)) for i in range(20)]
+    crops = [_pixels(wide, 8, (0, i)) for i in range(20)]
     assert all(crop.shape == (3, 8, 8) for crop in crops)
-    assert np.array_equal(crops[3], _pixels(wide, "RGB", False, 8, (0, 3)))
+    assert np.array_equal(crops[3], _pixels(wide, 8, (0, 3)))
     assert len({crop.tobytes() for crop in crops}) > 5
     array = np.asarray(wide).transpose(2, 0, 1)
-    assert np.array_equal(_pixels(wide, "RGB", False, 8, None), array[:, :, 12:20])
+    assert np.array_equal(_pixels(wide, 8, None), array[:, :, 12:20])

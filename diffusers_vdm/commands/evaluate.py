@@ -249,7 +249,10 @@ def run_evaluation(o: argparse.Namespace, accelerator) -> None:
             "files": e.data.files,
             "image_column": e.data.image_column,
             "label_column": e.data.label_column,
-            **{name: getattr(o, name) for name in ("resolution", "center_crop", "image_mode", "frames")},
+            **{
+                name: getattr(o, name)
+                for name in ("resolution", "center_crop", "image_mode", "frames", "allow_shared")
+            },
         },
         "versions": {module.__name__: module.__version__ for module in modules},
         "num_processes": accelerator.num_processes,

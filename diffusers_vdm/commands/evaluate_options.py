@@ -190,6 +190,10 @@ def load_data(
         raise SystemExit(f"the model is of data with {num_levels} levels, {data.name} has {data.num_levels}")
     if num_classes is not None and data.labels is not None:
         check_classes(data, num_classes, class_names)
+        if not class_names and data.class_names and progress_bar:
+            print("classes by their numbers, as the model records no names:", ", ".join(data.class_names))
+    if num_classes is not None and data.labels is None and progress_bar:
+        print(f"{data.name} has no classes: this model, which has {num_classes}, is measured without them")
     return data
 
 
@@ -207,7 +211,10 @@ def check_classes(data, num_classes: int, class_names: list[str] | None) -> None
             f"{list(data.class_names)}: a label would stand for another class. Use the same names, or measure "
             "without classes by --label_column ''"
         )
-    if not class_names and data.class_names and len(data.class_names) != num_classes:
+    names = data.class_names or ()
+    numbers = [int(name) for name in names if name.isdecimal()]
+    misleading = len(numbers) == len(names) and numbers != list(range(len(names)))
+    if not class_names and names and (len(names) != num_classes or misleading):
         raise SystemExit(
             f"the model has {num_classes} classes, and {data.name} has {len(data.class_names)} "
             f"({', '.join(data.class_names[:10])}, …): their numbers need not mean the same. Measure without classes "

@@ -24,7 +24,8 @@ def check_classes(train, test) -> None:
     """`ValueError` unless the network will know each class of the held-out images."""
     if train.num_classes is None:
         raise ValueError(
-            f"--class_conditional: {train.name} has no classes; name them by --label_column ({train.files})"
+            f"--class_conditional: {train.name} has no classes; name their column by --label_column, which must be a "
+            f"ClassLabel where it is streamed ({train.files})"
         )
     if test.labels is None:
         raise ValueError(
@@ -85,8 +86,13 @@ def _load(o: argparse.Namespace, progress_bar: bool):
         raise ValueError(f"--max_eval_images must say how many of {held_out.name} to take: nobody declared its number")
     if not stream.num_images and (o.num_epochs or o.save_images_epochs or o.save_model_epochs):
         raise ValueError(f"--num_train_images must tell the length of an epoch of {stream.name}: nobody declared it")
+    images, labels = held_out.batch(range(count))
+    if held_out.num_images is not None and held_out.num_images < count:  # known once its end has been read
+        count = held_out.num_images
+        images, labels = images[:count], None if labels is None else labels[:count]
     test = ImageSet(
-        *held_out.batch(range(count)),
+        images,
+        labels,
         256,
         f"{held_out.name}, {count} images",
         known_classes=held_out.num_classes,

@@ -31,7 +31,8 @@ def plan(run, test) -> str:
         untrained = sorted(set(test.labels.tolist()) - set(data.labels.tolist()))
     lines = {
         "data": f"{data.name}: {images or 'unknown many'} images of {data.shape}; held out, {test.name}: {len(test)}"
-        + (f", of which {shared} ARE AMONG THE TRAINING IMAGES" if shared else ""),
+        + (f", of which {shared} ARE AMONG THE TRAINING IMAGES" if shared else "")
+        + ("" if isinstance(data, ImageSet) else "; NOT COMPARED with the training images, a stream"),
         **{f"files{'' if part is data else ', held out'}": part.files for part in (data, test) if part.files},
         **({"columns": columns_of(data)} if data.image_column else {}),
         "network": f"{type(run.unet).__name__}, {cost.num_parameters:,} parameters, predicts {o.prediction_type}",

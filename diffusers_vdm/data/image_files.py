@@ -5,7 +5,9 @@ Bits/dim are of integers. So nothing is changed in silence: what Pillow would cl
 
 from __future__ import annotations
 
+import hashlib
 import re
+from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
@@ -43,15 +45,28 @@ def check_frames(frames: str | None) -> None:
         raise ValueError(f"frames must be 'first', 'all' or None, got {frames!r}.")
 
 
-def decode(
+@dataclass(frozen=True)
+class DecodedImage:
+    """An image as it is trained on, uint8 `(C, H, W)`, and a digest of all its pixels before any crop."""
+
+    pixels: np.ndarray
+    digest: int
+
+
+def decode(*arguments: Any) -> np.ndarray:
+    """The pixels of [`decode_image`]."""
+    return decode_image(*arguments).pixels
+
+
+def decode_image(
     row: dict[str, Any] | None,
     mode: str | None,
     convert: bool,
     resolution: int | None = None,
     crop_key: tuple[int | str, ...] | None = None,
     frame: int | None = None,
-) -> np.ndarray:
-    """uint8 array `(C, H, W)` of one row of a column cast to `datasets.Image(decode=False)`.
+) -> DecodedImage:
+    """The image in one row of a column cast to `datasets.Image(decode=False)`.
 
     Taken are 8-bit grayscale and RGB. Always refused are more than 8 bits a value, as far as the file tells it (all of
     Pillow's deep modes; 16-bit colors in PNG, TIFF, PPM and SGI, but not in JPEG 2000 or AVIF), and images with
@@ -71,7 +86,7 @@ def decode(
     """
     if mode is not None:
         check_image_mode(mode)
-    content = _content(row)
+    content = read_content(row)
     try:
         image = Image.open(BytesIO(content))
         count = _num_frames(image)
@@ -97,8 +112,9 @@ def decode(
         )
     if depth is not None:
         raise ValueError(
-            f"{depth!r} holds more than 8 bits a value. Conversion would clip or round them in silence, and bits/dim "
-            "would be of other data; convert the files to 8-bit 'L' or 'RGB' yourself, and say so with every number."
+            f"{depth!r} holds more than 8 bits a value, or another range than 0 to 255. Pillow would clip, round or "
+            "rescale them in silence, and bits/dim would be of other data; convert the files to 8-bit 'L' or 'RGB' "
+            "yourself, and say so with every number."
         )
     if image.has_transparency_data and (convert or image.mode in MODES):
         alpha = image.convert("RGBA").getchannel("A").getextrema()[0]
@@ -107,13 +123,16 @@ def decode(
                 f"mode {image.mode!r} with transparent pixels (alpha {alpha}): what lies under them is arbitrary; "
                 "composite the files on a background of your choice."
             )
-    return _pixels(image, mode or image.mode, convert, resolution, crop_key)
+    image = _converted(image, mode or image.mode, convert)
+    content = f"{image.mode} {image.size}".encode() + image.tobytes()
+    digest = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
+    return DecodedImage(_pixels(image, resolution, crop_key), digest)
 
 
 def num_frames(row: dict[str, Any] | None) -> int:
     """How many images a file holds; 1 for a file that cannot be opened, which [`decode`] then says."""
     try:
-        return _num_frames(Image.open(BytesIO(_content(row))))
+        return _num_frames(Image.open(BytesIO(read_content(row))))
     except Exception:  # Pillow raises whatever a damaged file leads it to
         return 1
 
@@ -124,7 +143,7 @@ def _num_frames(image: Image.Image) -> int:
     return getattr(image, "n_frames", 1)
 
 
-def _content(row: dict[str, Any] | None) -> bytes:
+def read_content(row: dict[str, Any] | None) -> bytes:
     """The bytes of the file; `DamagedImage` where there are none, or something else than an image."""
     if row is None or (row.get("bytes") is None and not row.get("path")):
         raise DamagedImage("cannot be decoded: the row holds no image.")
@@ -156,22 +175,20 @@ def _one_line(error: BaseException) -> str:
 
 
 def _deep_layout(image: Image.Image) -> str | None:
-    """Pillow's name of what is stored, if that is more than 8 bits a value; of an image that is not loaded yet."""
+    """Pillow's name of what is stored, if that is not 0 to 255; of an image that is not loaded yet."""
     if image.mode in ("F", "I") or image.mode.startswith("I;"):
         return image.mode
     for codec, _, _, layout in getattr(image, "tile", []):
         for part in layout if isinstance(layout, tuple) else (layout,):
             if isinstance(part, str) and _DEEP.search(part):
                 return part
-            if codec.startswith("ppm") and isinstance(part, int) and part > 255:  # the largest value
+            if codec.startswith("ppm") and isinstance(part, int) and part not in (0, 1, 255):  # the largest value
                 return f"{image.mode} up to {part}"
     return None
 
 
-def _pixels(
-    image: Image.Image, mode: str, convert: bool, resolution: int | None, crop_key: tuple[int | str, ...] | None
-) -> np.ndarray:
-    """uint8 array `(C, H, W)` of a PIL image, resized and cropped."""
+def _converted(image: Image.Image, mode: str, convert: bool) -> Image.Image:
+    """A PIL image in a mode; `ValueError` where it has another one and must not be converted."""
     if mode not in MODES:
         raise ValueError(
             f"images must be 8-bit grayscale ('L') or RGB, got mode {mode!r}; set image_mode to convert them, knowing "
@@ -183,6 +200,11 @@ def _pixels(
         if image.has_transparency_data:  # opaque, as was checked; Pillow warns of some direct ways
             image = image.convert("RGBA")
         image = image.convert(mode)
+    return image
+
+
+def _pixels(image: Image.Image, resolution: int | None, crop_key: tuple[int | str, ...] | None) -> np.ndarray:
+    """uint8 array `(C, H, W)` of a PIL image, resized and cropped."""
     if resolution is not None and image.size != (resolution, resolution):
         scale = resolution / min(image.size)
         width, height = (max(resolution, round(side * scale)) for side in image.size)

@@ -13,7 +13,7 @@ import os
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -31,6 +31,9 @@ METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 # formats that Pillow identifies but does not decode
 _STUBS = {"HDF5", "GRIB", "BUFR", "MPEG", "WMF"}
+# hidden files, and thumbnails that Synology's systems leave
+_HIDDEN = (".", "__", "@eaDir")
+_NOWHERE = (0,) * 5  # the stamp of a link that leads nowhere
 # more names than this are left out of a message
 _NAMES_SHOWN = 3
 
@@ -66,13 +69,13 @@ class ImageFolder:
     """What a folder of image files holds; see [`read_image_folder`].
 
     `class_names` are those of all splits together, sorted, so that an index means the same class in each. `stamps` are
-    the size and the time of change of each file.
+    what tells one state of a file from another: size, times of change, device and inode.
     """
 
     path: str
     splits: dict[str, FolderSplit]
     class_names: tuple[str, ...] | None
-    stamps: dict[str, tuple[int, int]]
+    stamps: dict[str, tuple[int, ...]]
 
     def dataset(self, split: str) -> Any:
         """The `datasets.Dataset` of a split or a slice of it, such as `"train[:100]"`, with paths for images.
@@ -99,22 +102,31 @@ class ImageFolder:
             else:
                 columns[column], features[column] = _of_one_type(values)
         data = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-        state = json.dumps([columns, list(map(str, features.values())), stamps], default=str)
+        real = os.path.realpath(self.path)
+        state = json.dumps([real, columns, list(map(str, features.values())), stamps], default=str)
         # of the files as they are now, which their paths do not tell
         data._fingerprint = hashlib.blake2b(state.encode(), digest_size=16).hexdigest()
         return data
 
     def summary(self, split: str) -> str:
         """One line: how many of the files that stand in the splits are used, and why others are not."""
-        names = list(dict.fromkeys(name for name, _, _ in self._parts(split)))
-        used = sum(self.splits[name].num_rows for name in names)
+        parts = self._parts(split)
+        names = list(dict.fromkeys(name for name, _, _ in parts))
+        used = sum(stop - start for _, start, stop in parts)
+        cut = sum(self.splits[name].num_rows for name in names) - used
         total = sum(self.splits[name].num_files for name in names)
         reasons: Counter[str] = sum((self.splits[name].left_out for name in names), Counter())
-        why = [f"{count} {reason}" for reason, count in sorted(reasons.items())]
+        why = [f"{cut} outside of the slice"] if cut else []
+        why += [f"{count} {reason}" for reason, count in sorted(reasons.items())]
         why += [f"no classes, since {self.splits[n].why_no_classes}" for n in names if self.splits[n].why_no_classes]
-        return f"{used} of {total} files of {self.path} ({' + '.join(names)}) are used" + (
-            f"; {'; '.join(why)}" if why else ""
-        )
+        return f"{used} of {total} files of {self.path} ({split}) are used" + (f"; {'; '.join(why)}" if why else "")
+
+    def listing(self, split: str) -> str:
+        """Digest of the names, sizes and classes of the files of a split, wherever the folder lies."""
+        part = self.splits[split_names(split)[0]]
+        rows = [[f, self.stamps[f][0] if f else None] for c in part.image_columns for f in part.columns[c]]
+        text = json.dumps([rows, self.class_names, part.columns.get("label")], default=str)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def classes_in(self, split: str) -> set[int] | None:
         """The indices of the classes that a whole split holds, slices aside; `None` without classes."""
@@ -122,27 +134,25 @@ class ImageFolder:
         labels = [self.splits[name].columns.get("label") for name in names]
         return {label for values in labels for label in values} if self.class_names and all(labels) else None
 
-    def shared_files(self) -> list[tuple[str, str]]:
-        """Pairs of files of two splits that are one file by a link, or hold the same bytes."""
-        split_of = {
-            file: name
-            for name, part in self.splits.items()
-            for column in part.image_columns
-            for file in part.columns[column]
-            if file is not None
-        }
+    def shared_files(self, column: str = "image") -> list[tuple[str, str]]:
+        """Pairs of files in a column of two splits that are one file, also by a link, or hold the same bytes."""
+        split_of: dict[str, str] = {}
+        pairs = []
+        for name, part in self.splits.items():
+            for file in part.columns.get(column, ()):
+                if file is not None and split_of.setdefault(file, name) != name:
+                    pairs.append((file, file))
         by_size: dict[int, list[str]] = {}
         for file in split_of:
-            size = self.stamps.get(file, (0, 0))[0]
+            size = self.stamps[file][0]
             if size > 0:
                 by_size.setdefault(size, []).append(file)
-        pairs = []
         for files in by_size.values():
             if len({split_of[file] for file in files}) < 2:
                 continue
             first_with: dict[bytes, str] = {}
             for file in files:
-                first = first_with.setdefault(_digest(os.path.join(self.path, file)), file)
+                first = first_with.setdefault(file_digest(os.path.join(self.path, file)), file)
                 if split_of[first] != split_of[file]:
                     pairs.append((first, file))
         return pairs
@@ -150,7 +160,7 @@ class ImageFolder:
     def _parts(self, split: str) -> list[tuple[str, int, int]]:
         """(name, start, stop) of what a split such as `"train[:100]+test"` means."""
         lengths = {name: part.num_rows for name, part in self.splits.items()}
-        unknown = [name for name in _split_names(split) if name not in lengths]
+        unknown = [name for name in split_names(split) if name not in lengths]
         if unknown:
             raise ValueError(
                 f"Unknown split {unknown[0]!r} of {self.path!r}; there are {sorted(lengths)}, by the names of the "
@@ -181,20 +191,22 @@ def split_parts(split: str, lengths: dict[str, int], path: str) -> list[tuple[st
     for name, start, stop in ranges:
         if start > stop:
             raise ValueError(f"split {split!r} of {path!r} must not end before it starts, got {name}[{start}:{stop}].")
-    for (name, _, stop), (following, start, end) in zip(ranges, ranges[1:], strict=False):
-        if name == following and start < min(stop, end):
+    reached: dict[str, int] = {}
+    for name, start, stop in ranges:
+        if start < min(reached.get(name, 0), stop):
             raise ValueError(f"split {split!r} of {path!r} takes some images twice; its parts must not overlap.")
+        reached[name] = max(reached.get(name, 0), stop)
     return [(p.splitname, p.from_ or 0, lengths[p.splitname] if p.to is None else p.to) for p in parts]
 
 
-def _split_names(split: str) -> list[str]:
+def split_names(split: str) -> list[str]:
     return [re.sub(r"(\[.*|\(.*)$", "", part.strip()) for part in split.split("+")]
 
 
 def has_image_files(path: str | os.PathLike) -> bool:
     """Whether a folder is one of loose image files, and not one of parquet, Arrow or tar files."""
     found = False
-    for file, *_ in _walk(Path(path)):
+    for file, _ in walk(Path(path)):
         suffix = posixpath.splitext(file)[1].lower()
         if suffix in (".parquet", ".arrow", ".tar") and posixpath.basename(file) not in METADATA_NAMES:
             return False
@@ -219,14 +231,12 @@ def read_image_folder(path: str | os.PathLike) -> ImageFolder:
     root = Path(path)
     if not root.is_dir():
         raise ValueError(f"{str(path)!r} has no data files: there is no such folder.")
-    stamps, real_paths = {}, {}
-    for file, size, changed, real in _walk(root):
-        stamps[file], real_paths[file] = (size, changed), real
-    seen = [file for file in stamps if not any(part.startswith((".", "__")) for part in file.split("/"))]
+    stamps = dict(walk(root))
+    seen = [file for file in stamps if not any(part.startswith(_HIDDEN) for part in file.split("/"))]
     metadata = [file for file in seen if posixpath.basename(file) in METADATA_NAMES]
     rows = _metadata_rows(root, metadata, stamps)
     listed = {row["file_name"] for row in rows}
-    images = [file for file in seen if file in listed or _is_image(file)]
+    images = sorted(listed | {file for file in seen if _is_image(file)})
     others = sorted(set(seen) - set(images) - set(metadata))
     hidden = [file for file in sorted(set(stamps) - set(seen) - listed) if _is_image(file)]
     if not images:
@@ -253,6 +263,7 @@ def read_image_folder(path: str | os.PathLike) -> ImageFolder:
     for kind, files in (("hidden", hidden), ("not an image that Pillow decodes", others)):
         for file in files:
             reason = kind if kind == "hidden" else f"{_suffix(file)}: {kind}"
+            reason = "links that lead nowhere" if stamps[file] == _NOWHERE else reason
             name = split_of(file)
             for part in [splits[name]] if name in splits else []:
                 part.num_files += 1
@@ -261,7 +272,7 @@ def read_image_folder(path: str | os.PathLike) -> ImageFolder:
         part.left_out += beside
         part.num_files += sum(beside.values())
     for name, part in splits.items():
-        _check_links(by_split[name], real_paths, str(path))
+        _check_links(by_split[name], stamps, str(path))
         own = [row for row in rows if split_of(row["file_name"]) == name]
         if own:
             _fill_from_metadata(part, own, by_split[name], str(path))
@@ -274,38 +285,42 @@ def read_image_folder(path: str | os.PathLike) -> ImageFolder:
 # ---- files -------------------------------------------------------------------------------------------------------
 
 
-def _walk(root: Path) -> Iterator[tuple[str, int, int, str]]:
-    """(path with "/" relative to `root`, size, time of change, real path) of every file, sorted; follows links."""
+def walk(root: Path) -> list[tuple[str, tuple[int, ...]]]:
+    """(path with "/" relative to `root`, stamp) of every file, sorted; follows links."""
     found = []
-
-    def visit(folder: str, prefix: str, above: tuple[str, ...]) -> None:
+    folders: list[tuple[str, str, tuple[str, ...]]] = [(os.fspath(root), "", ())]
+    while folders:
+        folder, prefix, above = folders.pop()
         real = os.path.realpath(folder)
         if real in above:  # a link to a folder that holds it would never end
-            return
+            continue
+        # only a link can lead back, so that a deep tree needs no more than its links
+        above = (*above, real) if not above or os.path.islink(folder) or not real.startswith(above[-1]) else above
         with os.scandir(folder) as entries:
             for entry in entries:
+                name = prefix + entry.name
+                try:
+                    name.encode()
+                except UnicodeEncodeError as error:
+                    raise ValueError(f"{str(root)!r} has a name that is not UTF-8, {name!r}; rename it.") from error
                 if entry.is_dir():
-                    visit(entry.path, f"{prefix}{entry.name}/", (*above, real))
+                    folders.append((entry.path, f"{name}/", above))
                     continue
-                path = os.path.join(real, entry.name)
                 try:
                     stat = entry.stat()
-                except OSError:  # a broken link: reading it will name it
-                    found.append((prefix + entry.name, 0, 0, path))
-                    continue
-                path = os.path.realpath(path) if entry.is_symlink() else path
-                found.append((prefix + entry.name, stat.st_size, stat.st_mtime_ns, path))
-
-    visit(os.fspath(root), "", ())
-    return iter(sorted(found))
+                    stamp = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_dev, stat.st_ino)
+                    found.append((name, stamp))
+                except OSError:  # a link that leads nowhere
+                    found.append((name, _NOWHERE))
+    return sorted(found)
 
 
-def _check_links(files: list[str], real_paths: dict[str, str], path: str) -> None:
-    """`ValueError` where two names in a split lead to one file by symbolic links."""
-    first_at: dict[str, str] = {}
+def _check_links(files: list[str], stamps: dict[str, tuple[int, ...]], path: str) -> None:
+    """`ValueError` where two names in a split lead to one file, by a symbolic or a hard link."""
+    first_at: dict[tuple[int, ...], str] = {}
     for file in files:
-        first = first_at.setdefault(real_paths[file], file)
-        if first != file:
+        first = first_at.setdefault(stamps[file], file)
+        if first != file and stamps[file] != _NOWHERE:
             raise ValueError(f"{path!r} holds one image twice, {first} and {file} by a link; remove one of the names.")
 
 
@@ -313,7 +328,7 @@ def _is_image(file: str) -> bool:
     return posixpath.splitext(file)[1].lower() in image_suffixes()
 
 
-def _digest(path: str) -> bytes:
+def file_digest(path: str) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
     try:
         with open(path, "rb") as file:
@@ -349,11 +364,15 @@ def _splits_of(images: list[str], path: str) -> dict[str, str]:
 
 def _check_for_hidden_splits(images: list[str], tops: list[str], path: str) -> None:
     """`ValueError` where folders look like splits that are not at the top level, or not named as splits are."""
-    words = [top for top in tops if set(re.split(r"[^a-z0-9]+", top.lower())) & set(SPLIT_WORDS)]
-    if words and words == tops and all("/" in file for file in images):
+    words = {}
+    for top in tops:
+        found = [SPLIT_WORDS.get(part.lower()) for part in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", top)]
+        if any(found):
+            words[top] = next(filter(None, found))
+    if words and (len(words) == len(tops) or len(set(words.values())) > 1):
         raise ValueError(
-            f"{path!r} has only folders that look like splits ({_some(words)}); name them train, validation or test. "
-            "If they are classes, move them into one folder 'train'."
+            f"{path!r} has folders that look like splits ({_some(list(words))}); name them train, validation or test. "
+            "If they are classes, move all of them into one folder 'train'."
         )
     inner = sorted({file.split("/")[1] for file in images if file.count("/") > 1})
     inner = [name for name in inner if name.lower() in SPLIT_WORDS]
@@ -386,6 +405,9 @@ def _add_classes(splits: dict[str, FolderSplit], has_splits: bool) -> tuple[str,
             continue
         names_of[name] = [file.split("/")[-2] for file in files]
     known = sorted({name for names in names_of.values() for name in names})
+    if len(known) == 1 and known[0].lower() not in SPLIT_WORDS:
+        for name in names_of:
+            splits[name].why_no_classes = f"all are of one, {known[0]!r}"
     if len(known) < 2 or all(name.lower() in SPLIT_WORDS for name in known):
         return None
     index = {name: i for i, name in enumerate(known)}
@@ -402,9 +424,16 @@ def _metadata_rows(root: Path, files: Iterable[str], known: dict[str, Any]) -> l
     rows = []
     for file in files:
         where, folder = str(root / file), posixpath.dirname(file)
-        for number, row in enumerate(_read_metadata(root / file), 1):
+        found = _read_metadata(root / file)
+        if not found:
+            raise ValueError(f"{where} lists no image; fill it, or remove it to take all images.")
+        for number, row in enumerate(found, 1):
+            row = {str(name).strip(): value for name, value in row.items()}
             if not isinstance(row.get("file_name"), str):
-                raise ValueError(f"{where} must have a file_name in each row, row {number} has {sorted(row)}.")
+                raise ValueError(
+                    f"{where} must have a file_name in each row, row {number} has {row.get('file_name')!r} among "
+                    f"{sorted(row)}."
+                )
             for column in [column for column in row if column == "file_name" or column.endswith("_file_name")]:
                 value = row[column]
                 if value is None:
@@ -426,7 +455,7 @@ def _read_metadata(path: Path) -> list[dict[str, Any]]:
 
             return pyarrow.parquet.read_table(path).to_pylist()
         if path.suffix == ".jsonl":
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
             rows = [json.loads(line) for line in lines if line.strip()]
             wrong = next((row for row in rows if not isinstance(row, dict)), None)
             if wrong is not None:
@@ -462,6 +491,11 @@ def _fill_from_metadata(part: FolderSplit, rows: list[dict[str, Any]], files: li
     for name in names:
         is_path = name == "file_name" or name.endswith("_file_name")
         column = (name.removesuffix("file_name").removesuffix("_") or "image") if is_path else name
+        if column in part.columns:
+            raise ValueError(
+                f"the metadata of {path!r} have several columns that are called {column!r}, one of them {name!r} (the "
+                "files of file_name are the column 'image'); rename one."
+            )
         part.columns[column] = [row.get(name) for row in rows]
         if is_path:
             part.image_columns.append(column)
@@ -479,7 +513,7 @@ def _of_one_type(values: list) -> tuple[list, Any]:
 
     try:
         array = pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
         values = [None if value is None else str(value) for value in values]
         array = pa.array(values, pa.string())
     return array.to_pylist(), datasets.Features.from_arrow_schema(pa.schema({"column": array.type}))["column"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 import os
@@ -15,11 +16,24 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from .image_files import MODES
-from .image_folder import SPLIT_WORDS, ImageFolder, has_image_files, read_image_folder, split_parts
+from .image_files import MODES, read_content
+from .image_folder import (
+    METADATA_NAMES,
+    SPLIT_WORDS,
+    ImageFolder,
+    file_digest,
+    has_image_files,
+    image_suffixes,
+    read_image_folder,
+    split_names,
+    split_parts,
+    walk,
+)
 
 logger = logging.getLogger(__name__)
 
+# files of these kinds beside those that are read are data that somebody may miss
+_DATA_SUFFIXES = image_suffixes() | {".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl", ".tar", ".zip"}
 # a column of whole numbers with larger ones is no column of classes
 MAX_CLASSES = 100_000
 
@@ -32,7 +46,8 @@ class ImageSource:
     `None` where there are no classes or no names for them. `num_classes` counts the classes of the whole data set, as
     far as its declaration or a column of labels tells, also those that no row of this split has. `files` says in one
     line which files are used, `parts` which rows of which splits (name, start, stop), `classes_in_split` which classes
-    the whole split holds, `num_rows` how many rows there are, where these are known.
+    the whole split holds, `num_rows` how many rows there are, `listing` is a digest of the files of a folder and their
+    classes, where these are known. `state` tells one state of a local data set from another.
     """
 
     data: Any
@@ -45,6 +60,8 @@ class ImageSource:
     parts: tuple[tuple[str, int, float], ...]
     classes_in_split: frozenset[int] | None = None
     num_rows: int | None = None
+    listing: str | None = None
+    state: str | None = None
 
 
 def open_source(
@@ -67,33 +84,41 @@ def open_source(
     """
     folder = _image_folder(path, is_folder)
     if folder is not None:
+        if config_name is not None:
+            raise ValueError(f"config_name must be None for a folder of images, got {config_name!r} for {path!r}.")
         data, files = folder.dataset(split), folder.summary(split)
-        shared = [] if allow_shared else folder.shared_files()
-        if shared:
-            raise ValueError(
-                f"{path!r} has {len(shared)} images in two splits, the first {shared[0][0]} and {shared[0][1]}; "
-                "remove them from one, or set allow_shared to count them in both."
-            )
         lengths = {name: part.num_rows for name, part in folder.splits.items()}
+    elif _is_saved_to_disk(path):
+        data, lengths = _saved_to_disk(path, split)
+        files = f"{len(data)} images of {path} ({split}) are used"
     else:
         data = _open_dataset(path, split, config_name, cache_dir, streaming)
         lengths = {name: part.num_examples or 0 for name, part in (data.info.splits or {}).items()}
-        files = f"all images of {path} ({split}) are used"
-    parts: list[tuple[str, int, float]] = [(split, 0, math.inf)]
-    if lengths and all(lengths.values()):
+        count = "all" if streaming else len(data)
+        files = f"{count} images of {path} ({split}) are used"
+    # what a stream declares may be nothing, or wrong
+    parts: list[tuple[str, int, float]] = [(name, 0, math.inf) for name in split_names(split)]
+    if lengths and (folder is not None or not streaming or all(lengths.values())):
         parts = split_parts(split, lengths, path)
     image_column, label_column, declared_mode = find_columns(data, image_column, label_column)
+    shared = folder.shared_files(image_column) if folder is not None and not allow_shared else []
+    if shared:
+        raise ValueError(
+            f"{path!r} has {len(shared)} images in two splits, the first {shared[0][0]} and {shared[0][1]}; remove "
+            "them from one, or set allow_shared to count them in both."
+        )
     names = class_names_of(data, label_column)
     classes = folder.classes_in(split) if folder is not None and label_column == "label" and names else None
     count = len(names) if names else None
     if label_column and not names and (folder is not None or not streaming):
         count = _count_classes(data, label_column, folder, path, split, config_name, cache_dir)
-    num_rows = None if folder is None else len(data)
-    if folder is not None and streaming:
+    num_rows = len(data) if hasattr(data, "__len__") else None
+    listing = None if folder is None else folder.listing(split)
+    if num_rows is not None and streaming:
         data = data.to_iterable_dataset()
     classes = None if classes is None else frozenset(classes)
     columns = (image_column, label_column, declared_mode)
-    return ImageSource(data, *columns, names, count, files, tuple(parts), classes, num_rows)
+    return ImageSource(data, *columns, names, count, files, tuple(parts), classes, num_rows, listing, _state_of(path))
 
 
 def overlap(parts: Iterable[tuple[str, int, float]], others: Iterable[tuple[str, int, float]]) -> float:
@@ -102,7 +127,7 @@ def overlap(parts: Iterable[tuple[str, int, float]], others: Iterable[tuple[str,
         max(0, min(stop, end) - max(start, begin))
         for name, start, stop in parts
         for other, begin, end in others
-        if name == other
+        if name == other or "all" in (name, other)
     )
 
 
@@ -118,7 +143,7 @@ def _image_folder(path: str, is_folder: bool) -> ImageFolder | None:
 def _declares_files(path: str | os.PathLike) -> bool:
     """Whether the README.md of a local data set says which files make which split."""
     try:
-        text = (Path(path) / "README.md").read_text(encoding="utf-8")
+        text = (Path(path) / "README.md").read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError):
         return False
     header = re.match(r"---\n(.*?)\n---", text.replace("\r\n", "\n"), re.DOTALL)
@@ -133,7 +158,7 @@ def _open_dataset(path: str, split: str, config_name: str | None, cache_dir: str
     import datasets
 
     where = f"{path!r} ({split})"
-    options: dict[str, Any] = {"cache_dir": cache_dir}
+    options: dict[str, Any] = {"cache_dir": _cache_of(path, cache_dir)}
     if int(datasets.__version__.split(".")[0]) < 4:
         options["trust_remote_code"] = False  # later versions run none
     try:
@@ -156,6 +181,50 @@ def _open_dataset(path: str, split: str, config_name: str | None, cache_dir: str
                 f"Unknown split {split!r} of {path!r}.{str(error)[len(f'Bad split: {split}.') :]}"
             ) from error
         raise ValueError(f"{where} cannot be read: {_one_line(error)}") from error
+
+
+def _cache_of(path: str, cache_dir: str | None) -> str | None:
+    """A cache of its own for each state of a local data set, which `datasets` may know by its last folder alone."""
+    state = _state_of(path)
+    if state is None:
+        return cache_dir
+    import datasets
+
+    return str(Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser() / "local_data_sets" / state)
+
+
+def _state_of(path: str) -> str | None:
+    """Digest of where a local data set lies, and of the names, sizes and times of all its files."""
+    if not os.path.isdir(path):
+        return None
+    stamps = [[name, *stamp] for name, stamp in walk(Path(path))]
+    text = json.dumps([os.path.realpath(path), stamps])
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def _is_saved_to_disk(path: str) -> bool:
+    return any((Path(path) / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def _saved_to_disk(path: str, split: str) -> tuple[Any, dict[str, int]]:
+    """The rows of a split, or a slice, of what `save_to_disk` wrote, and the lengths of all splits.
+
+    `datasets.load_dataset` would take every Arrow file in the folder, those that `map` has cached there included.
+    """
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(path)
+    except Exception as error:  # whatever Arrow makes of a damaged file
+        raise ValueError(f"{path!r} cannot be read: {_one_line(error)}") from error
+    single = {str(loaded.split or "train"): loaded} if isinstance(loaded, datasets.Dataset) else None
+    splits = single or {str(name): data for name, data in loaded.items()}
+    lengths = {name: len(data) for name, data in splits.items()}
+    unknown = [name for name in split_names(split) if name not in (*lengths, "all")]
+    if unknown:
+        raise ValueError(f"Unknown split {unknown[0]!r} of {path!r}; there are {sorted(lengths)}.")
+    parts = split_parts(split, lengths, path)
+    return datasets.concatenate_datasets([splits[name].select(range(a, b)) for name, a, b in parts]), lengths
 
 
 class _SplitError(ValueError):
@@ -190,9 +259,12 @@ def check_data_files(builder: Any, path: str) -> None:
         there = _files_on_the_hub(builder)
     else:
         return
-    suffixes = {posixpath.splitext(file)[1].lower() for file in split_of}
+    if is_local:
+        _check_whole(list(split_of), path)
+    suffixes = {posixpath.splitext(file)[1].lower() for file in split_of} | _DATA_SUFFIXES
     used = {_short(file, path) for file in split_of}
     ignored = {"dataset_info.json", "dataset_infos.json", "state.json", "config.json", "dataset_dict.json"}
+    ignored |= set(METADATA_NAMES)
     unused = sorted(
         name
         for name in (_short(file, path) for file in there)
@@ -207,6 +279,31 @@ def check_data_files(builder: Any, path: str) -> None:
             f"were taken for the splits {sorted(splits)}. Name files and folders by their split alone, or declare "
             "data_files in the README.md of the data set."
         )
+
+
+def _check_whole(files: list[str], path: str) -> None:
+    """`ValueError` where a file is there twice, or a numbered set of files is not complete."""
+    by_size: dict[int, list[str]] = {}
+    numbered: dict[tuple[str, int], list[int]] = {}
+    for file in files:
+        by_size.setdefault(os.path.getsize(file), []).append(file)
+        found = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})(.*)", _short(file, path))
+        if found:
+            numbered.setdefault((found[1], int(found[3])), []).append(int(found[2]))
+    for (name, total), numbers in numbered.items():
+        missing = sorted(set(range(total)) - set(numbers))
+        if missing:
+            raise _SplitError(f"{path!r} lacks file {missing[0]} of the {total} that make up {name!r}; fetch it.")
+        if len(numbers) > total:
+            raise _SplitError(f"{path!r} has {len(numbers)} files of {name!r}, which are {total}; remove the others.")
+    for same in by_size.values():
+        first_with: dict[bytes, str] = {}
+        for file in same if len(same) > 1 else ():
+            first = first_with.setdefault(file_digest(file), file)
+            if first != file:
+                raise _SplitError(
+                    f"{path!r} holds one file twice, {_short(first, path)!r} and {_short(file, path)!r}; remove one."
+                )
 
 
 def _short(file: str, root: str | None = None) -> str:
@@ -338,9 +435,12 @@ def shared_with_other_splits(path: str, split: str, *, progress_bar: bool = True
     Splits without such files are left out. A folder of images is compared when it is opened, and not here. `options`
     are those of [`open_source`].
     """
+    if _image_folder(path, bool(options.get("is_folder"))) is not None:
+        return {}
     source = open_source(path, split, **options)
     own = {name for name, _, _ in source.parts}
-    others = [str(name) for name in (source.data.info.splits or {}) if name not in own]
+    splits = source.data.info.splits or {}
+    others = [str(name) for name, part in splits.items() if name not in own and part.num_examples != 0]
     digests = set(_file_digests(source, f"hashing {split}", progress_bar)) if others else set()
     counts = {}
     for name in others if digests else ():
@@ -355,6 +455,8 @@ def _file_digests(source: ImageSource, title: str, progress_bar: bool) -> Iterat
     column = source.image_column
     rows = source.data.cast_column(column, datasets.Image(decode=False)).select_columns(column)
     for row in tqdm(rows, desc=title, disable=not progress_bar):
-        content = (row[column] or {}).get("bytes")
-        if content is not None:
-            yield hashlib.blake2b(content, digest_size=16).digest()
+        try:
+            content = read_content(row[column])
+        except (ValueError, OSError):  # a damaged image is none of two; decoding it will name it
+            continue
+        yield hashlib.blake2b(content, digest_size=16).digest()

@@ -141,6 +141,7 @@ class ImageStream:
         pixels, _ = decoded
         self.shape, self._mode = pixels.shape, "L" if pixels.shape[0] == 1 else "RGB"
         identity = [self._num_shards, self._image_column, self._label_column, self.num_classes, list(self.shape)]
+        identity += [source.listing, self.class_names if self._label_column else None]
         digest = hashlib.blake2b(json.dumps(identity).encode(), digest_size=8)
         digest.update(pixels)
         self._fingerprint = digest.hexdigest()
@@ -170,10 +171,11 @@ class ImageStream:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the first image as it is given, the number of shards and the columns.
+        """Hash of the first image as it is given, the number of shards, the columns, and the names of the classes.
 
-        Tells other data and other settings apart, but not a data set that changed after its first image: to see every
-        pixel is to read all of it, which [`ImageSet.fingerprint`] does.
+        Of a folder of images also of the names and sizes of all files. It tells other data and other settings apart,
+        but not a data set of another kind that changed after its first image: to see every pixel is to read all of it,
+        which [`ImageSet.fingerprint`] does.
         """
         return self._fingerprint
 

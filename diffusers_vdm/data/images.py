@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import shutil
 import struct
 from collections.abc import Callable, Iterable
@@ -22,13 +23,13 @@ from tqdm.auto import tqdm
 
 from ..files import whole_file
 from ..threads import in_order
-from .image_files import DamagedImage, check_frames, check_image_mode, decode, num_frames, row_name
+from .image_files import DamagedImage, DecodedImage, check_frames, check_image_mode, decode_image, num_frames, row_name
 from .image_sources import MAX_CLASSES, ImageSource, check_label, missing_label, open_source
 
 logger = logging.getLogger(__name__)
 
 # of the files of `decoded_cache`; a new number where the same arguments give other pixels
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 MODE_OF = {1: "L", 3: "RGB"}  # by the number of channels
 # images a thread decodes ahead of the one that is waited for
 LOOK_AHEAD = 16
@@ -46,7 +47,7 @@ class ImageSet:
     have an image of each. `classes_in_split` are those that the whole split has, of which this set may be a slice.
     `image_column` and `label_column` are the columns that were read, `files` says in one line which files are used,
     `damaged` names those that were left out for being damaged, `parts` are the rows of the data set, as (split, start,
-    stop).
+    stop), `digests` are int64 digests of shape `(N,)` of all pixels of each image before any crop.
     """
 
     images: torch.Tensor
@@ -61,6 +62,7 @@ class ImageSet:
     files: str | None = None
     damaged: tuple[str, ...] = ()
     parts: tuple[tuple[str, int, float], ...] = ()
+    digests: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -87,6 +89,13 @@ class ImageSet:
         digest = _new_digest(tuple(self.images.shape))
         digest.update(self.images.contiguous().numpy())
         return digest.hexdigest()
+
+
+def labels_fingerprint(data: ImageSet) -> str | None:
+    """Hash of the class of each image in order, `None` without classes."""
+    if data.labels is None:
+        return None
+    return hashlib.blake2b(data.labels.numpy().tobytes(), digest_size=8).hexdigest()
 
 
 def _new_digest(shape: tuple[int, ...]) -> Any:
@@ -180,16 +189,17 @@ def load_images(
     rows, workers = data.cast_column(source.image_column, datasets.Image(decode=False)), max(1, num_workers)
     declared_mode = image_mode or source.image_mode
 
-    def read(place: tuple[int, int | None], shape: tuple[int, ...] | None) -> np.ndarray:
+    def read(place: tuple[int, int | None], shape: tuple[int, ...] | None) -> DecodedImage:
         i, frame = place
         row, mode = None, declared_mode or (shape and MODE_OF[shape[0]])
         crop_key = None if center_crop else (seed, i) if not frame else (seed, i, frame)
         try:
             row = rows[i][source.image_column]
-            pixels = decode(row, mode, declared_mode is not None, resolution, crop_key, frame)
-            if shape and pixels.shape != shape:
-                raise ValueError(f"size {pixels.shape[1:]}, but the first image has {shape[1:]}; set resolution.")
-            return pixels
+            image = decode_image(row, mode, declared_mode is not None, resolution, crop_key, frame)
+            size = image.pixels.shape
+            if shape and size != shape:
+                raise ValueError(f"size {size[1:]}, but the first image has {shape[1:]}; set resolution.")
+            return image
         except (ValueError, OSError) as error:
             kind = DamagedImage if isinstance(error, DamagedImage) else ValueError
             raise kind(f"image {i} of {path!r} ({split}{row_name(row)}): {error}") from error
@@ -210,7 +220,7 @@ def load_images(
         chosen = places(set(damaged))
         if not chosen:
             raise ValueError(f"all images of {path!r} ({split}) are damaged.")
-        shape = read(chosen[0], None).shape
+        shape = read(chosen[0], None).pixels.shape
         labels = _labels(source, found, f"{path!r} ({split}", [i for i, _ in chosen])
         results = in_threads(lambda place: read(place, shape), chosen)
         bar = tqdm(results, total=len(chosen), desc="decoding", disable=not progress_bar)
@@ -220,6 +230,7 @@ def load_images(
     if decoded_cache:
         pixels_of = {
             "version": CACHE_VERSION, "pillow": PIL.__version__, "data": data._fingerprint, "name": name,
+            "state": source.state, "paths": _path_stamps(rows, source.image_column),
             "columns": [source.image_column, source.label_column], "found": found, "mode": declared_mode,
             "resolution": resolution, "crop": None if resolution is None else "center" if center_crop else seed,
             "frames": frames, "skip_damaged": skip_damaged,
@@ -228,10 +239,11 @@ def load_images(
         result = _stored(folder, pixels_of, name, decoded)
     else:
         new = decoded()
-        images = torch.empty(new.shape, dtype=torch.uint8)
-        for image, pixels in zip(images, new.images, strict=True):
-            image.copy_(torch.from_numpy(pixels))
-        result = ImageSet(images, new.labels, 256, name, damaged=tuple(new.damaged))
+        images, digests = torch.empty(new.shape, dtype=torch.uint8), []
+        for target, image in zip(images, new.images, strict=True):
+            target.copy_(torch.from_numpy(image.pixels))
+            digests.append(image.digest)
+        result = ImageSet(images, new.labels, 256, name, damaged=tuple(new.damaged), digests=torch.tensor(digests))
     files = source.files + (f", but for {len(result.damaged)} that are damaged" if result.damaged else "")
     for reason in result.damaged:
         logger.warning(f"left out: {reason}")
@@ -256,8 +268,24 @@ class _Decoded:
 
     shape: tuple[int, ...]
     labels: torch.Tensor | None
-    images: Iterable[np.ndarray]
+    images: Iterable[DecodedImage]
     damaged: list[str]
+
+
+def _path_stamps(rows: Any, column: str) -> str:
+    """Digest of the state of the local files that rows name where they do not hold the bytes themselves."""
+    digest = hashlib.blake2b(digest_size=8)
+    table = rows.with_format("arrow").select_columns(column)
+    for batch in table.iter(_IMAGES_AT_ONCE):
+        values = batch.column(column)
+        values = values.combine_chunks() if hasattr(values, "combine_chunks") else values
+        paths = values.filter(values.field("bytes").is_null()).field("path").to_pylist()
+        for path in paths:
+            if path is None or not os.path.exists(path):
+                continue
+            stat = os.stat(path)
+            digest.update(repr((path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)).encode())
+    return digest.hexdigest()
 
 
 def _replaced(data: ImageSet, **fields: Any) -> ImageSet:
@@ -348,12 +376,13 @@ def _read_cache(path: Path, name: str, warn: bool = True) -> ImageSet | None:
     try:
         with safe_open(path, "pt") as file:  # compares the size of the file with its header
             metadata, images = file.metadata(), file.get_tensor("images")
+            digests = file.get_tensor("digests").clone()
             labels = file.get_tensor("labels").clone() if "labels" in file.keys() else None
     except (SafetensorError, OSError) as error:
         if warn:
             logger.warning(f"the decoded images in {path} are damaged ({error}); {name} is decoded again.")
         return None
-    data = ImageSet(images, labels, 256, name, damaged=tuple(json.loads(metadata["damaged"])))
+    data = ImageSet(images, labels, 256, name, damaged=tuple(json.loads(metadata["damaged"])), digests=digests)
     vars(data)["fingerprint"] = metadata["fingerprint"]  # a property that is taken once; never of a part of the set
     return data
 
@@ -371,33 +400,43 @@ def _write_cache(
             f"the decoded images need {size / 1e9:.3g} GB, but {path.parent} has {free / 1e9:.3g} GB free; set "
             "cache_dir to a larger disk, or do without decoded_cache."
         )
-    digest = _new_digest(shape)
+    digest, digests = _new_digest(shape), np.zeros(shape[0], "<i8")
     with whole_file(path) as file:
         file.write(_header(shape, labels is not None, metadata | {"fingerprint": "0" * 16}))
+        start = file.tell()
+        file.write(digests.tobytes())
         if labels is not None:
             file.write(labels.numpy().tobytes())
-        for pixels in new.images:
-            digest.update(pixels)
-            file.write(pixels)
+        for i, image in enumerate(new.images):
+            digest.update(image.pixels)
+            digests[i] = image.digest
+            file.write(image.pixels)
+        file.seek(start)
+        file.write(digests.tobytes())
         file.seek(0)
         file.write(_header(shape, labels is not None, metadata | {"fingerprint": digest.hexdigest()}))
 
 
 def _header(shape: tuple[int, ...], has_labels: bool, metadata: dict[str, str]) -> bytes:
-    """Of a safetensors file with `labels`, first for their alignment, and `images`."""
-    start, stop = 0, 8 * shape[0] * has_labels
+    """Of a safetensors file with `digests` and `labels`, first for their alignment, and `images`."""
     header: dict[str, Any] = {"__metadata__": metadata}
-    if has_labels:
-        header["labels"] = {"dtype": "I64", "shape": [shape[0]], "data_offsets": [0, stop]}
-    start, stop = stop, stop + math.prod(shape)
-    header["images"] = {"dtype": "U8", "shape": list(shape), "data_offsets": [start, stop]}
+    stop = 0
+    for name in ("digests", *(("labels",) if has_labels else ())):
+        start, stop = stop, stop + 8 * shape[0]
+        header[name] = {"dtype": "I64", "shape": [shape[0]], "data_offsets": [start, stop]}
+    header["images"] = {"dtype": "U8", "shape": list(shape), "data_offsets": [stop, stop + math.prod(shape)]}
     content = json.dumps(header).encode()
     content += b" " * (-len(content) % 8)
     return struct.pack("<Q", len(content)) + content
 
 
 def count_shared(train: ImageSet, test: ImageSet) -> int:
-    """How many images of `test` are, pixel for pixel, in `train` as well; bits/dim of those are not held out."""
+    """How many images of `test` are, pixel for pixel, in `train` as well; bits/dim of those are not held out.
+
+    Before any crop, where both sets know the digests of their images.
+    """
+    if train.digests is not None and test.digests is not None:
+        return int(torch.isin(test.digests, train.digests).sum())
     known = {hash(image.tobytes()) for image in train.images.numpy()}
     return sum(hash(image.tobytes()) in known for image in test.images.numpy())
 

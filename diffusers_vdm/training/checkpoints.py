@@ -217,6 +217,8 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any], allowed: Collect
         fixed -= {"max_train_steps", "num_epochs"}
     pairs = {name: (before["options"][name], now["options"][name]) for name in fixed}
     pairs |= {name: (before[name], now[name]) for name in ("data", "global_batch_size")}
+    # what runs of earlier versions did not record is not compared
+    pairs |= {n: (before[n], now[n]) for n in ("class_names", "labels") if n in before and n in now}
     differ = {
         k: v
         for k, v in sorted(pairs.items())

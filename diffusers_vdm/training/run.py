@@ -14,6 +14,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from diffusers.optimization import get_scheduler
 
+from ..data.images import labels_fingerprint
 from ..evaluation.monte_carlo import evaluate_bound
 from ..objectives import SimpleObjective, VariationalBound
 from ..randomness import key_to_seed
@@ -107,6 +108,7 @@ class Run:
             "data": {"name": self.data.name, "images": self.num_images, "fingerprint": self.data.fingerprint},
             "columns": {"image": self.data.image_column, "label": self.data.label_column},
             "class_names": self.data.class_names if self.o.class_conditional else None,
+            "labels": labels_fingerprint(self.data) if self.o.class_conditional and not self.o.streaming else None,
             "files": self.data.files,
             "damaged": list(self.data.damaged),
             "global_batch_size": self.global_rows,
