@@ -27,6 +27,7 @@ OPTIONS += "--logger none --logging_steps 10"
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--networks", choices=("digits", "deep"), nargs="+", default=["digits", "deep"])
     parser.add_argument("--steps", type=int, default=500, help="of the digits' network")
     parser.add_argument("--deep_steps", type=int, default=200, help="of the deep network, 32 images each")
     parser.add_argument("--num_threads", type=int, default=1)
@@ -51,7 +52,9 @@ def main() -> None:
     threads = ["--num_threads", str(b.num_threads)]
     digits = ["--max_train_steps", str(b.steps), *threads]
     deep = ["--max_train_steps", str(b.deep_steps), "--train_batch_size", "32", "--learning_rate", "1e-3", *threads]
-    for name, network, more in (("digits", {}, digits), ("deep", DEEP, deep)):
+    runs = {"digits": ({}, digits), "deep": (DEEP, deep)}
+    for name in b.networks:
+        network, more = runs[name]
         for seed in b.seeds:
             for zero_init in (True, False):
                 with tempfile.TemporaryDirectory() as folder:

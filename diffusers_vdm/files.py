@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -54,18 +55,17 @@ class Lock:
 
         Raises: `OSError` if the file cannot be created.
         """
-        for _ in range(100):
+        for attempt in range(_ATTEMPTS):
             parents = [self.path.parent, *self.path.parent.parents]
             self._created += [folder for folder in parents if not folder.exists() and folder not in self._created]
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-            except (FileNotFoundError, FileExistsError):
-                if (
-                    os.path.lexists(self.path.parent) and not self.path.parent.is_dir()
-                ):  # a file, or a link that leads nowhere
+            except (FileNotFoundError, FileExistsError):  # the holder ended just now, and removed the folder
+                if attempt == _ATTEMPTS - 1:  # or a file stands in its place
                     raise
-                continue  # the holder ended just now, and removed the folder
+                time.sleep(0.005)
+                continue
             if not _lock(handle, self.path):
                 os.close(handle)
                 return False
@@ -99,6 +99,7 @@ class Lock:
 
 
 _HELD: list[Lock] = []
+_ATTEMPTS = 200
 
 
 def _close_in_a_child() -> None:
