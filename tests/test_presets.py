@@ -55,7 +55,8 @@ def test_a_preset_trains_the_network_that_it_names_from_the_start_that_its_paper
     o, data = options_of(preset), images_of(preset)
     unet, noise_schedule = build(o, data)
     stated, built = plain(UNET_PRESETS[preset]), plain(unet.config)
-    assert {name: built[name] for name in stated} == stated and stated["zero_init"] is True
+    assert {name: built[name] for name in stated} == stated
+    assert stated["zero_init"] is (preset != "digits")  # ours, and measured to be better so
     assert UNET_PRESETS[preset].get("dropout", 0.0) == o.dropout == STATED[preset][7]
     with torch.device("meta"):  # by the package alone
         assert plain(VDMUNet2DModel.from_preset(preset, dropout=o.dropout).config) == built
@@ -64,7 +65,8 @@ def test_a_preset_trains_the_network_that_it_names_from_the_start_that_its_paper
     z = torch.randn(1, data.shape[0], side, side, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         out = unet.eval()(z, 500.0).sample
-    assert torch.equal(out, torch.zeros_like(z) if preset.startswith("ddpm") else z)
+    start = torch.zeros_like(z) if preset.startswith("ddpm") else z
+    assert torch.equal(out, start) is (preset != "digits")
     assert [float(end.detach()) for end in noise_schedule.ends()] == pytest.approx(STATED[preset][5], abs=1e-3)
 
 
