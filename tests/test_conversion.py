@@ -35,10 +35,10 @@ from diffusers_vdm import (
     VDMPipeline,
     VDMScheduler,
     VDMUNet2DModel,
-    conversion,
 )
+from diffusers_vdm.commands import convert
 from diffusers_vdm.conversion import official_checkpoint
-from diffusers_vdm.conversion.addtt import load_addtt, save_addtt
+from diffusers_vdm.conversion.addtt import _addtt_config, load_addtt, save_addtt
 from diffusers_vdm.conversion.diffusers import load_diffusers
 from diffusers_vdm.conversion.official import load_official, save_official
 from diffusers_vdm.conversion.official_checkpoint import (
@@ -117,7 +117,7 @@ def converted(name: str, tree: str = "params") -> VDMPipeline:
         ema = fixture_weights(name, "ema_params") or params
         source = write_official(Path(folder) / "checkpoints-0", ema, params)
         out = Path(folder) / "pipeline"
-        conversion.main(["official", str(source), str(out), "--weights", tree])
+        convert.main(["official", str(source), str(out), "--weights", tree])
         return VDMPipeline.from_pretrained(out)
 
 
@@ -362,7 +362,7 @@ def test_what_our_pipelines_have_and_the_official_ones_do_not_is_folded(tmp_path
     schedule = FixedLinearGamma()
     pipe = VDMPipeline(unet.eval(), VDMScheduler.from_noise_schedule(schedule), noise_schedule=schedule)
     pipe.save_pretrained(tmp_path / "ours")
-    conversion.main(["to-official", str(tmp_path / "ours"), str(tmp_path / "official"), "--step", "5"])
+    convert.main(["to-official", str(tmp_path / "ours"), str(tmp_path / "official"), "--step", "5"])
     again = load_official(tmp_path / "official", sample_size=8)
     assert isinstance(again.noise_schedule, FixedLinearGamma) and again.unet.config.augmentation_flag
     assert not again.unet.down_blocks[0].resnets[0].time_emb_proj.bias.any()
@@ -488,7 +488,7 @@ def test_files_that_are_no_checkpoint_say_so_and_cost_little(kind, tmp_path):
         tracemalloc.stop()
     assert str(file) in str(caught.value) and len(str(caught.value)) < 600
     with pytest.raises(SystemExit, match="conversion official: "):
-        conversion.main(["official", str(file), str(tmp_path / "out" / "x")])
+        convert.main(["official", str(file), str(tmp_path / "out" / "x")])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ckpt-1.flax", "good"]  # nothing was begun
 
 
@@ -594,7 +594,7 @@ def test_outputs_appear_whole_and_replace_nothing(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="not an empty folder"):
         save_official(small(), folder)
     with pytest.raises(SystemExit, match="not an empty folder"):
-        conversion.main(["official", str(folder), str(folder)])
+        convert.main(["official", str(folder), str(folder)])
     assert (folder / "ckpt-1.flax").read_bytes() == before
 
     def full_disk(*_):
@@ -615,7 +615,7 @@ def test_missing_msgpack_is_explained(monkeypatch, tmp_path):
 def test_help_of_every_command(capsys):
     for arguments in ([], ["official"], ["addtt"], ["diffusers"], ["to-official"], ["to-addtt"]):
         with pytest.raises(SystemExit) as caught:
-            conversion.main([*arguments, "--help"])
+            convert.main([*arguments, "--help"])
         assert caught.value.code == 0
         assert "OUTPUT_FOLDER" in capsys.readouterr().out
     root = Path(__file__).parents[1]
@@ -776,10 +776,10 @@ def addtt_file(folder, generator, prefix="", config=True, **changes):
 def test_addtt_there_and_back(tmp_path, generator, weights, changes):
     file, nets = addtt_file(tmp_path / "a", generator, **changes)
     settings = SETTINGS | changes
-    conversion.main(["addtt", str(file), str(tmp_path / "ours"), "--weights", weights, "--sample_size", "8"])
+    convert.main(["addtt", str(file), str(tmp_path / "ours"), "--weights", weights, "--sample_size", "8"])
     pipe = VDMPipeline.from_pretrained(tmp_path / "ours")
     assert pipe.unet.config.dropout == settings["dropout_prob"]
-    conversion.main(["to-addtt", str(tmp_path / "ours"), str(tmp_path / "b")])
+    convert.main(["to-addtt", str(tmp_path / "ours"), str(tmp_path / "b")])
     again = load_addtt(tmp_path / "b" / "model.pt", sample_size=8)
     z, gamma_t, _ = inputs(GENERATOR(3), settings["input_channels"])
     with torch.no_grad():
@@ -803,7 +803,7 @@ def test_addtt_there_and_back(tmp_path, generator, weights, changes):
         assert value.shape == clean[key].shape or key in ("initted", "step")
         if key.startswith("ema_model.") and weights == "ema":
             assert value.dtype == clean[key].dtype and torch.equal(value, clean[key]), key
-    recorded = conversion._addtt_config(tmp_path / "b" / "config.yaml")
+    recorded = _addtt_config(tmp_path / "b" / "config.yaml")
     assert set(recorded) == set(SETTINGS)
     assert all(recorded[key] == settings[key] for key in set(SETTINGS) - {"batch_size"})
 
@@ -882,12 +882,12 @@ def ddpm(**scheduler):
 def test_diffusers_pipeline_and_network_alone(tmp_path, generator, capsys):
     theirs = ddpm(num_train_timesteps=50, beta_end=0.03, prediction_type="v_prediction", variance_type="fixed_large")
     theirs.save_pretrained(tmp_path / "ddpm")
-    conversion.main(["diffusers", str(tmp_path / "ddpm"), str(tmp_path / "ours")])
+    convert.main(["diffusers", str(tmp_path / "ddpm"), str(tmp_path / "ours")])
     assert "fixed_large" in capsys.readouterr().out
     arguments = ["diffusers", str(tmp_path / "ddpm" / "unet"), str(tmp_path / "two")]
     with pytest.raises(SystemExit, match="network alone"):
-        conversion.main(arguments)
-    conversion.main([*arguments, "--scheduler", str(tmp_path / "ddpm" / "scheduler")])
+        convert.main(arguments)
+    convert.main([*arguments, "--scheduler", str(tmp_path / "ddpm" / "scheduler")])
     z = torch.randn(2, 3, 8, 8, generator=generator)
     for folder in ("ours", "two"):
         pipe = VDMPipeline.from_pretrained(tmp_path / folder)
@@ -905,9 +905,9 @@ def test_a_pipeline_that_is_not_there(path, tmp_path):
     message = "neither a folder here nor a name that the Hub allows"
     for arguments in ([path], [str(tmp_path / "ddpm"), "--scheduler", path]):
         with pytest.raises(SystemExit, match=message):
-            conversion.main(["diffusers", arguments[0], str(tmp_path / "out"), *arguments[1:]])
+            convert.main(["diffusers", arguments[0], str(tmp_path / "out"), *arguments[1:]])
     with pytest.raises(SystemExit, match=message):
-        conversion.main(["to-official", path, str(tmp_path / "out")])
+        convert.main(["to-official", path, str(tmp_path / "out")])
 
 
 def test_other_betas_become_a_table_of_levels(tmp_path):

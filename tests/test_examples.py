@@ -221,7 +221,7 @@ GROUPS = """
 import sys
 import torch
 import torch.distributed as dist
-from processes import hold_process_group
+from diffusers_vdm.commands.processes import hold_process_group
 
 def a_run():
     model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))

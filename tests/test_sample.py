@@ -54,7 +54,7 @@ def test_devices_that_are_not_here(name):
 @pytest.mark.parametrize("model", ["runs/my model", "./missing", "/abs/missing", "a/b/c"])
 def test_a_model_that_is_not_there(model):
     with pytest.raises(OSError, match="neither a folder here nor a name that the Hub allows") as error:
-        sample.main(sample.parse_options(["--model", model, "--device", "cpu"]))
+        sample.sample(sample.parse_options(["--model", model, "--device", "cpu"]))
     assert "\n" not in str(error.value)
 
 
@@ -68,9 +68,9 @@ def test_labels_are_checked_whatever_the_sampler(sampler, tmp_path):
     common += [] if sampler is None else ["--sampler", sampler]
     for labels, message in ((["0", "3"], r"within \[0, 3\)"), (None, "class_labels must be given")):
         with pytest.raises(ValueError, match=message):
-            sample.main(sample.parse_options(common + (["--class_labels", *labels] if labels else [])))
+            sample.sample(sample.parse_options(common + (["--class_labels", *labels] if labels else [])))
     assert not (tmp_path / "grid.png").exists()
-    sample.main(sample.parse_options([*common, "--class_labels", "0", "2", "--images_dir", str(tmp_path / "each")]))
+    sample.sample(sample.parse_options([*common, "--class_labels", "0", "2", "--images_dir", str(tmp_path / "each")]))
     assert len([*(tmp_path / "each").iterdir()]) == 3
     with Image.open(tmp_path / "grid.png") as grid:
         assert min(grid.size) > 8

@@ -288,14 +288,11 @@ def read_image_folder(path: str | os.PathLike) -> ImageFolder:
 def walk(root: Path) -> list[tuple[str, tuple[int, ...]]]:
     """(path with "/" relative to `root`, stamp) of every file, sorted; follows links."""
     found = []
-    folders: list[tuple[str, str, tuple[str, ...]]] = [(os.fspath(root), "", ())]
+    real_root = os.path.realpath(root)
+    # path, prefix of the names in it, real path, and the real paths of the root and the links above
+    folders: list[tuple[str, str, str, tuple[str, ...]]] = [(os.fspath(root), "", real_root, (real_root,))]
     while folders:
-        folder, prefix, above = folders.pop()
-        real = os.path.realpath(folder)
-        if real in above:  # a link to a folder that holds it would never end
-            continue
-        # only a link can lead back, so that a deep tree needs no more than its links
-        above = (*above, real) if not above or os.path.islink(folder) or not real.startswith(above[-1]) else above
+        folder, prefix, real, above = folders.pop()
         with os.scandir(folder) as entries:
             for entry in entries:
                 name = prefix + entry.name
@@ -304,7 +301,13 @@ def walk(root: Path) -> list[tuple[str, tuple[int, ...]]]:
                 except UnicodeEncodeError as error:
                     raise ValueError(f"{str(root)!r} has a name that is not UTF-8, {name!r}; rename it.") from error
                 if entry.is_dir():
-                    folders.append((entry.path, f"{name}/", above))
+                    if not entry.is_symlink():
+                        folders.append((entry.path, f"{name}/", os.path.join(real, entry.name), above))
+                        continue
+                    target = os.path.realpath(entry.path)
+                    leads_back = target in above or f"{real}{os.sep}".startswith(f"{target}{os.sep}")
+                    if not leads_back:  # to a folder that holds it, it would never end
+                        folders.append((entry.path, f"{name}/", target, (*above, target)))
                     continue
                 try:
                     stat = entry.stat()
