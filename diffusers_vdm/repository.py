@@ -280,7 +280,7 @@ def fetch(
     client = {"cache_dir": cache_dir, "token": token, "force_download": force_download}
     try:
         # by the branch's name, so that the cache knows it without the Hub; the commit counts from here on
-        path = Path(patiently(hf_hub_download, repo, INDEX, revision=revision, **client))
+        path = Path(call_with_retries(hf_hub_download, repo, INDEX, revision=revision, **client))
         if path.parent.name != listing.sha:
             # the branch moved in between, or the Hub fell silent and the cache answered
             logger.warning(f"{repo} is at {listing.sha}, {path.parent.name} came: that is loaded.")
@@ -289,14 +289,14 @@ def fetch(
         _check_content(path.parent, [by_name[INDEX]], repo)
         files = choose(path.parent, names)
         new = [by_name[name] for name in files if force_download or not (path.parent / name).is_file()]
-        patiently(snapshot_download, repo, revision=listing.sha, allow_patterns=files, **client)
+        call_with_retries(snapshot_download, repo, revision=listing.sha, allow_patterns=files, **client)
     except LocalEntryNotFoundError as error:
         raise OSError(f"{repo} could not be fetched from the Hub: {error}") from error
     _check_content(path.parent, new, repo)
     return path.parent
 
 
-def patiently(call: Callable, *args, attempts: int = 4, **kwargs):
+def call_with_retries(call: Callable, *args, attempts: int = 4, **kwargs):
     """`call(*args, **kwargs)`, again where the Hub says that it is busy or ill, after the time that it asks for."""
     for attempt in range(attempts):
         try:
@@ -317,7 +317,7 @@ def status_of(error: BaseException) -> int | None:
 def list_files(repo: str, revision: str | None, token: str | bool | None):
     """The commit and its files with sizes and hashes; or None and the reason why the Hub does not answer."""
     try:
-        return patiently(HfApi().model_info, repo, revision=revision, token=token, files_metadata=True), None
+        return call_with_retries(HfApi().model_info, repo, revision=revision, token=token, files_metadata=True), None
     except HFValidationError as error:
         raise OSError(f"{repo!r} is neither a folder here nor a name that the Hub allows: {error}") from error
     except GatedRepoError as error:

@@ -87,13 +87,13 @@ def test_averages_are_lent_and_taken_back():
     averages = WeightAverages([parameter], [0.5, 0.9])
     for decay, value in ((0.5, 2.0), (0.9, 3.0)):
         averages.models[decay].shadow_params[0].fill_(value)
-        with pytest.raises(KeyError), averages.lent(decay):
+        with pytest.raises(KeyError), averages.applied(decay):
             assert torch.equal(parameter.data, torch.full((3,), value))
             raise KeyError
         assert torch.equal(parameter.data, torch.zeros(3))
-    with averages.lent():
+    with averages.applied():
         assert float(parameter.data[0]) == 2.0
-    with WeightAverages([parameter], []).lent():
+    with WeightAverages([parameter], []).applied():
         assert torch.equal(parameter.data, torch.zeros(3))
     with pytest.raises(ValueError, match="different numbers"):
         WeightAverages([parameter], [0.9, 0.9])

@@ -34,29 +34,29 @@ DECODERS = {"vdm": "softmax over the levels at γ_0", "ddpm": "discretised Gauss
 class Evaluation:
     """A model, its data, and the ways to measure it; every measurement keeps its numbers in a folder until the end."""
 
-    def __init__(self, o: argparse.Namespace, accelerator):
+    def __init__(self, args: argparse.Namespace, accelerator):
         import torch
 
         from .. import noise_schedule_of
 
-        self.o, self.accelerator = o, accelerator
-        self.unet, self.scheduler, self.num_levels, self.weights, names = load_model(o.model)
+        self.args, self.accelerator = args, accelerator
+        self.unet, self.scheduler, self.num_levels, self.weights, names = load_model(args.model)
         num_classes = self.unet.config.get("num_class_embeds")
-        self.data = load_data(o, self.num_levels, num_classes, names, accelerator.is_main_process)
+        self.data = load_data(args, self.num_levels, num_classes, names, accelerator.is_main_process)
         if accelerator.is_main_process and self.data.files:
             print(self.data.files)
         if self.unet.dtype != torch.float32:
             self.unet.to(torch.float32)
         self.unet.to(accelerator.device).eval()
-        if o.method != "vlb" or o.table:
+        if args.method != "vlb" or args.table:
             self.noise_schedule = noise_schedule_of(self.scheduler)
         self.prediction_type = self.scheduler.config.get("prediction_type", "epsilon")
-        self.partial = partial_folder(o)
+        self.partial = partial_folder(args)
         self.folders: list[Path] = []
         self.shared = {
             "class_labels": self.data.labels if self.unet.config.get("num_class_embeds") is not None else None,
-            "batch_size": o.batch_size,
-            "seed": o.seed,
+            "batch_size": args.batch_size,
+            "seed": args.seed,
             "accelerator": accelerator,
             "progress_bar": accelerator.is_main_process,
         }
@@ -89,14 +89,14 @@ class Evaluation:
     def vlb(self):
         from .. import evaluate_bpd
 
-        o = self.o
+        args = self.args
         return evaluate_bpd(
             self.unet,
             self.scheduler,
             self.data.images,
-            num_steps=o.num_steps,
-            timesteps=o.timesteps,
-            convention=o.convention,
+            num_steps=args.num_steps,
+            timesteps=args.timesteps,
+            convention=args.convention,
             num_levels=self.num_levels,
             resume_dir=self.folder("vlb"),
             **self.shared,
@@ -113,35 +113,35 @@ class Evaluation:
             prediction_type=self.prediction_type,
             num_levels=self.num_levels,
             resume_dir=self.folder("ode"),
-            **{name: getattr(self.o, name) for name in names},
+            **{name: getattr(self.args, name) for name in names},
             **self.shared,
         )
 
 
-def measure(e: Evaluation) -> tuple[object, dict]:
+def measure(evaluation: Evaluation) -> tuple[object, dict]:
     """The result of --method, and what a reader must know of it."""
     from .. import best_timesteps
 
-    o = e.o
-    if o.method == "mc":
-        more = {"target_stderr_bpd": o.target_stderr, "max_samples": o.max_samples}
-        more |= {"importance_sampling": o.importance_sampling}
-        result = e.mc(o.num_steps, o.num_samples, "mc", **more)
+    args = evaluation.args
+    if args.method == "mc":
+        more = {"target_stderr_bpd": args.target_stderr, "max_samples": args.max_samples}
+        more |= {"importance_sampling": args.importance_sampling}
+        result = evaluation.mc(args.num_steps, args.num_samples, "mc", **more)
         return result, {
             "num_steps": result.num_timesteps,
             "stderr_is_of": "the Monte-Carlo estimate for these images",
             "num_samples": result.num_samples,
-            "target_stderr_bpd": o.target_stderr,
+            "target_stderr_bpd": args.target_stderr,
             "clip_sample": False,
-            "importance_sampling": o.importance_sampling,
+            "importance_sampling": args.importance_sampling,
             "variance_per_call": result.variance_per_call,
             "plain_variance_per_call": result.plain_variance_per_call,
             "convention": "vdm",
             "decoder": DECODERS["vdm"],
             **curve(result.gamma_t, result.mse),
         }
-    if o.method == "ode":
-        result = e.ode()
+    if args.method == "ode":
+        result = evaluation.ode()
         names = ("num_samples", "num_importance_samples", "dequantization", "divergence", "num_probes", "gamma_start",
                  "gamma_end", "rtol", "atol", "draws_stderr_bpd")  # fmt: skip
         return result, {
@@ -152,20 +152,26 @@ def measure(e: Evaluation) -> tuple[object, dict]:
             **{name: getattr(result, name) for name in names},
             "mean_num_calls": float(result.num_calls.mean()),
         }
-    if o.best_steps and not str(e.scheduler.config.get("variance_type", "fixed_small")).startswith("fixed_small"):
+    if args.best_steps and not str(evaluation.scheduler.config.get("variance_type", "fixed_small")).startswith(
+        "fixed_small"
+    ):
         raise ValueError("--best_steps needs the fixed_small variance: other terms are functions of both levels")
-    steps = len(o.timesteps) if o.timesteps else o.num_steps or e.scheduler.config.num_train_timesteps
-    if o.best_steps and max(o.best_steps) > steps:
-        raise ValueError(f"--best_steps must be at most the {steps} steps that are measured, got {max(o.best_steps)}")
-    result = e.vlb()
+    steps = (
+        len(args.timesteps) if args.timesteps else args.num_steps or evaluation.scheduler.config.num_train_timesteps
+    )
+    if args.best_steps and max(args.best_steps) > steps:
+        raise ValueError(
+            f"--best_steps must be at most the {steps} steps that are measured, got {max(args.best_steps)}"
+        )
+    result = evaluation.vlb()
     terms = result.terms_bpd
     errors = [None] * terms.shape[1]  # one image has none
     if result.num_images > 1:
         errors = (terms.std(0) / math.sqrt(result.num_images)).tolist()
     rows = zip(result.gammas.tolist(), terms.mean(0).tolist(), errors, strict=True)
     best = {}
-    if o.best_steps:
-        found = {steps: best_timesteps(result, steps) for steps in sorted(o.best_steps)}
+    if args.best_steps:
+        found = {steps: best_timesteps(result, steps) for steps in sorted(args.best_steps)}
         best = {"best": [{"num_steps": n, "bpd": bpd, "timesteps": steps} for n, (steps, bpd) in found.items()]}
     return result, {
         "num_steps": result.num_steps,
@@ -180,7 +186,7 @@ def measure(e: Evaluation) -> tuple[object, dict]:
     }
 
 
-def evaluate(o: argparse.Namespace) -> None:
+def evaluate(args: argparse.Namespace) -> None:
     """Measures, and writes the report."""
     """All processes of a run; nothing beside its report is read or written before no other run can."""
     import accelerate
@@ -190,18 +196,18 @@ def evaluate(o: argparse.Namespace) -> None:
     check_processes(accelerator)
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda number, _: sys.exit(128 + number))  # what is done is saved on the way out
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = o.allow_tf32
-    set_threads(accelerator, o.num_threads)
-    output = Path(o.output)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    set_threads(accelerator, args.num_threads)
+    output = Path(args.output)
     taken = f"another run is writing --output {output}; wait for its end, or name another file"
     try:
-        with only_run(accelerator, output.with_name(f".{output.stem}.lock"), taken, lambda: check_partial(o)):
-            run_evaluation(o, accelerator)
+        with only_run(accelerator, output.with_name(f".{output.stem}.lock"), taken, lambda: check_partial(args)):
+            run_evaluation(args, accelerator)
     except (ValueError, TypeError, OSError) as error:
         raise SystemExit(f"evaluate.py: {error}") from error
 
 
-def run_evaluation(o: argparse.Namespace, accelerator) -> None:
+def run_evaluation(args: argparse.Namespace, accelerator) -> None:
     import accelerate
     import diffusers
     import torch
@@ -212,13 +218,13 @@ def run_evaluation(o: argparse.Namespace, accelerator) -> None:
     from ..files import write_atomically
     from ..sharing.measurements import gammas_fingerprint
 
-    e = Evaluation(o, accelerator)
+    evaluation = Evaluation(args, accelerator)
     start = time.perf_counter()
-    result, how = measure(e)
+    result, how = measure(evaluation)
     seconds = time.perf_counter() - start
     table = []
-    for num_steps in [*sorted(o.table), None] if o.table else []:
-        row = e.mc(num_steps, o.num_samples if o.method == "mc" else 20, f"table-{num_steps}")
+    for num_steps in [*sorted(args.table), None] if args.table else []:
+        row = evaluation.mc(num_steps, args.num_samples if args.method == "mc" else 20, f"table-{num_steps}")
         table.append({"num_steps": num_steps, "bpd": row.bpd, "stderr_bpd": row.stderr_bpd})
         table[-1] |= {"num_samples": row.num_samples, "stderr_is_of": "the Monte-Carlo estimate for these images"}
     if not accelerator.is_main_process:
@@ -227,30 +233,30 @@ def run_evaluation(o: argparse.Namespace, accelerator) -> None:
     modules = (torch, diffusers, accelerate, diffusers_vdm)
     parts = [term for term in ("diffusion", "reconstruction", "prior") if hasattr(result, f"{term}_bpd")]
     report = {
-        "model": o.model,
-        "method": o.method,
+        "model": args.model,
+        "method": args.method,
         "bpd": result.bpd,
         "stderr_bpd": result.stderr_bpd,
         **{f"{term}_bpd": getattr(result, f"{term}_bpd") for term in parts},
         "num_images": result.num_images,
-        "num_levels": e.num_levels,
-        "prediction_type": e.prediction_type,
-        "scheduler": type(e.scheduler).__name__,
-        "weights": e.weights,
-        "weights_fingerprint": fingerprint(e.unet.state_dict().values()),
-        "gammas_fingerprint": gammas_fingerprint(e.scheduler),
-        "class_conditional": e.shared["class_labels"] is not None,
-        "dtype": "float32" + (", TF32 products" if o.allow_tf32 else ""),
-        "seed": o.seed,
+        "num_levels": evaluation.num_levels,
+        "prediction_type": evaluation.prediction_type,
+        "scheduler": type(evaluation.scheduler).__name__,
+        "weights": evaluation.weights,
+        "weights_fingerprint": fingerprint(evaluation.unet.state_dict().values()),
+        "gammas_fingerprint": gammas_fingerprint(evaluation.scheduler),
+        "class_conditional": evaluation.shared["class_labels"] is not None,
+        "dtype": "float32" + (", TF32 products" if args.allow_tf32 else ""),
+        "seed": args.seed,
         "data": {
-            "name": e.data.name,
-            "shape": list(e.data.images.shape),
-            "fingerprint": e.data.fingerprint,
-            "files": e.data.files,
-            "image_column": e.data.image_column,
-            "label_column": e.data.label_column,
+            "name": evaluation.data.name,
+            "shape": list(evaluation.data.images.shape),
+            "fingerprint": evaluation.data.fingerprint,
+            "files": evaluation.data.files,
+            "image_column": evaluation.data.image_column,
+            "label_column": evaluation.data.label_column,
             **{
-                name: getattr(o, name)
+                name: getattr(args, name)
                 for name in ("resolution", "center_crop", "image_mode", "frames", "allow_shared")
             },
         },
@@ -262,11 +268,11 @@ def run_evaluation(o: argparse.Namespace, accelerator) -> None:
         "per_image_bpd": result.per_image_bpd.tolist(),
     }
     report = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in report.items()}  # NaN is no JSON
-    output = Path(o.output)
+    output = Path(args.output)
     write_atomically(output, json.dumps(report, indent=1))
-    draw(output, e, result, parts)
-    e.tidy()
-    tell(o, e, report, parts)
+    draw(output, evaluation, result, parts)
+    evaluation.tidy()
+    tell(args, evaluation, report, parts)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -78,48 +78,50 @@ def parse_options(description: str, arguments: list[str] | None = None) -> argpa
     add("--table", type=int, nargs="+", metavar="T", help="also estimate the bound at each of these T, and at ∞")
     add("--best_steps", type=int, nargs="+", metavar="T", help="vlb: also find the T timesteps with the best bound")
     add("--timesteps", type=float, nargs="+", help="vlb: decreasing timesteps of one's own, instead of --num_steps")
-    o = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     try:
-        if o.model is None:
+        if args.model is None:
             raise ValueError("--model must name a folder or a repository")
         positive = ("num_steps", "num_samples", "target_stderr", "max_samples", "batch_size", "resolution", "rtol",
                     "atol", "num_threads", "num_importance_samples", "num_probes")  # fmt: skip
-        check_ranges(o, {}, positive)
+        check_ranges(args, {}, positive)
         for name, method in METHOD_OF.items():
-            if getattr(o, name) != parser.get_default(name) and o.method != method:
-                raise ValueError(f"--{name} goes with --method {method}, not with {o.method}")
-        if o.method == "vlb" and o.num_samples is not None:
+            if getattr(args, name) != parser.get_default(name) and args.method != method:
+                raise ValueError(f"--{name} goes with --method {method}, not with {args.method}")
+        if args.method == "vlb" and args.num_samples is not None:
             raise ValueError("--num_samples goes with --method mc and ode, not with vlb, which works out all terms")
-        if o.method == "ode" and o.num_steps is not None:
+        if args.method == "ode" and args.num_steps is not None:
             raise ValueError(
                 "--num_steps goes with mc and vlb; the ODE takes the steps that --rtol and --atol ask for"
             )
-        if o.timesteps and o.num_steps is not None:
+        if args.timesteps and args.num_steps is not None:
             raise ValueError("give --num_steps or --timesteps, not both")
-        if o.target_stderr and o.max_samples < (o.num_samples or 20):
-            raise ValueError(f"--max_samples {o.max_samples} must be at least --num_samples {o.num_samples or 20}")
+        if args.target_stderr and args.max_samples < (args.num_samples or 20):
+            raise ValueError(
+                f"--max_samples {args.max_samples} must be at least --num_samples {args.num_samples or 20}"
+            )
         ignored = ("dataset_config_name", "image_column", "label_column", "image_mode", "resolution", "center_crop",
                    "frames")  # fmt: skip
-        for name in ignored if not (o.dataset_name or o.data_dir) else ():
-            if getattr(o, name):
+        for name in ignored if not (args.dataset_name or args.data_dir) else ():
+            if getattr(args, name):
                 raise ValueError(f"--{name} is of a data set; name one by --dataset_name or --data_dir")
-        if not (o.dataset_name or o.data_dir) and not DIGITS_SPLIT.fullmatch(o.split):
+        if not (args.dataset_name or args.data_dir) and not DIGITS_SPLIT.fullmatch(args.split):
             raise ValueError(
-                f"--split of the digits must be train or test, slices allowed: test[:50]; got {o.split!r}"
+                f"--split of the digits must be train or test, slices allowed: test[:50]; got {args.split!r}"
             )
-        if o.dataset_name and o.data_dir:
+        if args.dataset_name and args.data_dir:
             raise ValueError("give --dataset_name or --data_dir, not both")
-        if o.data_dir and not Path(o.data_dir).is_dir():
-            raise ValueError(f"--data_dir {o.data_dir} is not a folder")
+        if args.data_dir and not Path(args.data_dir).is_dir():
+            raise ValueError(f"--data_dir {args.data_dir} is not a folder")
         for name in ("table", "best_steps"):
-            if getattr(o, name) and min(getattr(o, name)) < 1:
-                raise ValueError(f"--{name} must be positive numbers of steps, got {getattr(o, name)}")
-        if Path(o.output).suffix != ".json" or Path(o.output).is_dir():
-            raise ValueError(f"--output must name a .json file, got {o.output}")
+            if getattr(args, name) and min(getattr(args, name)) < 1:
+                raise ValueError(f"--{name} must be positive numbers of steps, got {getattr(args, name)}")
+        if Path(args.output).suffix != ".json" or Path(args.output).is_dir():
+            raise ValueError(f"--output must name a .json file, got {args.output}")
     except ValueError as error:
         parser.error(str(error))
-    o.num_samples = o.num_samples or {"mc": 20, "vlb": 1, "ode": 1}[o.method]
-    return o
+    args.num_samples = args.num_samples or {"mc": 20, "vlb": 1, "ode": 1}[args.method]
+    return args
 
 
 def load_model(name: str):
@@ -152,7 +154,7 @@ def load_model(name: str):
 
 
 def load_data(
-    o: argparse.Namespace,
+    args: argparse.Namespace,
     num_levels: int,
     num_classes: int | None,
     class_names: list[str] | None,
@@ -162,22 +164,25 @@ def load_data(
     from ..data.image_sources import shared_with_other_splits
     from ..data.images import load_digits_split, load_images
 
-    if o.dataset_name is None and o.data_dir is None:
-        name, start, stop = DIGITS_SPLIT.fullmatch(o.split).groups()
+    if args.dataset_name is None and args.data_dir is None:
+        name, start, stop = DIGITS_SPLIT.fullmatch(args.split).groups()
         data = load_digits_split()[name == "test"]
         if start or stop:
             part = slice(int(start) if start else None, int(stop) if stop else None)
-            data = replace(data, images=data.images[part], labels=data.labels[part], name=f"{data.name}, {o.split}")
+            data = replace(data, images=data.images[part], labels=data.labels[part], name=f"{data.name}, {args.split}")
         if len(data) == 0:
-            raise SystemExit(f"--split {o.split} of the digits is empty")
+            raise SystemExit(f"--split {args.split} of the digits is empty")
     else:
-        path, shared = o.dataset_name or o.data_dir, image_arguments(o, o.data_dir, num_classes is not None)
+        path, shared = (
+            args.dataset_name or args.data_dir,
+            image_arguments(args, args.data_dir, num_classes is not None),
+        )
         try:
-            data = load_images(path, o.split, progress_bar=progress_bar, **shared)
-            if not o.allow_shared:
+            data = load_images(path, args.split, progress_bar=progress_bar, **shared)
+            if not args.allow_shared:
                 names = ("config_name", "is_folder", "image_column", "label_column", "cache_dir")
                 same = {name: shared[name] for name in names}
-                found = shared_with_other_splits(path, o.split, progress_bar=progress_bar, **same)
+                found = shared_with_other_splits(path, args.split, progress_bar=progress_bar, **same)
                 if found:
                     raise ValueError(
                         f"images of {data.name} are in other splits of the data set, too: {found}. If the model was "

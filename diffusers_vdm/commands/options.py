@@ -46,16 +46,16 @@ def option_parser(usage: str, description: str, groups: dict[str, list[tuple]]) 
     return parser
 
 
-def image_arguments(o: argparse.Namespace, folder: str | None, classes: bool) -> dict:
+def image_arguments(args: argparse.Namespace, folder: str | None, classes: bool) -> dict:
     """The arguments of `load_images` and `ImageStream`; `folder` is one of image files, if it is given.
 
     Without the need for `classes` no column is looked for: a data set may have several of them.
     """
     names = ("resolution", "center_crop", "image_mode", "image_column", "frames", "allow_shared", "cache_dir", "seed")
-    return {name: getattr(o, name) for name in names} | {
-        "config_name": o.dataset_config_name,
+    return {name: getattr(args, name) for name in names} | {
+        "config_name": args.dataset_config_name,
         "is_folder": bool(folder),
-        "label_column": "" if o.label_column is None and not classes else o.label_column,
+        "label_column": "" if args.label_column is None and not classes else args.label_column,
     }
 
 
@@ -68,10 +68,10 @@ def check_choice(name: str, value: str | None, known: Iterable[str]) -> None:
         )
 
 
-def check_ranges(o: argparse.Namespace, ranges: dict[str, tuple], positive: Iterable[str] = ()) -> None:
+def check_ranges(args: argparse.Namespace, ranges: dict[str, tuple], positive: Iterable[str] = ()) -> None:
     """`ValueError` for an option that is outside of its range; `positive` are those that need only be above 0."""
     for name, (low, high) in (dict.fromkeys(positive, (1e-30, math.inf)) | ranges).items():
-        value = getattr(o, name)
+        value = getattr(args, name)
         if value is not None and not (low <= value <= high and math.isfinite(value)):
             rule = "positive" if name in positive else f"within [{low}, {high:.4g}]"
             raise ValueError(f"--{name} must be {rule}, got {value}")

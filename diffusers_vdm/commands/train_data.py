@@ -8,14 +8,14 @@ import math
 from .options import image_arguments
 
 
-def load_data(o: argparse.Namespace, progress_bar: bool):
+def load_data(args: argparse.Namespace, progress_bar: bool):
     """The images to train on and the held-out ones."""
-    train, test = _load(o, progress_bar)
-    if o.random_rotation and train.shape[1] != train.shape[2]:
+    train, test = _load(args, progress_bar)
+    if args.random_rotation and train.shape[1] != train.shape[2]:
         raise ValueError(f"--random_rotation needs square images, got {train.shape}; set --resolution")
-    if o.class_conditional:
+    if args.class_conditional:
         check_classes(train, test)
-    if not o.allow_shared:
+    if not args.allow_shared:
         check_shared(train, test)
     return train, test
 
@@ -59,32 +59,41 @@ def check_shared(train, test) -> None:
         )
 
 
-def _load(o: argparse.Namespace, progress_bar: bool):
+def _load(args: argparse.Namespace, progress_bar: bool):
     from ..data.image_stream import ImageStream
     from ..data.images import ImageSet, load_digits_split, load_images
 
-    if o.digits:
+    if args.digits:
         return load_digits_split()
-    shared = image_arguments(o, o.train_data_dir, o.class_conditional) | {"num_workers": o.dataloader_num_workers}
-    path = o.dataset_name or o.train_data_dir
-    damage = {"skip_damaged": o.skip_damaged}
+    shared = image_arguments(args, args.train_data_dir, args.class_conditional) | {
+        "num_workers": args.dataloader_num_workers
+    }
+    path = args.dataset_name or args.train_data_dir
+    damage = {"skip_damaged": args.skip_damaged}
     try:
-        if not o.streaming:
-            shared |= {"progress_bar": progress_bar, "decoded_cache": o.decoded_cache}
-            return load_images(path, o.train_split, **shared, **damage), load_images(path, o.eval_split, **shared)
+        if not args.streaming:
+            shared |= {"progress_bar": progress_bar, "decoded_cache": args.decoded_cache}
+            return load_images(path, args.train_split, **shared, **damage), load_images(
+                path, args.eval_split, **shared
+            )
         stream = ImageStream(
-            path, o.train_split, buffer_size=o.shuffle_buffer, num_images=o.num_train_images, **shared, **damage
+            path,
+            args.train_split,
+            buffer_size=args.shuffle_buffer,
+            num_images=args.num_train_images,
+            **shared,
+            **damage,
         )
-        held_out = ImageStream(path, o.eval_split, buffer_size=o.shuffle_buffer, **shared)
+        held_out = ImageStream(path, args.eval_split, buffer_size=args.shuffle_buffer, **shared)
     except ValueError as error:
         if "nknown split" not in str(error):
             raise
-        slices = "" if o.streaming else ", slices allowed: 'train[1000:]' and 'train[:1000]'"
+        slices = "" if args.streaming else ", slices allowed: 'train[1000:]' and 'train[:1000]'"
         raise ValueError(f"{str(error).rstrip('.')}; set --train_split and --eval_split{slices}") from error
-    count = min(held_out.num_images or math.inf, o.max_eval_images or math.inf)
+    count = min(held_out.num_images or math.inf, args.max_eval_images or math.inf)
     if count == math.inf:
         raise ValueError(f"--max_eval_images must say how many of {held_out.name} to take: nobody declared its number")
-    if not stream.num_images and (o.num_epochs or o.save_images_epochs or o.save_model_epochs):
+    if not stream.num_images and (args.num_epochs or args.save_images_epochs or args.save_model_epochs):
         raise ValueError(f"--num_train_images must tell the length of an epoch of {stream.name}: nobody declared it")
     images, labels = held_out.batch(range(count))
     if held_out.num_images is not None and held_out.num_images < count:  # known once its end has been read

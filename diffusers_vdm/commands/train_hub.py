@@ -12,7 +12,7 @@ class Sharing:
 
     def __init__(self, run):
         self.run, self.uploads, self.failure = run, None, None
-        if run.o.push_to_hub and run.accelerator.is_main_process:
+        if run.args.push_to_hub and run.accelerator.is_main_process:
             self.uploads = self._open()
 
     def _open(self):
@@ -22,15 +22,15 @@ class Sharing:
         from ..sharing.uploads import Uploads, remove_left_overs
         from ..training.checkpoints import list_checkpoints
 
-        o, out = self.run.o, self.run.out
+        args, out = self.run.args, self.run.out
         remove_left_overs(out)  # of a process that was killed
         if not are_progress_bars_disabled():  # they would run into that of the training
             disable_progress_bars()
         uploads = Uploads(
-            o.hub_model_id or out.resolve().name,
-            private=o.hub_private_repo or None,
-            token=o.hub_token,
-            before_upload=lambda folder, repo_id: keep_edited_card(folder, repo_id, o.hub_token),
+            args.hub_model_id or out.resolve().name,
+            private=args.hub_private_repo or None,
+            token=args.hub_token,
+            before_upload=lambda folder, repo_id: keep_edited_card(folder, repo_id, args.hub_token),
         )
         try:
             uploads.create()
@@ -47,10 +47,10 @@ class Sharing:
 
         if self.uploads is None:
             return
-        run, o = self.run, self.run.o
-        same = lambda state: check_same_run(state["run"], run.description(), o.allow_changed or ())  # noqa: E731
+        run, args = self.run, self.run.args
+        same = lambda state: check_same_run(state["run"], run.description(), args.allow_changed or ())  # noqa: E731
         try:
-            folder = fetch_checkpoint(self.uploads.repo_id, run.out, token=o.hub_token, check=same)
+            folder = fetch_checkpoint(self.uploads.repo_id, run.out, token=args.hub_token, check=same)
         except OSError as error:
             if not list_checkpoints(self.run.out):
                 raise OSError(f"{error} There is no checkpoint here either: a new run would take its place") from error
@@ -61,25 +61,25 @@ class Sharing:
 
     def is_due(self, saved: bool, at_end: bool) -> bool:
         """Whether something goes to the Hub after this step, of all processes alike."""
-        o = self.run.o
-        return o.push_to_hub and (at_end or (saved and o.hub_strategy != "end"))
+        args = self.run.args
+        return args.push_to_hub and (at_end or (saved and args.hub_strategy != "end"))
 
     def push(self, title: str) -> None:
         """Hands over what output_dir holds now with a card, and the newest checkpoint by --hub_strategy checkpoint."""
-        from ..sharing.publish import dress
+        from ..sharing.publish import add_card_and_code
         from ..sharing.uploads import stage
         from ..training.checkpoints import list_checkpoints
 
         if self.uploads is None:
             return
-        o = self.run.o
-        checkpoints, staged = list_checkpoints(self.run.out) if o.hub_strategy == "checkpoint" else [], None
+        args = self.run.args
+        checkpoints, staged = list_checkpoints(self.run.out) if args.hub_strategy == "checkpoint" else [], None
         try:
             staged = stage(self.run.out, checkpoints[-1] if checkpoints else None)
             if (staged / "model_index.json").exists():  # a run that is stopped early has none yet
                 of_step = self.run.step if self.run.step < self.run.total else None
-                card = {"include_code": o.hub_include_code, "license": o.hub_license, "step": of_step}
-                dress(staged, self.uploads.repo_id, **card)
+                card = {"include_code": args.hub_include_code, "license": args.hub_license, "step": of_step}
+                add_card_and_code(staged, self.uploads.repo_id, **card)
             self.uploads.push(staged, f"{title}, step {self.run.step}")
             self.failure = None
         except (OSError, ValueError) as error:  # a full disk

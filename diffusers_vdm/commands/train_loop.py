@@ -33,48 +33,48 @@ def errors_in_one_line():
         raise SystemExit(f"train.py: {error}") from error
 
 
-def set_up(o: argparse.Namespace):
+def set_up(args: argparse.Namespace):
     """The accelerator, with as many processes as were launched, and the threads of each."""
     from accelerate import Accelerator
 
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = o.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     accelerator = Accelerator(
-        mixed_precision=o.mixed_precision,
-        gradient_accumulation_steps=o.gradient_accumulation_steps,
-        log_with=None if o.logger == "none" or o.dry_run else o.logger,
-        project_dir=str(Path(o.output_dir) / o.logging_dir),
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=None if args.logger == "none" or args.dry_run else args.logger,
+        project_dir=str(Path(args.output_dir) / args.logging_dir),
     )
     check_processes(accelerator)
     check_sharding(accelerator)
     hold_process_group()
-    set_threads(accelerator, o.num_threads)
+    set_threads(accelerator, args.num_threads)
     return accelerator
 
 
-def train(o: argparse.Namespace) -> None:
+def train(args: argparse.Namespace) -> None:
     """All processes of a run; nothing in its folder is read or written before no other run can."""
-    accelerator = set_up(o)
-    taken = f"another run is writing --output_dir {o.output_dir}; wait for its end, or name another folder"
-    lock = only_run(accelerator, Path(o.output_dir) / ".lock", taken, lambda: check_output_dir(o))
-    with errors_in_one_line(), nullcontext() if o.dry_run else lock:
-        run_training(o, accelerator)
+    accelerator = set_up(args)
+    taken = f"another run is writing --output_dir {args.output_dir}; wait for its end, or name another folder"
+    lock = only_run(accelerator, Path(args.output_dir) / ".lock", taken, lambda: check_output_dir(args))
+    with errors_in_one_line(), nullcontext() if args.dry_run else lock:
+        run_training(args, accelerator)
 
 
-def run_training(o: argparse.Namespace, accelerator) -> None:
+def run_training(args: argparse.Namespace, accelerator) -> None:
 
-    out, is_main = Path(o.output_dir), accelerator.is_main_process
-    train, test = load_data(o, progress_bar=is_main)
-    torch.manual_seed(key_to_seed(o.seed, "weights"))
-    unet, noise_schedule = build(o, train)
-    run = Run(o, accelerator, train, unet, noise_schedule)
+    out, is_main = Path(args.output_dir), accelerator.is_main_process
+    train, test = load_data(args, progress_bar=is_main)
+    torch.manual_seed(key_to_seed(args.seed, "weights"))
+    unet, noise_schedule = build(args, train)
+    run = Run(args, accelerator, train, unet, noise_schedule)
     if is_main:
         print(plan(run, test), flush=True)
-    if o.dry_run:
+    if args.dry_run:
         return
     sharing = Sharing(run)
-    if o.resume_from_checkpoint == "last-checkpoint":
+    if args.resume_from_checkpoint == "last-checkpoint":
         sharing.fetch()
-    if o.resume_from_checkpoint:
+    if args.resume_from_checkpoint:
         run.resume()
     if run.step > run.total:
         raise ValueError(f"the checkpoint is at step {run.step}, past the {run.total} that are asked for")
@@ -88,7 +88,7 @@ def run_training(o: argparse.Namespace, accelerator) -> None:
             remove_results(out)
         write_atomically(out / "options.json", json.dumps(run.description(), indent=2))
         truncate_metrics(out / "metrics.jsonl", run.step)
-    plain = {k: v for k, v in vars(o).items() if isinstance(v, int | float | str) and k != "hub_token"}
+    plain = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str) and k != "hub_token"}
     accelerator.init_trackers("train", plain)
     accelerator.wait_for_everyone()
     bar = {"total": run.total, "initial": run.step, "desc": "training", "disable": not is_main}
@@ -124,24 +124,24 @@ def loop(run: Run, test, stop, bar, sharing: Sharing) -> bool:
 
     What is due at a step comes after its checkpoint and changes nothing in it: a run that goes on there does it again.
     """
-    o, accelerator, is_main = run.o, run.accelerator, run.accelerator.is_main_process
+    args, accelerator, is_main = run.args, run.accelerator, run.accelerator.is_main_process
     epoch = math.ceil((run.num_images or 0) / run.global_rows)
     run.objective.train()
     batches, clock, shown, new = run.batches(), Clock(), {}, False
     while True:
         at_end = run.step == run.total
         due = {
-            "evaluation": at_end or is_due(run.step, o.eval_steps),
-            "images": not at_end and is_due(run.step, o.save_images_epochs and o.save_images_epochs * epoch),
-            "pipeline": at_end or is_due(run.step, o.save_model_epochs and o.save_model_epochs * epoch),
+            "evaluation": at_end or is_due(run.step, args.eval_steps),
+            "images": not at_end and is_due(run.step, args.save_images_epochs and args.save_images_epochs * epoch),
+            "pipeline": at_end or is_due(run.step, args.save_model_epochs and args.save_model_epochs * epoch),
         }
         # what several processes work on together may be ended in the midst, where they cannot agree on more
         together = accelerator.num_processes > 1 and (due["evaluation"] or due["images"])
-        saves = at_end or together or is_due(run.step, o.checkpointing_steps)
-        due["checkpoint"] = new and saves and o.checkpointing_steps > 0
+        saves = at_end or together or is_due(run.step, args.checkpointing_steps)
+        due["checkpoint"] = new and saves and args.checkpointing_steps > 0
         due["upload"] = sharing.is_due(due["checkpoint"], at_end)
         due["pipeline"] = due["pipeline"] or due["upload"]
-        due["log"] = due["evaluation"] or is_due(run.step, o.logging_steps)
+        due["log"] = due["evaluation"] or is_due(run.step, args.logging_steps)
         if not at_end:
             clock.go()
             try:
@@ -167,10 +167,10 @@ def loop(run: Run, test, stop, bar, sharing: Sharing) -> bool:
         if any(due[name] for name in ("evaluation", "images", "pipeline")):
             with stop.at_once():
                 if due["evaluation"]:
-                    samples = (o.eval_samples, None) if at_end else (1, o.max_eval_images)
+                    samples = (args.eval_samples, None) if at_end else (1, args.max_eval_images)
                     results = [run.evaluate(test, *samples, decay) for decay in run.decays]
                     for i, (result, decay) in enumerate(zip(results, run.decays, strict=True)):
-                        metrics |= evaluation_metrics(result, decay, i == 0, o.class_conditional)
+                        metrics |= evaluation_metrics(result, decay, i == 0, args.class_conditional)
                 if due["images"]:
                     draw(run, f"samples-{run.step}.png")
             if due["pipeline"]:
@@ -180,7 +180,7 @@ def loop(run: Run, test, stop, bar, sharing: Sharing) -> bool:
                     finish(run, results[0], metrics)
             run.objective.train()
         if due["log"]:
-            name = "train_bpd" if o.objective == "vdm" else "train_mse"
+            name = "train_bpd" if args.objective == "vdm" else "train_mse"
             shown |= {k: f"{metrics[n]:.4g}" for k, n in ((name, name), ("eval_bpd", "eval_bpd")) if metrics.get(n)}
             bar.set_postfix(shown)
             accelerator.log({k: v for k, v in metrics.items() if v is not None}, step=run.step)

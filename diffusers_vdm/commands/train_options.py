@@ -157,57 +157,59 @@ def parse_options(description: str, arguments: list[str] | None = None) -> argpa
     return options
 
 
-def check_options(o: argparse.Namespace) -> None:
+def check_options(args: argparse.Namespace) -> None:
     """Everything that can be told before any work starts; fills in what depends on other options."""
     from diffusers.optimization import SchedulerType
 
     from .. import UNET_PRESETS
     from ..training.checkpoints import check_allowed
 
-    o.digits = o.dataset_name is None and o.train_data_dir is None
+    args.digits = args.dataset_name is None and args.train_data_dir is None
     of_a_data_set = ("resolution", "image_mode", "image_column", "label_column", "streaming", "num_train_images",
                      "frames", "skip_damaged")  # fmt: skip
-    if o.digits and o.preset in PRESET_DATA:
+    if args.digits and args.preset in PRESET_DATA:
         raise ValueError(
-            f"--preset {o.preset} is a network for other images than the bundled digits; name them by --dataset_name "
-            "or --train_data_dir"
+            f"--preset {args.preset} is a network for other images than the bundled digits; name them by "
+            "--dataset_name or --train_data_dir"
         )
-    ignored = [name for name in of_a_data_set if o.digits and getattr(o, name)]
+    ignored = [name for name in of_a_data_set if args.digits and getattr(args, name)]
     if ignored:
         raise ValueError(f"--{ignored[0]} is of a data set; name one by --dataset_name or --train_data_dir")
-    if o.schedule == "linear_beta" and o.gamma_min is not None:
+    if args.schedule == "linear_beta" and args.gamma_min is not None:
         raise ValueError("--gamma_min is not of --schedule linear_beta, whose ends come from its betas")
-    o.schedule = o.schedule or ("learned" if o.objective == "vdm" else "linear_beta")
-    o.gamma_min = (-7.5 if o.digits else -13.3) if o.gamma_min is None else o.gamma_min
-    o.learning_rate = (4e-3 if o.digits else 2e-4) if o.learning_rate is None else o.learning_rate
-    if o.ema_decays is None:
-        o.ema_decays = [o.ema_max_decay]
-    o.ema_decays = o.ema_decays if o.use_ema else []
-    if o.max_train_steps is None and o.num_epochs is None:
-        o.max_train_steps, o.num_epochs = (2500, None) if o.digits else (None, 100)
-    if o.preset is None and o.model_config_name_or_path is None:
-        o.preset = "digits"
+    args.schedule = args.schedule or ("learned" if args.objective == "vdm" else "linear_beta")
+    args.gamma_min = (-7.5 if args.digits else -13.3) if args.gamma_min is None else args.gamma_min
+    args.learning_rate = (4e-3 if args.digits else 2e-4) if args.learning_rate is None else args.learning_rate
+    if args.ema_decays is None:
+        args.ema_decays = [args.ema_max_decay]
+    args.ema_decays = args.ema_decays if args.use_ema else []
+    if args.max_train_steps is None and args.num_epochs is None:
+        args.max_train_steps, args.num_epochs = (2500, None) if args.digits else (None, 100)
+    if args.preset is None and args.model_config_name_or_path is None:
+        args.preset = "digits"
     for bad, message in (
-        (o.dataset_name and o.train_data_dir, "give --dataset_name or --train_data_dir, not both"),
-        (o.preset and o.model_config_name_or_path, "give --preset or --model_config_name_or_path, not both"),
-        (o.max_train_steps and o.num_epochs, "give --max_train_steps or --num_epochs, not both"),
-        (o.objective == "ddpm" and o.schedule.startswith("learned"), "--objective ddpm cannot train γ: its minimiser "
-         "is one γ for all t; use --schedule linear_beta or fixed_linear"),
-        (o.objective == "ddpm" and o.importance_sampling, "--importance_sampling is of the bound alone"),
-        (o.resume_from_checkpoint == "last-checkpoint" and not o.push_to_hub, "--resume_from_checkpoint "
+        (args.dataset_name and args.train_data_dir, "give --dataset_name or --train_data_dir, not both"),
+        (args.preset and args.model_config_name_or_path, "give --preset or --model_config_name_or_path, not both"),
+        (args.max_train_steps and args.num_epochs, "give --max_train_steps or --num_epochs, not both"),
+        (args.objective == "ddpm" and args.schedule.startswith("learned"), "--objective ddpm cannot train γ: its "
+         "minimiser is one γ for all t; use --schedule linear_beta or fixed_linear"),
+        (args.objective == "ddpm" and args.importance_sampling, "--importance_sampling is of the bound alone"),
+        (args.resume_from_checkpoint == "last-checkpoint" and not args.push_to_hub, "--resume_from_checkpoint "
          "last-checkpoint looks for it on the Hub; add --push_to_hub, with --hub_strategy checkpoint"),
-        (o.objective == "ddpm" and o.num_timesteps, "--num_timesteps is of the bound; --objective ddpm has none"),
-        (not o.gamma_min < o.gamma_max, f"--gamma_min {o.gamma_min} must be below --gamma_max {o.gamma_max}"),
+        (args.objective == "ddpm" and args.num_timesteps, "--num_timesteps is of the bound; --objective ddpm has "
+         "none"),
+        (not args.gamma_min < args.gamma_max, f"--gamma_min {args.gamma_min} must be below --gamma_max "
+         f"{args.gamma_max}"),
     ):  # fmt: skip
         if bad:
             raise ValueError(message)
-    check_allowed(o.allow_changed or (), vars(o))
-    if o.hub_license is not None:
+    check_allowed(args.allow_changed or (), vars(args))
+    if args.hub_license is not None:
         from ..sharing.model_card import check_license
 
-        check_license(o.hub_license)
-    check_choice("preset", o.preset, UNET_PRESETS)
-    check_choice("lr_scheduler", o.lr_scheduler, [member.value for member in SchedulerType])
+        check_license(args.hub_license)
+    check_choice("preset", args.preset, UNET_PRESETS)
+    check_choice("lr_scheduler", args.lr_scheduler, [member.value for member in SchedulerType])
     positive = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "num_epochs", "learning_rate",
                 "gamma_learning_rate", "max_grad_norm", "logging_steps", "eval_batch_size", "eval_samples",
                 "num_images", "num_timesteps", "ddpm_num_inference_steps", "save_images_epochs", "save_model_epochs",
@@ -220,55 +222,57 @@ def check_options(o: argparse.Namespace) -> None:
         "adam_beta1": (0, 1 - 1e-9), "adam_beta2": (0, 1 - 1e-9), "dropout": (0, 1 - 1e-9), "label_dropout": (0, 1),
         "ema_max_decay": (0, 1), "ddpm_num_steps": (21, math.inf),
     }  # fmt: skip
-    check_ranges(o, ranges, positive)
-    if len(set(o.ema_decays)) < len(o.ema_decays) or not all(0 <= decay <= 1 for decay in o.ema_decays):
-        raise ValueError(f"--ema_decays must be different numbers within [0, 1], got {o.ema_decays}")
-    if o.logger != "none" and importlib.util.find_spec(o.logger) is None:
-        raise ValueError(f"--logger {o.logger} is not installed; `pip install {o.logger}`, or --logger none")
-    if o.train_data_dir and not Path(o.train_data_dir).is_dir():
-        raise ValueError(f"--train_data_dir {o.train_data_dir} is not a folder")
-    if Path(o.output_dir).exists() and not Path(o.output_dir).is_dir():
-        raise ValueError(f"--output_dir {o.output_dir} is a file")
+    check_ranges(args, ranges, positive)
+    if len(set(args.ema_decays)) < len(args.ema_decays) or not all(0 <= decay <= 1 for decay in args.ema_decays):
+        raise ValueError(f"--ema_decays must be different numbers within [0, 1], got {args.ema_decays}")
+    if args.logger != "none" and importlib.util.find_spec(args.logger) is None:
+        raise ValueError(f"--logger {args.logger} is not installed; `pip install {args.logger}`, or --logger none")
+    if args.train_data_dir and not Path(args.train_data_dir).is_dir():
+        raise ValueError(f"--train_data_dir {args.train_data_dir} is not a folder")
+    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
+        raise ValueError(f"--output_dir {args.output_dir} is a file")
 
 
-def check_output_dir(o: argparse.Namespace) -> None:
+def check_output_dir(args: argparse.Namespace) -> None:
     """`ValueError` for a folder of another run, unless it may be replaced; no other run may be writing into it."""
-    folder = Path(o.output_dir)
-    own = o.resume_from_checkpoint and (
-        o.resume_from_checkpoint in ("latest", "last-checkpoint")
-        or Path(o.resume_from_checkpoint).resolve().parent == folder.resolve()
+    folder = Path(args.output_dir)
+    own = args.resume_from_checkpoint and (
+        args.resume_from_checkpoint in ("latest", "last-checkpoint")
+        or Path(args.resume_from_checkpoint).resolve().parent == folder.resolve()
     )
     holds = any((folder / name).exists() for name in ("metrics.jsonl", "model_index.json"))
-    if holds and not (o.overwrite_output_dir or own):
+    if holds and not (args.overwrite_output_dir or own):
         raise ValueError(
             f"--output_dir {folder} holds another run; go on by --resume_from_checkpoint latest, replace it by "
             "--overwrite_output_dir, or name another folder"
         )
 
 
-def build(o: argparse.Namespace, data):
+def build(args: argparse.Namespace, data):
     """The network and γ(t)."""
     from .. import noise_schedules as S
     from ..unet import VDMUNet2DModel, unet_preset
 
     size, channels = tuple(data.shape[1:]), data.shape[0]
-    config = unet_preset(o.preset) if o.preset else dict(VDMUNet2DModel.load_config(o.model_config_name_or_path))
+    config = (
+        unet_preset(args.preset) if args.preset else dict(VDMUNet2DModel.load_config(args.model_config_name_or_path))
+    )
     config |= {"in_channels": channels, "out_channels": channels}
     config["sample_size"] = size[0] if size[0] == size[1] else size
-    if o.preset and config.get("fourier_exponents"):  # the paper's 6 and 7, where there are 256 levels
+    if args.preset and config.get("fourier_exponents"):  # the paper's 6 and 7, where there are 256 levels
         config["fourier_exponents"] = [math.log2(data.num_levels) - 2, math.log2(data.num_levels) - 1]
-    o.dropout = config["dropout"] = config.get("dropout", 0.0) if o.dropout is None else o.dropout
-    if o.class_conditional:
+    args.dropout = config["dropout"] = config.get("dropout", 0.0) if args.dropout is None else args.dropout
+    if args.class_conditional:
         config |= {"num_class_embeds": data.num_classes, "null_class": True}
     # `from_config` would take a preset for a config of diffusers, which starts otherwise where it does not say how
-    unet = VDMUNet2DModel(**config) if o.preset else VDMUNet2DModel.from_config(config)
-    if o.gradient_checkpointing:
+    unet = VDMUNet2DModel(**config) if args.preset else VDMUNet2DModel.from_config(config)
+    if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    ends = {"gamma_min": o.gamma_min, "gamma_max": o.gamma_max}
+    ends = {"gamma_min": args.gamma_min, "gamma_max": args.gamma_max}
     noise_schedule = {
-        "learned": lambda: S.MonotoneGammaNetwork(**ends, learn_ends=o.learn_ends),
+        "learned": lambda: S.MonotoneGammaNetwork(**ends, learn_ends=args.learn_ends),
         "learned_linear": lambda: S.LearnedLinearGamma(**ends),
         "fixed_linear": lambda: S.FixedLinearGamma(**ends),
-        "linear_beta": lambda: S.LinearBetaGamma(o.ddpm_num_steps),
-    }[o.schedule]()
+        "linear_beta": lambda: S.LinearBetaGamma(args.ddpm_num_steps),
+    }[args.schedule]()
     return unet, noise_schedule

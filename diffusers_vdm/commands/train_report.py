@@ -14,10 +14,10 @@ def plan(run, test) -> str:
     from ..data.images import ImageSet, count_shared, histogram_bpd
     from ..training.cost import matmul_flops_per_second, training_cost
 
-    o, accelerator, data, schedule = run.o, run.accelerator, run.data, run.noise_schedule
+    args, accelerator, data, schedule = run.args, run.accelerator, run.data, run.noise_schedule
     world, images = accelerator.num_processes, data.num_images
-    cost = training_cost(run.unet, data.shape, num_averages=len(o.ema_decays), mixed_precision=o.mixed_precision)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(o.mixed_precision, torch.float32)
+    cost = training_cost(run.unet, data.shape, num_averages=len(args.ema_decays), mixed_precision=args.mixed_precision)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision, torch.float32)
     run.flops_per_image = cost.flops_per_image
     run.flops_per_second = world * matmul_flops_per_second(accelerator.device, dtype)
     shared = count_shared(data, test) if isinstance(data, ImageSet) else 0
@@ -27,28 +27,29 @@ def plan(run, test) -> str:
     run.held_out["files"] = test.files
     hours = run.total * run.global_rows * cost.flops_per_image / run.flops_per_second / 3600
     untrained = []
-    if run.o.class_conditional and isinstance(data, ImageSet):
+    if run.args.class_conditional and isinstance(data, ImageSet):
         untrained = sorted(set(test.labels.tolist()) - set(data.labels.tolist()))
+    steps_of_bound = f"T = {args.num_timesteps}" if args.num_timesteps else "continuous time"
     lines = {
         "data": f"{data.name}: {images or 'unknown many'} images of {data.shape}; held out, {test.name}: {len(test)}"
         + (f", of which {shared} ARE AMONG THE TRAINING IMAGES" if shared else "")
         + ("" if isinstance(data, ImageSet) else "; NOT COMPARED with the training images, a stream"),
         **{f"files{'' if part is data else ', held out'}": part.files for part in (data, test) if part.files},
         **({"columns": columns_of(data)} if data.image_column else {}),
-        "network": f"{type(run.unet).__name__}, {cost.num_parameters:,} parameters, predicts {o.prediction_type}",
+        "network": f"{type(run.unet).__name__}, {cost.num_parameters:,} parameters, predicts {args.prediction_type}",
         "noise schedule": f"{type(schedule).__name__}, {schedule.describe()}",
-        "objective": {"vdm": "variational bound, ", "ddpm": "unweighted squared error"}[o.objective]
-        + ("" if o.objective == "ddpm" else f"T = {o.num_timesteps}" if o.num_timesteps else "continuous time")
-        + (", t drawn where the loss is large" if o.importance_sampling else ""),
-        "batch": f"{run.global_rows} = {world} × {o.train_batch_size} × {o.gradient_accumulation_steps} (processes × "
-        "batch × accumulation)" + (f", {images / run.global_rows:.1f} steps an epoch" if images else ""),
+        "objective": {"vdm": "variational bound, ", "ddpm": "unweighted squared error"}[args.objective]
+        + ("" if args.objective == "ddpm" else steps_of_bound)
+        + (", t drawn where the loss is large" if args.importance_sampling else ""),
+        "batch": f"{run.global_rows} = {world} × {args.train_batch_size} × {args.gradient_accumulation_steps} "
+        "(processes × batch × accumulation)" + (f", {images / run.global_rows:.1f} steps an epoch" if images else ""),
         "steps": f"{run.total}"
         + (f", or {run.total * run.global_rows / images:.1f} epochs" if images else "")
-        + f"; {o.lr_scheduler} from "
-        f"{o.learning_rate:g}; averages {o.ema_decays or 'none'}",
+        + f"; {args.lr_scheduler} from "
+        f"{args.learning_rate:g}; averages {args.ema_decays or 'none'}",
         "FLOPs": f"{cost.flops_per_image * run.global_rows:.3g} a step; matrix products here in {dtype}: "
         f"{run.flops_per_second:.3g} a second, so {hours:.3g} h at least",
-        "memory": f"about {cost.memory_bytes(o.train_batch_size) / 2**30:.2f} GiB a process, "
+        "memory": f"about {cost.memory_bytes(args.train_batch_size) / 2**30:.2f} GiB a process, "
         f"{cost.fixed_bytes / 2**30:.2f} of them for weights, gradients, moments and averages",
     }
     if untrained:
@@ -108,10 +109,10 @@ def make_pipeline(run):
     """The pipeline of the weights as they are."""
     from .. import LinearBetaScheduler, VDMPipeline, VDMScheduler
 
-    o = run.o
-    cls = LinearBetaScheduler if o.schedule == "linear_beta" else VDMScheduler
-    scheduler = cls.from_noise_schedule(run.noise_schedule, prediction_type=o.prediction_type)
-    learned = run.noise_schedule if o.schedule.startswith("learned") else None
+    args = run.args
+    cls = LinearBetaScheduler if args.schedule == "linear_beta" else VDMScheduler
+    scheduler = cls.from_noise_schedule(run.noise_schedule, prediction_type=args.prediction_type)
+    learned = run.noise_schedule if args.schedule.startswith("learned") else None
     return VDMPipeline(run.unet.eval(), scheduler, learned, num_levels=run.data.num_levels)
 
 
@@ -119,7 +120,7 @@ def save_pipelines(run) -> None:
     """The first average as the pipeline in output_dir, the others in folders ema_DECAY in it."""
     for decay in run.decays:
         folder = run.out if decay == run.decays[0] else run.out / f"ema_{decay}"
-        with run.lent(decay):
+        with run.averaged_weights(decay):
             if not run.accelerator.is_main_process:
                 continue
             make_pipeline(run).save_pretrained(folder)
@@ -133,23 +134,25 @@ def draw(run, name: str, animation: str | None = None) -> None:
     from .. import plots
     from ..randomness import keyed_generator
 
-    o, accelerator = run.o, run.accelerator
-    frames, steps = [], o.ddpm_num_inference_steps
-    if o.schedule == "linear_beta":
-        steps = min(steps, o.ddpm_num_steps)  # the levels that the network knows
+    args, accelerator = run.args, run.accelerator
+    frames, steps = [], args.ddpm_num_inference_steps
+    if args.schedule == "linear_beta":
+        steps = min(steps, args.ddpm_num_steps)  # the levels that the network knows
 
     def everyone(tensor: torch.Tensor) -> torch.Tensor:
-        return accelerator.gather(tensor.contiguous())[: o.num_images].cpu()
+        return accelerator.gather(tensor.contiguous())[: args.num_images].cpu()
 
     def keep_frame(pipe, i, t, tensors):
         if i % max(1, steps // 40) == 0 or i == steps - 1:
             frames.append(plots.image_grid(everyone(tensors["latents"]) / 2 + 0.5))
         return {}
 
-    share = math.ceil(o.num_images / accelerator.num_processes)  # all processes draw as many, the last some too many
+    share = math.ceil(
+        args.num_images / accelerator.num_processes
+    )  # all processes draw as many, the last some too many
     first = share * accelerator.process_index
-    generators = [keyed_generator(o.seed, "sample", i) for i in range(first, first + share)]
-    with run.lent():
+    generators = [keyed_generator(args.seed, "sample", i) for i in range(first, first + share)]
+    with run.averaged_weights():
         pipeline = make_pipeline(run)
         pipeline.set_progress_bar_config(disable=not accelerator.is_main_process, leave=False)
         on_step = keep_frame if animation else None
@@ -171,7 +174,7 @@ def finish(run, result, metrics: dict) -> None:
     out = run.out
     damaged = sorted(set(gather_object(list(run.data.damaged))))  # each process reads images of its own
     draw(run, "samples.png", "denoising.gif")
-    with run.lent():
+    with run.averaged_weights():
         if run.accelerator.is_main_process:
             plots.plot_schedule(run.noise_schedule, out / "schedule.png")
     if not run.accelerator.is_main_process:

@@ -29,7 +29,7 @@ from .measurements import (
 _VDM = "[Kingma et al. 2021](https://arxiv.org/abs/2107.00630)"
 _DDPM = "[Ho et al. 2020](https://arxiv.org/abs/2006.11239)"
 # options that neither the weights nor the numbers depend on, and those that are told elsewhere or to nobody
-_NOT_TOLD = {
+_OPTIONS_NOT_IN_CARD = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "allow_changed", "dry_run", "cache_dir", "logger",
     "logging_dir", "logging_steps", "eval_steps", "checkpointing_steps", "checkpoints_total_limit", "milestone_steps",
     "save_images_epochs", "save_model_epochs", "dataloader_num_workers", "decoded_cache", "num_threads", "digits",
@@ -343,7 +343,12 @@ def training_command(description: dict[str, Any]) -> str:
     words = []
     for name in names:
         value = options[name]
-        if name in _NOT_TOLD or name.startswith(("hub_", "push_")) or "token" in name or value in (None, []):
+        if (
+            name in _OPTIONS_NOT_IN_CARD
+            or name.startswith(("hub_", "push_"))
+            or "token" in name
+            or value in (None, [])
+        ):
             continue
         if name == "gamma_min" and options.get("schedule") == "linear_beta":  # of no use there, and refused
             continue

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from ..evaluation.rows import fingerprint
 from ..files import write_atomically
 from ..pipeline import VDMPipeline
-from ..repository import INDEX, patiently, read_json
+from ..repository import INDEX, call_with_retries, read_json
 from .model_card import NAME, is_made_here, save_model_card
 from .remote_code import save_code
 from .uploads import LAST_CHECKPOINT, STALE_CODE, components_in, create_repository, refusals, stage
@@ -53,18 +53,18 @@ def publish(
                 shutil.rmtree(folder / component)
         shutil.copytree(saved, folder, dirs_exist_ok=True)
         with refusals(repo_id):
-            user = "" if "/" in repo_id else f"{patiently(HfApi(token=token).whoami)['name']}/"
-        dress(folder, user + repo_id, include_code=include_code, license=license, variant=variant)
+            user = "" if "/" in repo_id else f"{call_with_retries(HfApi(token=token).whoami)['name']}/"
+        add_card_and_code(folder, user + repo_id, include_code=include_code, license=license, variant=variant)
         created = create_repository(repo_id, private=private, token=token)
         keep_edited_card(folder, created, token)
         message = commit_message or f"Upload {type(pipeline).__name__}"
         upload = HfApi(token=token).upload_folder
         where = {"repo_id": created, "create_pr": create_pr, "delete_patterns": STALE_CODE}
         with refusals(created):
-            return patiently(upload, folder_path=folder, commit_message=message, **where)
+            return call_with_retries(upload, folder_path=folder, commit_message=message, **where)
 
 
-def dress(
+def add_card_and_code(
     folder: str | os.PathLike,
     repo_id: str,
     *,
@@ -101,7 +101,7 @@ def keep_edited_card(folder: str | os.PathLike, repo_id: str, token: str | None 
     download = HfApi(token=token).hf_hub_download
     try:
         with tempfile.TemporaryDirectory() as temporary:
-            path = patiently(download, repo_id, NAME, local_dir=temporary)
+            path = call_with_retries(download, repo_id, NAME, local_dir=temporary)
             there = Path(path).read_text("utf-8", "replace")
     except LocalEntryNotFoundError as error:
         raise OSError(f"whether {NAME} of {repo_id} was edited could not be found out: {error}") from error

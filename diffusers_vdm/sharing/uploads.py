@@ -21,7 +21,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from ..files import write_atomically
-from ..repository import INDEX, UNREACHABLE, list_files, patiently, read_json, status_of
+from ..repository import INDEX, UNREACHABLE, call_with_retries, list_files, read_json, status_of
 from ..training.checkpoints import list_checkpoints, load_checkpoint, step_of
 
 logger = logging.get_logger(__name__)
@@ -109,7 +109,7 @@ def create_repository(
     """Makes sure of a repository and returns its whole name; [`RefusedError`] where this user may not write there."""
     with refusals(repo_id):
         create = HfApi(token=token).create_repo
-        return patiently(create, repo_id, private=private, exist_ok=True, attempts=attempts).repo_id
+        return call_with_retries(create, repo_id, private=private, exist_ok=True, attempts=attempts).repo_id
 
 
 @contextmanager
@@ -228,7 +228,7 @@ class Uploads:
             self._create()
         if self.before_upload is not None:
             self.before_upload(folder, self.repo_id)
-        patiently(
+        call_with_retries(
             HfApi(token=self.token).upload_folder,
             repo_id=self.repo_id,
             folder_path=folder,
@@ -277,13 +277,15 @@ def fetch_checkpoint(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         options = {"revision": listing.sha, "local_dir": temporary, "token": token}
-        patiently(snapshot_download, repo_id, allow_patterns=[state], **options)
+        call_with_retries(snapshot_download, repo_id, allow_patterns=[state], **options)
         step = read_json(temporary / state, f"{state} of {repo_id}").get("step")
         if not isinstance(step, int) or step < 0:
             raise OSError(f"{state} of {repo_id} says no step.")
         if here and step_of(here[-1]) >= step:
             return None
-        patiently(snapshot_download, repo_id, allow_patterns=[*names, "options.json", "metrics.jsonl"], **options)
+        call_with_retries(
+            snapshot_download, repo_id, allow_patterns=[*names, "options.json", "metrics.jsonl"], **options
+        )
         try:
             _, found = load_checkpoint(temporary / LAST_CHECKPOINT)
         except ValueError as error:

@@ -40,7 +40,7 @@ class WeightAverages:
             ema.step(self.parameters)
 
     @contextmanager
-    def lent(self, decay: float | None = None) -> Iterator[None]:
+    def applied(self, decay: float | None = None) -> Iterator[None]:
         """Within the context the parameters hold the average of `decay`, by default the first; nothing if none."""
         if not self.models:
             yield

@@ -45,43 +45,52 @@ class Clock:
 class Run:
     """What is trained and all that a checkpoint holds of it."""
 
-    def __init__(self, o: argparse.Namespace, accelerator, data, unet, noise_schedule):
+    def __init__(self, args: argparse.Namespace, accelerator, data, unet, noise_schedule):
 
-        self.o, self.accelerator, self.data = o, accelerator, data
-        # what is measured and saved; under FSDP a whole copy of what is trained, which [`lent`] fills
+        self.args, self.accelerator, self.data = args, accelerator, data
+        # what is measured and saved; under FSDP a whole copy of what is trained, which [`averaged_weights`] fills
         self.is_sharded = accelerator.distributed_type.value == "FSDP"
         self.unet, self.noise_schedule = (
             copy.deepcopy((unet, noise_schedule)) if self.is_sharded else (unet, noise_schedule)
         )
-        self.out, world = Path(o.output_dir), accelerator.num_processes
+        self.out, world = Path(args.output_dir), accelerator.num_processes
         self.num_images = data.num_images  # as declared: a stream may learn it on the way
-        shared = {"num_levels": data.num_levels, "prediction_type": o.prediction_type}
+        shared = {"num_levels": data.num_levels, "prediction_type": args.prediction_type}
         # a DDPM knows the T levels of its betas, so that its bound has the T − 1 steps between them
-        bound_steps = o.num_timesteps if o.schedule != "linear_beta" or o.objective == "vdm" else o.ddpm_num_steps - 1
+        bound_steps = (
+            args.num_timesteps
+            if args.schedule != "linear_beta" or args.objective == "vdm"
+            else args.ddpm_num_steps - 1
+        )
         # apart from the objective, which accelerate puts under autocast: bits/dim are measured in float32
         self.bound = VariationalBound(self.unet, self.noise_schedule, num_timesteps=bound_steps, **shared)
-        if o.objective == "vdm":
-            self.objective = VariationalBound(unet, noise_schedule, num_timesteps=o.num_timesteps, **shared)
+        if args.objective == "vdm":
+            self.objective = VariationalBound(unet, noise_schedule, num_timesteps=args.num_timesteps, **shared)
         else:
             self.objective = SimpleObjective(unet, noise_schedule, **shared)
-        self.global_rows = o.train_batch_size * o.gradient_accumulation_steps * world
-        self.total = o.max_train_steps or math.ceil(o.num_epochs * data.num_images / self.global_rows)
+        self.global_rows = args.train_batch_size * args.gradient_accumulation_steps * world
+        self.total = args.max_train_steps or math.ceil(args.num_epochs * data.num_images / self.global_rows)
         groups = [{"params": list(unet.parameters())}]
         if any(p.requires_grad for p in noise_schedule.parameters()):  # decay would pull γ to a shape of its own
-            own = {"weight_decay": 0.0, "lr": o.gamma_learning_rate or 10 * o.learning_rate}
+            own = {"weight_decay": 0.0, "lr": args.gamma_learning_rate or 10 * args.learning_rate}
             groups.append({"params": list(noise_schedule.parameters()), **own})
         optimizer = torch.optim.AdamW(
-            groups, o.learning_rate, (o.adam_beta1, o.adam_beta2), o.adam_epsilon, o.adam_weight_decay, fused=True
+            groups,
+            args.learning_rate,
+            (args.adam_beta1, args.adam_beta2),
+            args.adam_epsilon,
+            args.adam_weight_decay,
+            fused=True,
         )
-        steps = {"num_warmup_steps": o.lr_warmup_steps, "num_training_steps": self.total}
-        self.lr_scheduler = get_scheduler(o.lr_scheduler, optimizer, **steps)
+        steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": self.total}
+        self.lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **steps)
         self.wrapped, self.optimizer = accelerator.prepare(self.objective, optimizer)
         self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
         # what is measured and saved, the first as the pipeline; None: raw weights
-        self.decays = o.ema_decays or [None]
-        self.averages = WeightAverages(self.parameters, o.ema_decays, o.ema_inv_gamma, o.ema_power)
+        self.decays = args.ema_decays or [None]
+        self.averages = WeightAverages(self.parameters, args.ema_decays, args.ema_inv_gamma, args.ema_power)
         self.finite, self.meter = FiniteSteps(accelerator.device), LossMeter(accelerator.device)
-        self.times = ImportanceTimes(accelerator.device) if o.importance_sampling else None
+        self.times = ImportanceTimes(accelerator.device) if args.importance_sampling else None
         self.step, self.sums = 0, []
         self.next_inputs: list[tuple[int, dict]] = []  # the micro-batches of the next step
         # the plan tells
@@ -98,8 +107,8 @@ class Run:
         device = self.accelerator.device
         modules = (torch, diffusers, accelerate, diffusers_vdm)
         return {
-            "options": {k: v for k, v in vars(self.o).items() if k != "given"} | {"hub_token": None},
-            "given": self.o.given,
+            "options": {k: v for k, v in vars(self.args).items() if k != "given"} | {"hub_token": None},
+            "given": self.args.given,
             "total_steps": self.total,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "machine": checkpoints.machine_of(device),
@@ -107,8 +116,10 @@ class Run:
             "histogram_bpd": self.histogram_bpd,
             "data": {"name": self.data.name, "images": self.num_images, "fingerprint": self.data.fingerprint},
             "columns": {"image": self.data.image_column, "label": self.data.label_column},
-            "class_names": self.data.class_names if self.o.class_conditional else None,
-            "labels": labels_fingerprint(self.data) if self.o.class_conditional and not self.o.streaming else None,
+            "class_names": self.data.class_names if self.args.class_conditional else None,
+            "labels": labels_fingerprint(self.data)
+            if self.args.class_conditional and not self.args.streaming
+            else None,
             "files": self.data.files,
             "damaged": list(self.data.damaged),
             "global_batch_size": self.global_rows,
@@ -118,30 +129,30 @@ class Run:
 
     def batches(self):
         """The micro-batches of this process from the next step on, made ahead by threads."""
-        o, rank, world = self.o, self.accelerator.process_index, self.accelerator.num_processes
+        args, rank, world = self.args, self.accelerator.process_index, self.accelerator.num_processes
 
         def make(key: tuple[int, int]):
             step, micro = key
-            first = (micro * world + rank) * o.train_batch_size
-            rows = range(first, first + o.train_batch_size)
-            augmentations = (o.random_flip, o.random_rotation, o.label_dropout)
-            batch = keyed_batch(self.data, step, rows, self.global_rows, o.seed, *augmentations)
+            first = (micro * world + rank) * args.train_batch_size
+            rows = range(first, first + args.train_batch_size)
+            augmentations = (args.random_flip, args.random_rotation, args.label_dropout)
+            batch = keyed_batch(self.data, step, rows, self.global_rows, args.seed, *augmentations)
             inputs = {"images": batch.images, "t": batch.t, "eps": batch.eps}
-            if o.objective == "vdm":
+            if args.objective == "vdm":
                 inputs["eps_0"] = batch.eps_0
-            if (o.random_flip or o.random_rotation) and getattr(self.unet.config, "augmentation_flag", False):
+            if (args.random_flip or args.random_rotation) and getattr(self.unet.config, "augmentation_flag", False):
                 inputs["augmentation_flags"] = batch.augmented
             if self.unet.config.num_class_embeds is not None:
                 null = torch.full_like(batch.labels, self.unet.config.num_class_embeds)
                 inputs["class_labels"] = torch.where(batch.withheld, null, batch.labels)
             if self.accelerator.device.type == "cuda":
                 inputs = {name: tensor.pin_memory() for name, tensor in inputs.items()}
-            return key_to_seed(o.seed, "dropout", step, first), inputs
+            return key_to_seed(args.seed, "dropout", step, first), inputs
 
-        micros = range(o.gradient_accumulation_steps)
+        micros = range(args.gradient_accumulation_steps)
         keys = ((step, micro) for step in range(self.step, self.total) for micro in micros)
         # a stream decodes with threads of its own, and gives its images one batch after another
-        workers = 1 if o.streaming else max(1, o.dataloader_num_workers)
+        workers = 1 if args.streaming else max(1, args.dataloader_num_workers)
         return in_order(make, keys, workers, look_ahead=2 * workers)
 
     def fetch(self, batches) -> float:
@@ -150,7 +161,7 @@ class Run:
         Raises: `ValueError`, `OSError` for images that cannot be read.
         """
         clock = time.perf_counter()
-        self.next_inputs = [next(batches) for _ in range(self.o.gradient_accumulation_steps)]
+        self.next_inputs = [next(batches) for _ in range(self.args.gradient_accumulation_steps)]
         return time.perf_counter() - clock
 
     def train_step(self) -> None:
@@ -167,7 +178,7 @@ class Run:
                 loss = output.loss
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
-                    norm = self.accelerator.clip_grad_norm_(self.parameters, self.o.max_grad_norm)
+                    norm = self.accelerator.clip_grad_norm_(self.parameters, self.args.max_grad_norm)
                     self.finite.step(self.optimizer, norm, has_scaler=self.accelerator.scaler is not None)
                     self.optimizer.zero_grad()
             self.meter.add(loss)
@@ -180,9 +191,9 @@ class Run:
         self.step += 1
 
     @contextmanager
-    def lent(self, decay: float | None = None):
+    def averaged_weights(self, decay: float | None = None):
         """Within the context `unet`, `noise_schedule` and `bound` have the averaged weights; all must enter it."""
-        with self.averages.lent(decay):
+        with self.averages.applied(decay):
             if not self.is_sharded:
                 yield
                 return
@@ -198,13 +209,13 @@ class Run:
 
     def evaluate(self, test, num_samples: int, num_images: int | None, decay: float | None):
         labels = test.labels[:num_images] if self.unet.config.num_class_embeds is not None else None
-        with self.lent(decay):
+        with self.averaged_weights(decay):
             return evaluate_bound(
                 self.bound,
                 test.images[:num_images],
                 class_labels=labels,
                 num_samples=num_samples,
-                batch_size=self.o.eval_batch_size,
+                batch_size=self.args.eval_batch_size,
                 accelerator=self.accelerator,
             )
 
@@ -216,7 +227,7 @@ class Run:
         """What a line of metrics says of them, and of the step."""
         mean = self.meter.mean(self.sums)
         return {
-            "train_bpd" if self.o.objective == "vdm" else "train_mse": None if math.isnan(mean) else mean,
+            "train_bpd" if self.args.objective == "vdm" else "train_mse": None if math.isnan(mean) else mean,
             "learning_rate": self.lr_scheduler.get_last_lr()[0],
             "skipped_steps": int(self.finite.skipped),
         }
@@ -232,7 +243,7 @@ class Run:
     def check_finite(self) -> None:
         """`ValueError` after too many steps in a row that had to be skipped."""
         in_row = int(self.finite.in_row)
-        if in_row >= self.o.max_nonfinite_steps:
+        if in_row >= self.args.max_nonfinite_steps:
             last = checkpoints.list_checkpoints(self.out)
             raise ValueError(
                 f"the gradients of {in_row} steps in a row, up to step {self.step}, were not finite; all were "
@@ -251,16 +262,16 @@ class Run:
         rates = checkpoints.rate_state(self.lr_scheduler)
         state = {"run": self.description(), "lr_scheduler": rates, "sums": self.sums}
         state |= {name: float(getattr(self.finite, name)) for name in ("skipped", "in_row")}
-        if self.o.streaming:
+        if self.args.streaming:
             state["stream"] = self.data.state_dict()
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
-        limits = (self.o.checkpoints_total_limit, self.o.milestone_steps)
+        limits = (self.args.checkpoints_total_limit, self.args.milestone_steps)
         checkpoints.save_checkpoint(self.out, self.step, tensors, state, *limits)
 
     def resume(self) -> None:
         """Goes on from the checkpoint that was asked for; from the start if there is none yet."""
-        name, allowed = self.o.resume_from_checkpoint, self.o.allow_changed or ()
+        name, allowed = self.args.resume_from_checkpoint, self.args.allow_changed or ()
         found = [None]
         in_output_dir = name in ("latest", "last-checkpoint")
         if in_output_dir and self.accelerator.is_main_process:  # one process decides which one is the newest
@@ -293,10 +304,10 @@ class Run:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.times is not None and "importance" in tensors:
             self.times.sums.copy_(tensors["importance"]["sums"])
-        if self.o.streaming and "stream" in state:
+        if self.args.streaming and "stream" in state:
             self.data.load_state_dict(state["stream"])
         self.meter.load(state["sums"], self.accelerator.process_index, self.accelerator.num_processes)
         self.finite.skipped.fill_(state["skipped"])
         # a run that ended by its limit gets as many steps again, with a lower rate as a rule
-        self.finite.in_row.fill_(state["in_row"] if state["in_row"] < self.o.max_nonfinite_steps else 0)
+        self.finite.in_row.fill_(state["in_row"] if state["in_row"] < self.args.max_nonfinite_steps else 0)
         self.step = state["step"]
