@@ -1,4 +1,4 @@
-"""Bits per dimension of a pixel-space `DDPMPipeline` of diffusers, of a folder or of the Hub, without converting it.
+"""Bits per dimension of any pixel-space `DDPMPipeline`, from a folder or from the Hub, without converting it.
 
     python examples/likelihood_of_a_diffusers_checkpoint.py --model google/ddpm-cifar10-32 \
         --dataset_name uoft-cs/cifar10 --image_column img --max_images 64        # or: --image_dir my_images
@@ -41,7 +41,7 @@ def random_checkpoint(folder):
 
 
 def pictures(args):
-    """The user's images, or patches of a photograph that scikit-learn brings along."""
+    """The user's images, or patches of a photograph that comes with scikit-learn."""
     if args.image_dir:
         files = sorted(f for f in args.image_dir.iterdir() if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
         return [Image.open(file) for file in files[: args.max_images]]
@@ -88,8 +88,8 @@ def main():
 
     # All T terms for each image, x = k/127.5 − 1 and the discretized Gaussian decoder, as in DDPM's paper.
     bound = evaluate_bpd(pipe.unet, pipe.scheduler, images, convention="ddpm")
-    # The ODE takes x = 2(k + ½)/256 − 1; noise within each level makes the integers continuous. These numbers and
-    # those of the bound are of different conventions, so that their difference says little.
+    # The ODE takes x = 2(k + ½)/256 − 1, and noise within each level makes the integers continuous. Its convention is
+    # not that of the bound above, so their difference says little.
     schedule, kind = noise_schedule_of(pipe.scheduler), pipe.scheduler.config.prediction_type
     tolerances = {"rtol": args.tolerance, "atol": args.tolerance}
     density = evaluate_ode(pipe.unet, schedule, images, prediction_type=kind, **tolerances)

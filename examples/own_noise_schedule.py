@@ -17,10 +17,10 @@ saves a pipeline in `runs/own_schedule` and prints, in about a minute on one CPU
 What is saved, and who can load it:
 * `VDMScheduler.from_noise_schedule` writes γ(t) as a table into the scheduler's JSON. Sampling and likelihoods need
   nothing else, so the scheduler loads wherever diffusers_vdm is installed, without this file.
-* The schedule itself is only needed to train on. As a component of the pipeline it is found by the module of its
-  class. That module must be importable (not `__main__`), must itself import `ModelMixin`, by which diffusers recognizes
-  components, and must be imported before `VDMPipeline.from_pretrained`, which imports nothing because a file names it.
-  diffusers logs "Expected types for noise_schedule" for such a class, and loads it all the same.
+* The schedule itself is only needed to continue training. The saved pipeline names the module of its class, which must
+  be importable (not `__main__`), must itself import `ModelMixin`, by which diffusers recognizes components, and must be
+  imported before `VDMPipeline.from_pretrained`, which imports nothing because a file names it. Diffusers logs
+  "Expected types for noise_schedule" for a class that the package does not know, and loads it all the same.
 """
 
 import argparse
@@ -104,6 +104,6 @@ def main():
 
 
 if __name__ == "__main__":
-    import own_noise_schedule  # this file, as a module: so that PowersGamma is a class of it and not of __main__
+    import own_noise_schedule  # this file as a module, so that PowersGamma belongs to it and not to __main__
 
     own_noise_schedule.main()

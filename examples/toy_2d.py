@@ -10,8 +10,8 @@ trains on one CPU core, saves `toy_2d.png` (densities and samples), all in 20 se
     mean of 2000 held-out points   2.239   2.247   2.262 ± 0.009
     The ODE's mean is +0.008 ± 0.004 nats off the exact one.
 
-`VariationalBound` is for integers. For these continuous data the bound is written out, by `diffusers_vdm.diffusion`.
-It is of ancestral sampling; the ODE has a density of its own. Only an exact ε̂ would make both that of the data.
+`VariationalBound` takes integers, so the bound for continuous data is written out here, with `diffusers_vdm.diffusion`.
+The bound describes ancestral sampling, the ODE defines another density; both equal the data's only if ε̂ is exact.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def exact_nats(x):
 
 
 class Denoiser(nn.Module):
-    """ε̂ of z and timestep, called as a U-Net of diffusers is. ε̂ = σ (z + f): for N(0, I) data f would be 0."""
+    """Predicts ε from z and the timestep; called like a U-Net. ε̂ = σ (z + f), so f is 0 for data from N(0, I)."""
 
     def __init__(self, width=64):
         super().__init__()
@@ -68,7 +68,7 @@ def bound_nats(denoiser, x, generator):
 
 
 def ode_nats(denoiser, x):
-    """−log p(x) by the probability-flow ODE from z = α_0 x on: of data with noise of variance exp(γ_0) added."""
+    """−log p(x) by the probability-flow ODE, started at z = α_0 x: as if x had noise of variance exp(γ_0) added."""
     model, alpha_0 = ode.eps_model(denoiser, SCHEDULE), float(diffusion.alpha(GAMMA_0))
     solution = ode.log_prob_nats(model, alpha_0 * x, float(GAMMA_0), float(GAMMA_1), divergence="exact")
     return -solution.log_prob_nats - x.shape[1] * math.log(alpha_0)  # from the density of z to that of x
