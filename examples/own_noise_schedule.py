@@ -18,8 +18,8 @@ What is saved, and who can load it:
 * `VDMScheduler.from_noise_schedule` writes γ(t) as a table into the scheduler's JSON. Sampling and likelihoods need
   nothing else, so the scheduler loads wherever diffusers_vdm is installed, without this file.
 * The schedule itself is only needed to continue training. The saved pipeline names the module of its class, which must
-  be importable (not `__main__`), must itself import `ModelMixin`, by which diffusers recognizes components, and must be
-  imported before `VDMPipeline.from_pretrained`, which imports nothing because a file names it. Diffusers logs
+  be importable (not `__main__`), must import `ModelMixin`, by which diffusers recognizes components, and must itself
+  be imported before `VDMPipeline.from_pretrained`, which imports nothing because a file names it. Diffusers logs
   "Expected types for noise_schedule" for a class that the package does not know, and loads it all the same.
 """
 

@@ -10,7 +10,7 @@ trains on one CPU core, saves `toy_2d.png` (densities and samples), all in 20 se
     mean of 2000 held-out points   2.239   2.247   2.262 ± 0.009
     The ODE's mean is +0.008 ± 0.004 nats off the exact one.
 
-`VariationalBound` takes integers, so the bound for continuous data is written out here, with `diffusers_vdm.diffusion`.
+`VariationalBound` takes integers, so the bound for continuous data is written out with `diffusers_vdm.diffusion`.
 The bound describes ancestral sampling, the ODE defines another density; both equal the data's only if ε̂ is exact.
 """
 
