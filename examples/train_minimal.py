@@ -5,7 +5,7 @@
 trains on the 8×8 digits of scikit-learn, on as many processes as Accelerate starts, and saves a `VDMPipeline` and
 `samples.png` in `runs/minimal`. With its progress bars it prints, in about 4 minutes on one CPU core:
 
-    step 250: 2.377 bits/dim on a batch of training images
+    step 250: 2.256 bits/dim on a batch of training images
     step 500: 1.957 bits/dim on a batch of training images
     step 750: 1.937 bits/dim on a batch of training images
     step 1000: 1.970 bits/dim on a batch of training images
