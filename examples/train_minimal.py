@@ -107,6 +107,8 @@ def main():
         make_image_grid(samples, rows=8, cols=8, resize=64).save(args.output_dir / "samples.png")
         print(f"saved the pipeline and samples.png in {args.output_dir}")
     accelerator.wait_for_everyone()  # none leaves while the first one is at work
+    # DDP's reducer must go before the group of processes: as the last to hold it, it may wait for ever (torch 2.13)
+    model, optimizer, loader = accelerator.free_memory(model, optimizer, loader)
     accelerator.end_training()
 
 
