@@ -19,11 +19,12 @@ from test_pipeline import learned, network, pipeline
 
 from diffusers_vdm import LinearBetaScheduler, VDMScheduler
 from diffusers_vdm.evaluation.rows import fingerprint
-from diffusers_vdm.sharing.card_sections import _OPTIONS_NOT_IN_CARD, training_command
+from diffusers_vdm.sharing.card_sections import training_command
 from diffusers_vdm.sharing.markdown import escaped, fenced, literal, one_line, table
 from diffusers_vdm.sharing.measurements import data_name, last_part
 from diffusers_vdm.sharing.model_card import is_made_here, model_card, save_model_card
 from diffusers_vdm.training.metrics import append_metrics
+from diffusers_vdm.training.options import option_names
 
 ROOT = Path(__file__).parents[1]
 SMALL = (
@@ -171,11 +172,7 @@ def test_the_command_of_the_card_asks_for_the_same_run(trained):
         words = shlex.split(command.replace("\\\n", " "))
         assert words[:3] == ["accelerate", "launch", "examples/train.py"]
         again = vars(parse_options("", [*words[3:], "--output_dir", "does-not-exist"]))
-        told = {
-            name
-            for name in again.keys() - {"given"}
-            if name not in _OPTIONS_NOT_IN_CARD and not name.startswith(("hub_", "push_"))
-        }
+        told = option_names(in_card=True)
         # what the network itself says is filled in when it is built
         differ = {n for n in told if again[n] != recorded["options"].get(n)} - (
             {"dropout"} if "given" in record else set()

@@ -8,52 +8,58 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from ..training.options import POSITIVE, Option
 from .options import check_ranges, image_arguments, option_parser
 
-# name, default, help, as in train_options.py
-OPTIONS: dict[str, list[tuple]] = {
+OPTIONS: dict[str, list[Option]] = {
     "model": [
-        ("model", str, "folder or Hub repository of a VDMPipeline or of a pixel-space pipeline of diffusers"),
+        Option("model", str, "folder or Hub repository of a VDMPipeline or of a pixel-space pipeline of diffusers"),
     ],
     "method": [
-        ("method", ("mc", "vlb", "ode"), "Monte Carlo; all terms of T steps; density by the probability-flow ODE"),
-        ("num_steps", int, "T; for mc continuous time if not given, for vlb 1000 or all betas"),
-        ("num_samples", int, "draws for each image: 20 of mc, 1 of ode"),
-        ("target_stderr", float, "mc: go on until the standard error is at most this, in bits/dim"),
-        ("max_samples", 1000, "mc: most draws for it"),
-        ("importance_sampling", False, "mc: draw t where the loss was large in a first pass"),
-        ("convention", (None, "vdm", "ddpm"), "vlb: data and decoder; vdm for our schedulers, else ddpm"),
-        ("dequantization", ("truncated_normal", "uniform", "decoder"), "ode: how integers become real numbers"),
-        ("num_importance_samples", 1, "ode: K of the importance-weighted bound"),
-        (
+        Option(
+            "method", ("mc", "vlb", "ode"), "Monte Carlo; all terms of T steps; density by the probability-flow ODE"
+        ),
+        Option("num_steps", int, "T; for mc continuous time if not given, for vlb 1000 or all betas", range=POSITIVE),
+        Option("num_samples", int, "draws for each image: 20 of mc, 1 of ode", range=POSITIVE),
+        Option(
+            "target_stderr", float, "mc: go on until the standard error is at most this, in bits/dim", range=POSITIVE
+        ),
+        Option("max_samples", 1000, "mc: most draws for it", range=POSITIVE),
+        Option("importance_sampling", False, "mc: draw t where the loss was large in a first pass"),
+        Option("convention", (None, "vdm", "ddpm"), "vlb: data and decoder; vdm for our schedulers, else ddpm"),
+        Option("dequantization", ("truncated_normal", "uniform", "decoder"), "ode: how integers become real numbers"),
+        Option("num_importance_samples", 1, "ode: K of the importance-weighted bound", range=POSITIVE),
+        Option(
             "divergence",
             ("hutchinson", "exact"),
             "ode: noise, fixed for a solve, or a backward pass for each dimension",
         ),
-        ("num_probes", 1, "ode: vectors of noise for hutchinson"),
-        ("rtol", 1e-5, "ode: relative error of a step"),
-        ("atol", 1e-5, "ode: absolute error of a step, of z and of nats per dimension"),
-        ("seed", 0, "key of all randomness"),
+        Option("num_probes", 1, "ode: vectors of noise for hutchinson", range=POSITIVE),
+        Option("rtol", 1e-05, "ode: relative error of a step", range=POSITIVE),
+        Option("atol", 1e-05, "ode: absolute error of a step, of z and of nats per dimension", range=POSITIVE),
+        Option("seed", 0, "key of all randomness"),
     ],
     "data": [
-        ("dataset_name", str, "data set on the Hub, or a local copy; the bundled digits if nothing is given"),
-        ("dataset_config_name", str, "configuration of the data set"),
-        ("data_dir", str, "folder of image files, instead of --dataset_name"),
-        ("split", "test", "slices allowed: test[:500]"),
-        ("image_column", str, "column of the images, found by its type if not given"),
-        ("label_column", str, "column of the classes, found by its type if not given"),
-        ("image_mode", (None, "RGB", "L"), "convert images to it"),
-        ("frames", (None, "first", "all"), "which frames of files with several are images; refused if not given"),
-        ("allow_shared", False, "go on where images of the split are in another split of the data set, too"),
-        ("resolution", int, "resize and crop to squares of this side"),
-        ("center_crop", False, "crop the middle instead of a place drawn for each image"),
-        ("cache_dir", str, "cache of data sets"),
+        Option("dataset_name", str, "data set on the Hub, or a local copy; the bundled digits if nothing is given"),
+        Option("dataset_config_name", str, "configuration of the data set"),
+        Option("data_dir", str, "folder of image files, instead of --dataset_name"),
+        Option("split", "test", "slices allowed: test[:500]"),
+        Option("image_column", str, "column of the images, found by its type if not given"),
+        Option("label_column", str, "column of the classes, found by its type if not given"),
+        Option("image_mode", (None, "RGB", "L"), "convert images to it"),
+        Option(
+            "frames", (None, "first", "all"), "which frames of files with several are images; refused if not given"
+        ),
+        Option("allow_shared", False, "go on where images of the split are in another split of the data set, too"),
+        Option("resolution", int, "resize and crop to squares of this side", range=POSITIVE),
+        Option("center_crop", False, "crop the middle instead of a place drawn for each image"),
+        Option("cache_dir", str, "cache of data sets"),
     ],
     "work": [
-        ("batch_size", 128, "images at once; no number depends on it"),
-        ("output", "report.json", "report to write; figures go beside it"),
-        ("num_threads", int, "CPU threads of a process; all cores, shared, if not given"),
-        ("allow_tf32", False, "TF32 matrix products on a GPU; they move bits/dim"),
+        Option("batch_size", 128, "images at once; no number depends on it", range=POSITIVE),
+        Option("output", "report.json", "report to write; figures go beside it"),
+        Option("num_threads", int, "CPU threads of a process; all cores, shared, if not given", range=POSITIVE),
+        Option("allow_tf32", False, "TF32 matrix products on a GPU; they move bits/dim"),
     ],
 }
 DIGITS_SPLIT = re.compile(r"(train|test)(?:\[(\d*):(\d*)\])?")
@@ -82,9 +88,7 @@ def parse_options(description: str, arguments: list[str] | None = None) -> argpa
     try:
         if args.model is None:
             raise ValueError("--model must name a folder or a repository")
-        positive = ("num_steps", "num_samples", "target_stderr", "max_samples", "batch_size", "resolution", "rtol",
-                    "atol", "num_threads", "num_importance_samples", "num_probes")  # fmt: skip
-        check_ranges(args, {}, positive)
+        check_ranges(args, OPTIONS)
         for name, method in METHOD_OF.items():
             if getattr(args, name) != parser.get_default(name) and args.method != method:
                 raise ValueError(f"--{name} goes with --method {method}, not with {args.method}")

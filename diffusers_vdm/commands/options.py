@@ -7,19 +7,18 @@ import difflib
 import math
 from collections.abc import Iterable
 
+from ..training.options import POSITIVE, Option
+
 # other names of options: train.py and evaluate.py each take the other's name for a folder of images
 ALIASES = {"train_data_dir": "data_dir", "data_dir": "train_data_dir"}
 
 
-def add_options(parser: argparse.ArgumentParser, groups: dict[str, list[tuple]]) -> None:
-    """One argument for each row (name, default, help) of a table.
-
-    A type stands for an option without a default, a list of one for several values; a tuple for choices, the first the
-    default.
-    """
+def add_options(parser: argparse.ArgumentParser, groups: dict[str, list[Option]]) -> None:
+    """One argument for each row of a table."""
     for group, rows in groups.items():
         section = parser.add_argument_group(group)
-        for name, default, text in rows:
+        for row in rows:
+            name, default, text = row.name, row.default, row.help
             flags = [f"--{name}", *(f"--{alias}" for alias in [ALIASES.get(name)] if alias)]
             if isinstance(default, bool):
                 section.add_argument(
@@ -38,7 +37,7 @@ def add_options(parser: argparse.ArgumentParser, groups: dict[str, list[tuple]])
                 section.add_argument(*flags, type=type(default), default=default, help=f"{text} (default: {default})")
 
 
-def option_parser(usage: str, description: str, groups: dict[str, list[tuple]]) -> argparse.ArgumentParser:
+def option_parser(usage: str, description: str, groups: dict[str, list[Option]]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         usage=usage, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -68,10 +67,10 @@ def check_choice(name: str, value: str | None, known: Iterable[str]) -> None:
         )
 
 
-def check_ranges(args: argparse.Namespace, ranges: dict[str, tuple], positive: Iterable[str] = ()) -> None:
-    """`ValueError` for an option that is outside of its range; `positive` are those that need only be above 0."""
-    for name, (low, high) in (dict.fromkeys(positive, (1e-30, math.inf)) | ranges).items():
-        value = getattr(args, name)
+def check_ranges(args: argparse.Namespace, groups: dict[str, list[Option]]) -> None:
+    """`ValueError` for an option that is outside of its range."""
+    for row in (row for rows in groups.values() for row in rows if row.range is not None):
+        value, (low, high) = getattr(args, row.name), row.range
         if value is not None and not (low <= value <= high and math.isfinite(value)):
-            rule = "positive" if name in positive else f"within [{low}, {high:.4g}]"
-            raise ValueError(f"--{name} must be {rule}, got {value}")
+            rule = "positive" if row.range == POSITIVE else f"within [{low}, {high:.4g}]"
+            raise ValueError(f"--{row.name} must be {rule}, got {value}")

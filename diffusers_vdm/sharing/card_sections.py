@@ -12,6 +12,7 @@ from typing import Any
 from ..diffusers_schedulers import noise_schedule_of
 from ..pipeline import VDMPipeline
 from ..schedulers import VDMScheduler
+from ..training.options import option_names
 from .markdown import escaped, fenced, image, literal, one_line, table
 from .measurements import (
     DataName,
@@ -26,14 +27,10 @@ from .measurements import (
     training_data,
 )
 
+# what options.json holds beside the options of the command line
+_NOT_OF_THE_COMMAND = ("digits",)
 _VDM = "[Kingma et al. 2021](https://arxiv.org/abs/2107.00630)"
 _DDPM = "[Ho et al. 2020](https://arxiv.org/abs/2006.11239)"
-# options that neither the weights nor the numbers depend on, and those that are told elsewhere or to nobody
-_OPTIONS_NOT_IN_CARD = {
-    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "allow_changed", "dry_run", "cache_dir", "logger",
-    "logging_dir", "logging_steps", "eval_steps", "checkpointing_steps", "checkpoints_total_limit", "milestone_steps",
-    "save_images_epochs", "save_model_epochs", "dataloader_num_workers", "decoded_cache", "num_threads", "digits",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -343,12 +340,9 @@ def training_command(description: dict[str, Any]) -> str:
     words = []
     for name in names:
         value = options[name]
-        if (
-            name in _OPTIONS_NOT_IN_CARD
-            or name.startswith(("hub_", "push_"))
-            or "token" in name
-            or value in (None, [])
-        ):
+        # of a file that was written elsewhere, too: nothing private
+        private = name in _NOT_OF_THE_COMMAND or name.startswith(("hub_", "push_")) or "token" in name
+        if private or name in option_names(in_card=False) or value in (None, []):
             continue
         if name == "gamma_min" and options.get("schedule") == "linear_beta":  # of no use there, and refused
             continue

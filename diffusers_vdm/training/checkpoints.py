@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..files import write_atomically
+from .options import option_names
 from .sharding import sharded_like
 
 logger = logging.get_logger(__name__)
@@ -192,27 +193,16 @@ def load_rate_state(lr_scheduler: torch.optim.lr_scheduler.LRScheduler, state: d
 
 # ---- the same run ------------------------------------------------------------------------------------------------
 
-# options that a resumed run may change: they say where to and how often, not what is trained
-FREE_OPTIONS = frozenset({
-    "output_dir", "overwrite_output_dir", "logging_steps", "eval_steps", "eval_batch_size", "eval_samples",
-    "max_eval_images", "num_images", "ddpm_num_inference_steps", "checkpointing_steps", "checkpoints_total_limit",
-    "milestone_steps", "resume_from_checkpoint", "allow_changed", "logger", "logging_dir", "push_to_hub",
-    "hub_strategy", "hub_include_code", "hub_license",
-    "hub_model_id", "hub_token", "hub_private_repo", "cache_dir", "dataloader_num_workers", "num_threads",
-    "gradient_checkpointing", "train_batch_size", "gradient_accumulation_steps", "save_images_epochs",
-    "save_model_epochs", "max_nonfinite_steps", "decoded_cache", "dry_run", "allow_shared", "skip_damaged",
-})  # fmt: skip
-
 
 def check_same_run(before: dict[str, Any], now: dict[str, Any], allowed: Collection[str] = ()) -> str | None:
     """`ValueError` if two descriptions of a run differ in what is trained: options, data, global batch.
 
     A description holds `"options"`, `"data"`, `"global_batch_size"` and `"num_processes"`. `allowed` names options, or
-    `"data"`, that may differ nevertheless; [`FREE_OPTIONS`] always may.
+    `"data"`, that may differ nevertheless; options whose row says `may_change` always may.
 
     Returns: what is to be told of a global batch that is split in another way, `None` if it is not.
     """
-    fixed = (set(now["options"]) & set(before["options"])) - FREE_OPTIONS
+    fixed = (set(now["options"]) & set(before["options"])) - option_names(may_change=True)
     if str(now["options"].get("lr_scheduler")).startswith("constant"):  # else the rates depend on where they end
         fixed -= {"max_train_steps", "num_epochs"}
     pairs = {name: (before["options"][name], now["options"][name]) for name in fixed}
