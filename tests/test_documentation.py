@@ -1,6 +1,6 @@
 """The documentation is correct: its code runs, its commands parse, and its names, paths and links exist."""
 
-import importlib
+import importlib.util
 import pkgutil
 import re
 import shlex
