@@ -21,35 +21,44 @@ CONSTRAINTS ?= $(shell $(PYTHON) -c "import sys; print('constraints.txt' if sys.
 OLDEST      := $(VENV)-oldest
 BIN         := $(VENV)/bin
 
-.PHONY: help demo test test-slow test-all test-oldest lint style clean
+.PHONY: help demo test test-slow test-all test-oldest lint style docs wheel clean
 .DELETE_ON_ERROR:
 
-help:  ## this list
+help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.installed-train  ## train on the bundled digits, then sample
 	$(BIN)/python -m accelerate.commands.launch $(LAUNCH_FLAGS) examples/train.py $(TRAIN_FLAGS)
 	$(BIN)/python examples/sample.py $(SAMPLE_FLAGS)
 
-test: $(VENV)/.installed-test  ## the default test suite
+test: $(VENV)/.installed-test  ## run the default test suite: every test but those marked slow
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
-test-slow: $(VENV)/.installed-test  ## only the slow tests
+test-slow: $(VENV)/.installed-test  ## run only the tests marked slow: they train, or start many processes
 	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
 
-test-all: $(VENV)/.installed-test  ## every test in one run
+test-all: $(VENV)/.installed-test  ## run every test
 	$(BIN)/python -m pytest -m "" $(PYTEST_FLAGS)
 
-test-oldest: $(OLDEST)/.installed-test  ## the default test suite on the oldest supported dependencies
+test-oldest: $(OLDEST)/.installed-test  ## run the default test suite on the oldest supported dependencies
 	$(OLDEST)/bin/python -m pytest $(PYTEST_FLAGS)
 
-lint: $(VENV)/.installed-test  ## check rules and format
+lint: $(VENV)/.installed-test  ## check style rules and formatting
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-style: $(VENV)/.installed-test  ## apply what ruff can repair
+style: $(VENV)/.installed-test  ## repair what ruff can repair
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+# The variable turns off an advertisement of mkdocs-material.
+docs: $(VENV)/.installed-docs  ## build the documentation into build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+wheel:  ## build dist/diffusers_vdm-VERSION-py3-none-any.whl
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	rm -rf build/lib build/bdist.*  # else modules that were removed would go into the wheel
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
 
 clean:  ## remove caches and build products; environments and runs/ stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
@@ -65,6 +74,11 @@ $(VENV)/.installed-test: setup.cfg pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -e ".[test]" -c $(CONSTRAINTS)
 	touch $(VENV)/.installed-train $@
+
+$(VENV)/.installed-docs: setup.cfg pyproject.toml $(CONSTRAINTS)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -e ".[docs]" -c $(CONSTRAINTS)
+	touch $@
 
 $(OLDEST)/.installed-test: setup.cfg pyproject.toml constraints-oldest.txt
 	test -x $(OLDEST)/bin/pip || $(PYTHON) -m venv $(OLDEST)

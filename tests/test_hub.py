@@ -398,8 +398,8 @@ def test_diffusion_pipeline_without_and_with_register(hub: HubServer, tmp_path: 
 
 
 @in_client
-def test_the_readme_says_how(hub: HubServer, tmp_path: Path):
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+def test_the_code_about_sharing_runs(hub: HubServer, tmp_path: Path):
+    text = (Path(__file__).parents[1] / "docs" / "sharing.md").read_text(encoding="utf-8")
     [code] = [block for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "push_to_hub" in block]
     scope = {"pipe": made()}
     with pytest.MonkeyPatch.context() as patch, torch_dtype_allowed():

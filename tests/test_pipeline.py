@@ -165,7 +165,7 @@ def test_pipeline_with_a_stock_network_is_saved_and_loaded(tmp_path):
 
 
 def test_loading_needs_our_class(tmp_path):
-    # a fact of diffusers that the README tells: should it change, so should the README
+    # docs/sharing.md states this fact of diffusers: should it change, so should the page
     pipeline().save_pretrained(tmp_path)
     with pytest.raises(AttributeError, match="VDMPipeline"):
         DiffusionPipeline.from_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""What each preset trains is what the README and the papers say: data, network, its start, optimizer, γ."""
+"""What each preset trains is what the documentation and the papers say: data, network, its start, optimizer, γ."""
 
 import json
 

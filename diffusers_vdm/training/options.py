@@ -98,7 +98,7 @@ TRAIN_OPTIONS: dict[str, list[Option]] = {
         Option(
             "preset",
             str,
-            "network, options and, where it is public, data set by name: see README; digits if not given",
+            "network, options and, where it is public, data set by name: see docs/training.md; digits if not given",
         ),
         Option("model_config_name_or_path", str, "config of a VDMUNet2DModel, instead of --preset"),
         Option("class_conditional", False, "condition on the classes, with a null class"),

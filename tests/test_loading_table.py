@@ -1,4 +1,4 @@
-"""README's table of what loads a shared pipeline, made by trying each call; run as a program, this file prints it."""
+"""The table of what loads a shared pipeline, made by trying each call; run as a program, this file prints it."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import hub_server
 import pytest
 from test_pipeline import learned, pipeline
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "sharing.md"
 CALLS = [
     'VDMPipeline.from_pretrained("user/vdm")',
     'VDMUNet2DModel.from_pretrained("user/vdm", subfolder="unet")',
@@ -95,8 +95,8 @@ def table() -> str:
 
 
 @pytest.mark.slow
-def test_the_table_of_the_readme_is_what_happens():
-    assert table() in README.read_text(encoding="utf-8")
+def test_the_table_of_what_loads_what_is_what_happens():
+    assert table() in PAGE.read_text(encoding="utf-8")
 
 
 if __name__ == "__main__":
