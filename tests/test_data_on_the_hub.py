@@ -11,9 +11,9 @@ from test_image_folder import png
 
 OPEN = """
 import json, sys
-from diffusers_vdm.image_sources import shared_with_other_splits
-from diffusers_vdm.images import load_images
-from diffusers_vdm.image_stream import ImageStream
+from diffusers_vdm.data.image_sources import shared_with_other_splits
+from diffusers_vdm.data.images import load_images
+from diffusers_vdm.data.image_stream import ImageStream
 name, split, cache = sys.argv[1:]
 try:
     data = load_images(name, split, cache_dir=cache, progress_bar=False)

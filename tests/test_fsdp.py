@@ -55,7 +55,7 @@ def step(bound, rows):
             loss /= world
         losses += [float(loss), float(norm)]
     whole = lambda p: p.full_tensor() if isinstance(p, DTensor) else p
-    with averages.lent():
+    with averages.applied():
         averaged = [whole(p.detach()).clone() for p in bound.parameters()]
     return losses, [whole(p.detach()) for p in bound.parameters()], averaged
 

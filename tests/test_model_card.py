@@ -435,7 +435,7 @@ def test_the_code_of_a_class_conditional_model_runs(tmp_path, monkeypatch, null_
 
 
 def test_code_beside_the_weights_is_offered_where_it_is(tmp_path):
-    remote_code = pytest.importorskip("diffusers_vdm.remote_code")
+    remote_code = pytest.importorskip("diffusers_vdm.sharing.remote_code")
     folder = saved(tmp_path / "m")
     assert len(python_blocks(model_card(folder))) == 1
     remote_code.save_code(folder)
