@@ -140,6 +140,14 @@ class NoiseSchedule(WholeModelMixin, ConfigMixin):
         low, high = self.config.gamma_min, self.config.gamma_max
         return self.config.num_train_timesteps * (gamma_t - low) / (high - low)
 
+    def gamma_of_timestep(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """γ of what the network is conditioned on, the inverse of `timestep`; float64, of the shape of `timesteps`.
+
+        A timestep may lie beyond γ(0) and γ(1), where the configured ends are further apart than those.
+        """
+        position = to_high_precision(torch.as_tensor(timesteps)) / self.config.num_train_timesteps
+        return self.config.gamma_min * (1 - position) + self.config.gamma_max * position
+
     @torch.no_grad()
     def table(self, num_knots: int = 1025) -> torch.Tensor:
         """γ at `num_knots` equidistant times from 0 to 1, float64 on the CPU, shape `(num_knots,)`."""
@@ -419,6 +427,14 @@ class BetaGamma(TableGamma):
         """DDPM's own index i = t (T − 1), a float between two of them. Shape of `gamma_t`."""
         t = self.inverse(gamma_t) if t is None else t
         return t * (len(self._gammas) - 1)
+
+    def gamma_of_timestep(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """γ of an index, interpolated between two of them; `ValueError` outside of [0, T − 1]: there is no level."""
+        timesteps, last = torch.as_tensor(timesteps), len(self._gammas) - 1
+        position = to_high_precision(timesteps) / last
+        if not bool(((position >= 0) & (position <= 1)).all()):
+            raise ValueError(f"timesteps must be within [0, {last}], got {timesteps.tolist()}.")
+        return self.forward(position)
 
 
 class LinearBetaGamma(BetaGamma):
