@@ -97,15 +97,16 @@ class Prediction:
     @property
     def x_hat(self) -> torch.Tensor:
         """The data that the network expects; shape of `z_t`."""
-        return self._x_and_eps()[0]
+        return self.x_and_eps()[0]
 
     @property
     def eps_hat(self) -> torch.Tensor:
         """The noise that the network expects; shape of `z_t`."""
         # never by way of x̂, which would cost digits where there is little noise
-        return self.output if self.prediction_type == "epsilon" else self._x_and_eps()[1]
+        return self.output if self.prediction_type == "epsilon" else self.x_and_eps()[1]
 
-    def _x_and_eps(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def x_and_eps(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(x_hat, eps_hat)` at once, where both are needed."""
         return diffusion.predicted_x_and_eps(self.output, self.z_t, self.gamma_t, self.prediction_type)
 
 

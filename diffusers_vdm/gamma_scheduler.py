@@ -116,7 +116,7 @@ class GammaScheduler(SchedulerMixin, ConfigMixin):
         prediction = denoiser.Prediction.from_output(model_output, z_t, gamma_t, self.config.prediction_type)
         if self.config.algorithm == "ancestral":
             denoiser.check_variance_values(self.config.variance_type, prediction.variance_values)
-        x_hat, eps_hat = prediction.x_hat, prediction.eps_hat
+        x_hat, eps_hat = prediction.x_and_eps()
         if self.config.clip_sample:
             x_hat = x_hat.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
 

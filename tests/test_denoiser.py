@@ -35,7 +35,7 @@ from diffusers_vdm import (
     noise_schedule_of,
     ode,
 )
-from diffusers_vdm.commands import convert
+from diffusers_vdm.commands import convert, sample
 from diffusers_vdm.conversion.diffusers import load_diffusers
 from diffusers_vdm.denoiser import call_network, predict, split_output, working_dtype
 from diffusers_vdm.diffusion import PREDICTION_TYPES, predicted_x_and_eps
@@ -517,6 +517,18 @@ def test_a_saved_pipeline_draws_the_same(tmp_path):
         pipe = VDMPipeline(network(VDMUNet2DModel), scheduler)
         pipe.save_pretrained(tmp_path / str(i))
         assert torch.equal(drawn(VDMPipeline.from_pretrained(tmp_path / str(i))), drawn(pipe))
+
+
+@pytest.mark.parametrize(
+    "sampler", ["ancestral", "ddim", "dpmsolver++", "DDPMScheduler", "DPMSolverMultistepScheduler"]
+)
+def test_every_sampler_of_the_command_takes_the_checkpoint(sampler, tmp_path):
+    for i, scheduler in enumerate((*both_of_ours(ddpm()), ddpm())):
+        pipe = VDMPipeline(network(), sample.choose_scheduler(scheduler, sampler))
+        assert drawn(pipe, 4).isfinite().all()
+        pipe.save_pretrained(tmp_path / str(i))
+        again = VDMPipeline.from_pretrained(tmp_path / str(i))
+        assert drawn(again, 4).shape == (2, 3, 8, 8) and drawn(again, 4).isfinite().all()
 
 
 @pytest.mark.parametrize("variance_type", LEARNED)
