@@ -11,13 +11,14 @@ import math
 import reprlib
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 import diffusers
 import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 
+from .denoiser import VarianceType
 from .diffusion import log_alpha_squared
 from .noise_schedules import BetaGamma, NoiseSchedule
 
@@ -52,6 +53,8 @@ _OF_THE_SAMPLER = {
     "noise_sampler_seed", "predict_x0", "predictor_order", "sample_max_value", "set_alpha_to_one", "skip_prk_steps",
     "solver_order", "solver_p", "solver_type", "tau_func", "time_shift_type", "timestep_spacing",
 }  # fmt: skip
+# other words for the variance type "fixed_small" in configs of diffusers
+SAME_AS_FIXED_SMALL = ("fixed_small_log", None)
 # what diffusers makes its table of, unless there are `trained_betas`
 _LINEAR_BETAS = ("beta_start", "beta_end", "beta_schedule")
 
@@ -137,12 +140,14 @@ def check_keys(cls: type, config: dict[str, Any], has_levels: bool) -> None:
     known = set(inspect.signature(cls.__init__).parameters) - {"self"}
     source = config.get("_class_name", "scheduler's")
     for key, value in config.items():
-        if key in known or key.startswith("_"):
+        if (key in known and key != "variance_type") or key.startswith("_"):
             continue
         shown, allowed = reprlib.repr(value), _allowed_values(key)
         if allowed is None:
             raise ValueError(unknown_key(cls, key, value))
         overridden = has_levels and config.get("trained_betas") is not None
+        if key == "variance_type" and _is_among(value, allowed):
+            continue
         linear = key == "beta_schedule" and value == "linear" and "beta_start" in known
         if not has_levels or (key in _LINEAR_BETAS and not overridden and not linear):
             raise ValueError(
@@ -173,7 +178,7 @@ def _is_among(value: Any, allowed: list[Any]) -> bool:
 def _allowed_values(key: str) -> list[Any] | None:
     """The values of a key that say nothing; `None` for what is no argument of the schedulers that we go along with."""
     if key == "variance_type":
-        return ["fixed_small", "fixed_small_log", None]
+        return [*get_args(VarianceType), *SAME_AS_FIXED_SMALL]
     return _defaults_of_diffusers().get(key, [] if key in _OF_THE_SAMPLER else None)
 
 
@@ -196,7 +201,7 @@ def betas_of_gammas(gammas: torch.Tensor) -> torch.Tensor:
 
 
 def scheduler_of_gammas(
-    scheduler_class: type[SchedulerMixin], gammas: torch.Tensor, prediction_type: str, **kwargs: Any
+    scheduler_class: type[SchedulerMixin], gammas: torch.Tensor, network: dict[str, str], **kwargs: Any
 ) -> SchedulerMixin:
     """A scheduler of diffusers whose timestep i is the level γ_i, with float64 tables.
 
@@ -206,7 +211,7 @@ def scheduler_of_gammas(
     Args:
         scheduler_class (`type`): one of [`EXPORTABLE`].
         gammas (`torch.Tensor` of shape `(N,)`): increasing levels of the timesteps 0 … N − 1.
-        prediction_type (`str`): what the network predicts.
+        network (`dict`): what the network predicts: its `prediction_type`, and its `variance_type` if it is learned.
         kwargs: further arguments of the class, `use_karras_sigmas=True` say.
 
     Raises: `TypeError` for what is no scheduler class, `ValueError` for one that takes no table, and for arguments
@@ -226,12 +231,12 @@ def scheduler_of_gammas(
     wanted = {
         "num_train_timesteps": len(gammas),
         "trained_betas": betas_of_gammas(gammas).tolist(),
-        "prediction_type": prediction_type,
         "timestep_spacing": "trailing",
         "clip_sample": False,
         "thresholding": False,
         "steps_offset": 0,
         "skip_prk_steps": True,
+        **network,
     }
     scheduler = scheduler_class(**{key: value for key, value in wanted.items() if key in known} | kwargs)
     scheduler.alphas_cumprod = torch.sigmoid(-gammas.double())

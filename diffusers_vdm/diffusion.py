@@ -200,6 +200,19 @@ def ddim_step(z_t: torch.Tensor, eps_hat: torch.Tensor, gamma_s: torch.Tensor, g
     return expand_like(_alpha_ratio(gamma_s, gamma_t), z_t) * (z_t + expand_like(on_eps, z_t) * eps_hat)
 
 
+def posterior_log_variance(gamma_s: torch.Tensor, gamma_t: torch.Tensor) -> torch.Tensor:
+    """log Var q(z_s | z_t, x) = log σ_s² c, c = −expm1(γ_s − γ_t), in DDPM's terms log β̃ [DDPM eq. 7].
+
+    −inf at γ_s = −inf. Shape of the γs.
+    """
+    return F.logsigmoid(gamma_s) + torch.log(-torch.expm1(gamma_s - gamma_t))
+
+
+def forward_log_variance(gamma_s: torch.Tensor, gamma_t: torch.Tensor) -> torch.Tensor:
+    """log Var q(z_t | z_s) = log(1 − α_t²/α_s²), in DDPM's terms log β [VDM app. A.1]. Shape of the γs."""
+    return torch.log(-torch.expm1(log_alpha_squared(gamma_t) - log_alpha_squared(gamma_s)))
+
+
 def dpm_solver_2m_correction(
     x_hat: torch.Tensor,
     last_x_hat: torch.Tensor,

@@ -17,8 +17,8 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from . import call_arguments, diffusion
-from .diffusers_schedulers import betas_of_gammas, check_keys, scheduler_of_gammas, unknown_key
+from . import call_arguments, denoiser, diffusion
+from .diffusers_schedulers import SAME_AS_FIXED_SMALL, betas_of_gammas, check_keys, scheduler_of_gammas, unknown_key
 from .diffusion import Generators
 from .noise_schedules import TableGamma, as_written
 
@@ -75,7 +75,10 @@ class GammaScheduler(SchedulerMixin, ConfigMixin):
         whatever its γ(t); levels beyond these configured ends are left out.
         """
         gammas = self._gammas_at(torch.arange(len(self)))
-        return scheduler_of_gammas(scheduler_class, gammas, self.config.prediction_type, **kwargs)
+        own = {"prediction_type": self.config.prediction_type}
+        if denoiser.is_learned(self.config.variance_type):
+            own["variance_type"] = self.config.variance_type
+        return scheduler_of_gammas(scheduler_class, gammas, own, **kwargs)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | float | None = None) -> torch.Tensor:
         """Returns `sample` as it is: the latents have unit variance at every noise level."""
@@ -94,9 +97,12 @@ class GammaScheduler(SchedulerMixin, ConfigMixin):
         z_s = (α_s/α_t)(z_t − c σ_t ε̂) + σ_s √c ε,  c = −expm1(γ_s − γ_t),  ε ~ N(0, I)
 
         s is the timestep that follows `timestep` in `self.timesteps`, and after the last one the end of the chain.
+        With a learned `variance_type` the noise has the variance that the network predicts instead of σ_s² c.
 
         Args:
-            model_output (`torch.Tensor` of shape `(B, ...)`): the network's output, see `prediction_type`.
+            model_output (`torch.Tensor` of shape `(B, C, ...)` or `(B, 2C, ...)`): the network's output, see
+                `prediction_type`, with the values of the variance behind it where the network predicts one. Steps
+                without noise ignore these.
             timestep (`torch.Tensor` of shape `()` or `float`): one of `self.timesteps`, or a value between them.
             sample (`torch.Tensor` of shape `(B, ...)`): z_t.
             generator (`torch.Generator` or a list of B of them, *optional*): with a list, each sample has its own
@@ -105,16 +111,12 @@ class GammaScheduler(SchedulerMixin, ConfigMixin):
 
         Raises: `ValueError` for shapes that differ and timesteps outside of the schedule.
         """
-        if model_output.shape != sample.shape:
-            raise ValueError(
-                f"model_output must have the shape of sample, got {tuple(model_output.shape)} and "
-                f"{tuple(sample.shape)}; a network that also predicts variances must be split first."
-            )
         gamma_t, gamma_s = self._step_gammas(timestep)
         z_t = sample.to(torch.promote_types(sample.dtype, torch.float32))
-        x_hat, eps_hat = diffusion.predicted_x_and_eps(
-            model_output.to(z_t.dtype), z_t, gamma_t, self.config.prediction_type
-        )
+        prediction = denoiser.Prediction.from_output(model_output, z_t, gamma_t, self.config.prediction_type)
+        if self.config.algorithm == "ancestral":
+            denoiser.check_variance_values(self.config.variance_type, prediction.variance_values)
+        x_hat, eps_hat = prediction.x_and_eps()
         if self.config.clip_sample:
             x_hat = x_hat.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
 
@@ -128,6 +130,8 @@ class GammaScheduler(SchedulerMixin, ConfigMixin):
             else:
                 mean, std = diffusion.ancestral_step(z_t, eps_hat, gamma_s, gamma_t)
             if float(std) > 0:
+                if denoiser.is_learned(self.config.variance_type):
+                    std = self._predicted_std(prediction, gamma_s)
                 noise = randn_tensor(z_t.shape, generator=generator, device=z_t.device, dtype=z_t.dtype)
                 mean = mean + std.to(z_t.device) * noise
             prev_sample = mean
@@ -136,6 +140,13 @@ class GammaScheduler(SchedulerMixin, ConfigMixin):
         if not return_dict:
             return prev_sample, x_hat
         return VDMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x_hat)
+
+    def _predicted_std(self, prediction: denoiser.Prediction, gamma_s: torch.Tensor) -> torch.Tensor:
+        """Standard deviation of p(z_s | z_t) of each dimension, as the network predicts it."""
+        small = diffusion.posterior_log_variance(gamma_s, prediction.gamma_t)
+        large = diffusion.forward_log_variance(gamma_s, prediction.gamma_t)
+        values, variance_type = prediction.variance_values, self.config.variance_type
+        return torch.exp(0.5 * denoiser.predicted_log_variance(values, variance_type, small, large))
 
     def _solver_step(self, z_t, x_hat, eps_hat, gamma_s, gamma_t) -> torch.Tensor:
         if self.config.clip_sample:
@@ -165,6 +176,7 @@ class GammaScheduler(SchedulerMixin, ConfigMixin):
 
     def _init_chain(self, prediction_type: str, clip_sample_range: float, betas: torch.Tensor | None = None) -> None:
         diffusion.check_prediction_type(prediction_type)
+        denoiser.check_variance_type(self.config.variance_type)
         if not clip_sample_range > 0:
             raise ValueError(f"clip_sample_range must be positive, got {clip_sample_range}.")
         if self.config.algorithm not in get_args(Algorithm):
@@ -228,6 +240,8 @@ class GammaScheduler(SchedulerMixin, ConfigMixin):
             for key, value in kwargs.items():
                 if key not in known and not key.startswith("_"):
                     raise ValueError(unknown_key(cls, key, value))
+            if config.get("variance_type", "") in SAME_AS_FIXED_SMALL:
+                config = {**config, "variance_type": "fixed_small"}
             config = cls._with_own_levels(config, kwargs)
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 

@@ -140,6 +140,14 @@ class NoiseSchedule(WholeModelMixin, ConfigMixin):
         low, high = self.config.gamma_min, self.config.gamma_max
         return self.config.num_train_timesteps * (gamma_t - low) / (high - low)
 
+    def gamma_of_timestep(self, timesteps: torch.Tensor | float) -> torch.Tensor:
+        """γ of what the network is conditioned on, the inverse of `timestep`; float64, of the shape of `timesteps`.
+
+        A timestep may lie beyond γ(0) and γ(1), where the configured ends are further apart than those.
+        """
+        position = _in_float64(timesteps) / self.config.num_train_timesteps
+        return self.config.gamma_min * (1 - position) + self.config.gamma_max * position
+
     @torch.no_grad()
     def table(self, num_knots: int = 1025) -> torch.Tensor:
         """γ at `num_knots` equidistant times from 0 to 1, float64 on the CPU, shape `(num_knots,)`."""
@@ -199,6 +207,11 @@ class NoiseSchedule(WholeModelMixin, ConfigMixin):
         if not self._has_parameters:
             self._place = _moved(self._place, fn)
         return super()._apply(keep_digits, recurse)
+
+
+def _in_float64(numbers: torch.Tensor | float) -> torch.Tensor:
+    """A tensor, or what becomes one: by itself PyTorch would round a Python number to float32."""
+    return to_high_precision(numbers if torch.is_tensor(numbers) else torch.tensor(numbers, dtype=torch.float64))
 
 
 def _moved(place: torch.device, fn: Callable[[torch.Tensor], torch.Tensor]) -> torch.device:
@@ -419,6 +432,14 @@ class BetaGamma(TableGamma):
         """DDPM's own index i = t (T − 1), a float between two of them. Shape of `gamma_t`."""
         t = self.inverse(gamma_t) if t is None else t
         return t * (len(self._gammas) - 1)
+
+    def gamma_of_timestep(self, timesteps: torch.Tensor | float) -> torch.Tensor:
+        """γ of an index, interpolated between two of them; `ValueError` outside of [0, T − 1]: there is no level."""
+        timesteps, last = _in_float64(timesteps), len(self._gammas) - 1
+        position = timesteps / last
+        if not bool(((position >= 0) & (position <= 1)).all()):
+            raise ValueError(f"timesteps must be within [0, {last}], got {timesteps.tolist()}.")
+        return self.forward(position)
 
 
 class LinearBetaGamma(BetaGamma):

@@ -15,7 +15,7 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import nn
 
-from . import diffusion
+from . import denoiser, diffusion
 from .diffusion import PredictionType, to_high_precision
 from .noise_schedules import LinearBetaGamma, NoiseSchedule
 from .times import stratified_times
@@ -71,9 +71,7 @@ class Objective(nn.Module):
 
     def _data(self, images: torch.Tensor) -> torch.Tensor:
         diffusion.check_levels(images, self.num_levels)
-        # float32 whatever the network's type: x in bfloat16 would be other data
-        dtype = torch.promote_types(getattr(self.unet, "dtype", torch.float32), torch.float32)
-        return diffusion.x_from_levels(images, self.num_levels, dtype)
+        return diffusion.x_from_levels(images, self.num_levels, denoiser.working_dtype(self.unet))
 
     def _noise(self, x: torch.Tensor, eps: torch.Tensor | None, generator: torch.Generator | None) -> torch.Tensor:
         if eps is None:
@@ -86,19 +84,14 @@ class Objective(nn.Module):
         """Σ (target − output)² over the dimensions, at z_t = α_t x + σ_t ε; shape `(B,)`."""
         z_t = diffusion.q_sample(x, eps, gamma_t)
         timesteps = self.noise_schedule.timestep(t, gamma_t).to(x.dtype)
-        conditions = {name: value for name, value in conditions.items() if value is not None}
-        output = self.unet(z_t, timesteps, return_dict=False, **conditions)[0]
-        if output.shape[1] == 2 * x.shape[1]:
-            output = output[:, : x.shape[1]]  # the rest predicts variances, which the bound in ε̂ does not use
-        if output.shape != x.shape:
-            raise ValueError(f"the network returned {tuple(output.shape)} for images of {tuple(x.shape)}.")
+        prediction = denoiser.predict(self.unet, z_t, gamma_t, timesteps, self.prediction_type, **conditions)
         if self.prediction_type == "epsilon":
             target = eps
         elif self.prediction_type == "sample":
             target = x
         else:
             target = diffusion.velocity(x, eps, gamma_t)
-        return (target - output.to(x.dtype)).square().flatten(1).sum(1)
+        return (target - prediction.output).square().flatten(1).sum(1)
 
 
 @dataclass

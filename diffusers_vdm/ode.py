@@ -20,7 +20,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from . import diffusion
+from . import denoiser, diffusion
 from .diffusion import PredictionType, to_high_precision
 from .noise_schedules import NoiseSchedule
 
@@ -78,17 +78,12 @@ def eps_model(
     `class_labels` are those of the whole batch.
     """
     diffusion.check_prediction_type(prediction_type)
-    conditions = {} if class_labels is None else {"class_labels": class_labels}
-    dtype = torch.promote_types(getattr(unet, "dtype", torch.float32), torch.float32)
+    dtype = denoiser.working_dtype(unet)
 
     def model(z: torch.Tensor, gamma: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         timesteps = noise_schedule.timestep(None, gamma).to(z.device, dtype)
-        chosen = {name: values[rows.to(values.device)] for name, values in conditions.items()}
-        z = z.to(dtype)
-        output = unet(z, timesteps, return_dict=False, **chosen)[0].to(dtype)
-        if output.shape != z.shape:
-            output = output.split(z.shape[1], dim=1)[0]  # the rest predicts variances
-        return diffusion.predicted_x_and_eps(output, z, gamma, prediction_type)[1]
+        labels = None if class_labels is None else class_labels[rows.to(class_labels.device)]
+        return denoiser.predict(unet, z.to(dtype), gamma, timesteps, prediction_type, class_labels=labels).eps_hat
 
     return model
 

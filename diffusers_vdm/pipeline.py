@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any, Union
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import DDPMParallelScheduler, DDPMScheduler, UNet2DModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 # diffusers finds the classes of a saved pipeline only in modules that are loaded by then: schedulers, too
-from . import call_arguments, diffusion, repository
+from . import call_arguments, denoiser, diffusion, repository
 from .diffusion import Generators
+from .gamma_scheduler import GammaScheduler
 from .noise_schedules import (
     BetaGamma,
     FixedLinearGamma,
@@ -305,21 +306,19 @@ class VDMPipeline(DiffusionPipeline):
             labels = labels.to(device)
         if latents is None:
             # float32 whatever the network's type: a half-precision latent has no room for the last steps
-            dtype = torch.promote_types(self.unet.dtype, torch.float32)
+            dtype = denoiser.working_dtype(self.unet)
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         latents = latents.to(device) * self.scheduler.init_noise_sigma
         step_kwargs = {}
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             step_kwargs["generator"] = generator
-        unet_kwargs = {} if labels is None else {"class_labels": labels}
-        # diffusers' own networks do not cast their input
-        unet_dtype = None if isinstance(self.unet, VDMUNet2DModel) else self.unet.dtype
 
         self._num_timesteps = len(self.scheduler.timesteps)
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
             for i, t in enumerate(self.scheduler.timesteps):
-                model_input = self.scheduler.scale_model_input(latents, t).to(unet_dtype or latents.dtype)
-                model_output = self.unet(model_input, t, return_dict=False, **unet_kwargs)[0].to(latents.dtype)
+                model_input = self.scheduler.scale_model_input(latents, t).to(latents.dtype)
+                model_output = denoiser.call_network(self.unet, model_input, t, class_labels=labels)
+                model_output = self._for_the_step(model_output, latents)
                 latents = self.scheduler.step(model_output, t, latents, return_dict=False, **step_kwargs)[0]
                 if callback_on_step_end is not None:
                     available = {"latents": latents}
@@ -330,6 +329,16 @@ class VDMPipeline(DiffusionPipeline):
         images = latents if output_type == "latent" else self._images(latents, decode, output_type, generator)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _for_the_step(self, model_output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """The channels of a network's output that the scheduler's step takes, see denoiser.py."""
+        if isinstance(self.scheduler, GammaScheduler):
+            return model_output
+        prediction, values = denoiser.split_output(model_output, latents)
+        if not isinstance(self.scheduler, DDPMScheduler | DDPMParallelScheduler):
+            return prediction  # others know no variance of a network, or cut off all channels but three
+        denoiser.check_variance_values(self.scheduler.config.variance_type, values)
+        return model_output
 
     def _images(self, latents: torch.Tensor, decode: str, output_type: str, generator: Generators):
         """z_0 to images through p(x | z_0), at the noise level where the scheduler stopped."""

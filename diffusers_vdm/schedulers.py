@@ -15,6 +15,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  diffusers looks for it in the module
 
+from .denoiser import VarianceType, is_learned
 from .diffusers_schedulers import betas_of_gammas, checked_betas, diffusers_betas, same_betas
 from .diffusion import PredictionType, gammas_from_betas, linear_betas
 from .gamma_scheduler import Algorithm, GammaScheduler, VDMSchedulerOutput  # noqa: F401
@@ -51,6 +52,9 @@ class VDMScheduler(GammaScheduler):
         trained_betas (`list[float]`, *optional*):
             the `num_train_timesteps` betas of a network that was trained with them, as diffusers' schedulers take
             them, instead of any γ: its timestep is the index, and the last step returns z at its first level.
+        variance_type (`"fixed_small"`, `"learned_range"` or `"learned"`, defaults to `"fixed_small"`):
+            the variance of an ancestral step: that of q(z_s | z_t, x), or what a network with twice the channels
+            predicts, read as diffusers' `DDPMScheduler` does. [`VDMScheduler.from_diffusers`] sets it.
 
     Raises: `ValueError` for γ_min ≥ γ_max, a table that does not increase, and unknown names.
     """
@@ -70,6 +74,7 @@ class VDMScheduler(GammaScheduler):
         algorithm: Algorithm = "ancestral",
         timestep_type: TimestepType = "gamma",
         trained_betas: list[float] | None = None,
+        variance_type: VarianceType = "fixed_small",
     ):
         if trained_betas is not None:
             betas = checked_betas(trained_betas, count=num_train_timesteps)
@@ -142,7 +147,8 @@ class VDMScheduler(GammaScheduler):
         """The levels of a scheduler of diffusers with betas, for the network that was trained with them.
 
         γ(t) goes through its table, t = i/(T − 1); the network's timestep is the index i, fractional between two of
-        them. The last step returns z at its first level, to be decoded. `kwargs` are further arguments.
+        them. The last step returns z at its first level, to be decoded. A `variance_type` that the network predicts
+        ("learned_range", "learned") is kept; fixed ones become "fixed_small". `kwargs` are further arguments.
 
         Raises: `ValueError` for schedulers without a usable table of betas.
         """
@@ -156,6 +162,8 @@ class VDMScheduler(GammaScheduler):
             "clip_sample": scheduler.config.get("clip_sample", False),
             "clip_sample_range": scheduler.config.get("clip_sample_range", 1.0),
         }
+        if is_learned(scheduler.config.get("variance_type")):
+            settings["variance_type"] = scheduler.config["variance_type"]
         ends = {"gamma_min": float(gammas[0]), "gamma_max": float(gammas[-1])}
         return cls(len(gammas), trained_gammas=gammas.tolist(), timestep_type="index", **ends, **(settings | kwargs))
 
@@ -192,14 +200,10 @@ class VDMScheduler(GammaScheduler):
         self._set_chain(gammas, values, device)
 
     def _gammas_at(self, timesteps: torch.Tensor) -> torch.Tensor:
+        gammas = self._schedule.gamma_of_timestep(timesteps.detach().cpu())
         if self.config.timestep_type == "index":
-            position = timesteps.detach().cpu().double() / (len(self) - 1)
-            if not bool(((position >= 0) & (position <= 1)).all()):
-                raise ValueError(f"timesteps must be within [0, {len(self) - 1}], got {timesteps.tolist()}.")
-            return self._schedule(position)
+            return gammas
         low, high = self.config.gamma_min, self.config.gamma_max
-        position = timesteps.detach().cpu().double() / self.config.num_train_timesteps
-        gammas = low * (1 - position) + high * position
         gamma_0, gamma_1 = self._schedule.ends()
         slack = 1e-6 * (high - low)  # float32 timesteps may stick out by their rounding
         if not bool(((gammas >= gamma_0 - slack) & (gammas <= gamma_1 + slack)).all()):
@@ -232,6 +236,8 @@ class LinearBetaScheduler(GammaScheduler):
             which indices fewer than T steps visit, named as in diffusers. `"leading"` starts below T − 1.
         trained_betas (`list[float]`, *optional*):
             T betas of one's own, not rescaled, instead of the linear ones, as diffusers' schedulers take them.
+        variance_type (`"fixed_small"`, `"learned_range"` or `"learned"`, defaults to `"fixed_small"`): see
+            [`VDMScheduler`].
 
     Raises: `ValueError` for betas outside of (0, 1) and unknown names.
     """
@@ -251,6 +257,7 @@ class LinearBetaScheduler(GammaScheduler):
         timestep_spacing: str = "linspace",
         algorithm: Algorithm = "ancestral",
         trained_betas: list[float] | None = None,
+        variance_type: VarianceType = "fixed_small",
     ):
         if timestep_spacing not in ("linspace", "leading", "trailing"):
             raise ValueError(

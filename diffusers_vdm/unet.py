@@ -47,6 +47,7 @@ class VDMUNet2DModel(WholeModelMixin, UNet2DModel, AttentionMixin):
             one more class, of index `num_class_embeds`, that stands for "no label" when `class_labels` is not given.
     """
 
+    keeps_float32_inputs = True  # whatever its own type: the Fourier features need the digits [denoiser.py]
     _skip_layerwise_casting_patterns = ["norm", "time_embedding", "conv_in"]
     _no_split_modules = ["ResnetBlock2D", "Attention"]
     _repeated_blocks = ["ResnetBlock2D", "Attention"]

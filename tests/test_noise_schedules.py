@@ -14,6 +14,7 @@ from scipy.interpolate import PchipInterpolator
 from torch import nn
 
 from diffusers_vdm import (
+    BetaGamma,
     FixedLinearGamma,
     LearnedLinearGamma,
     LinearBetaGamma,
@@ -424,6 +425,40 @@ def test_a_table_keeps_the_scale_of_the_timestep_apart_from_its_ends():
     timestep = schedule.timestep(times(2), schedule(times(2)))
     torch.testing.assert_close(timestep, torch.tensor([130 / 18.3, 1730 / 18.3], dtype=torch.float64))
     assert TableGamma([-12.0, 4.0]).config.gamma_min == -12.0
+
+
+INVERTIBLE = SCHEDULES | {
+    "betas": lambda: BetaGamma([0.01, 0.3, 0.02, 0.5, 0.1]),
+    "table_of_other_ends": lambda: TableGamma(CURVED_TABLE, gamma_min=-15.0, gamma_max=3.0, num_train_timesteps=77),
+    "fixed_of_other_steps": lambda: FixedLinearGamma(-4.0, 1.5, num_train_timesteps=7),
+}
+
+
+@pytest.mark.parametrize("name", INVERTIBLE)
+def test_the_level_of_a_timestep_is_the_inverse_of_the_timestep_of_a_level(name):
+    schedule = INVERTIBLE[name]()
+    t = torch.cat([times(), torch.rand(64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)])
+    gamma = schedule(t).detach()
+    for given in (t, None):
+        timesteps = schedule.timestep(given, gamma)
+        again = schedule.gamma_of_timestep(timesteps)
+        assert again.dtype == torch.float64 and again.shape == gamma.shape
+        torch.testing.assert_close(again, gamma, rtol=0, atol=1e-11)
+    torch.testing.assert_close(schedule.timestep(None, again), timesteps, rtol=1e-12, atol=1e-9)
+    # any shape, also a number
+    torch.testing.assert_close(schedule.gamma_of_timestep(timesteps[:6].view(2, 3)), gamma[:6].view(2, 3))
+    assert float(schedule.gamma_of_timestep(float(timesteps[5]))) == pytest.approx(float(gamma[5]), abs=1e-11)
+    # the float32 that networks get costs no more than its rounding
+    rounded = schedule.gamma_of_timestep(timesteps.float())
+    assert rounded.dtype == torch.float64
+    slope = (gamma.diff().abs() / timesteps.diff().abs().clamp(min=1e-9)).max()
+    assert float((rounded - gamma).abs().max()) <= 2e-7 * float(timesteps.abs().max()) * max(1.0, float(slope))
+
+
+@pytest.mark.parametrize("timestep", [-0.5, 4.001, math.nan, math.inf])
+def test_indices_without_a_level_are_refused(timestep):
+    with pytest.raises(ValueError, match=r"timesteps must be within \[0, 4\]"):
+        BetaGamma([0.01, 0.3, 0.02, 0.5, 0.1]).gamma_of_timestep(torch.tensor([1.0, timestep]))
 
 
 def test_the_config_of_a_table_is_json_in_full_digits(tmp_path):

@@ -756,7 +756,7 @@ def test_rescaling_a_config_of_diffusers_must_be_said():
         {"beta_schedule": "scaled_linear"},
         {"beta_schedule": "squaredcos_cap_v2"},
         {"variance_type": "fixed_large"},
-        {"variance_type": "learned_range"},
+        {"variance_type": "fixed_large_log"},
         {"thresholding": True},
         {"rescale_betas_zero_snr": True},
         {"steps_offset": 1},

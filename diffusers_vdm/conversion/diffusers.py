@@ -8,6 +8,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, UNet2DModel
 
+from ..denoiser import is_learned
 from ..pipeline import VDMPipeline
 from ..repository import check_repository_name
 from ..schedulers import LinearBetaScheduler, VDMScheduler
@@ -47,11 +48,7 @@ def load_diffusers(path: str | os.PathLike, scheduler: str | os.PathLike | None 
         theirs = _loaded(str(scheduler), diffusers.DDPMScheduler, diffusers.SchedulerMixin)
     if theirs is None:
         raise ValueError(f"{path} is a network alone; give the scheduler that it was trained with (--scheduler).")
-    if network.config.out_channels != network.config.in_channels:
-        raise ValueError(
-            f"{path} predicts {network.config.out_channels} channels for {network.config.in_channels}, variances too; "
-            "a VDMPipeline has none. Its likelihood: evaluate_bpd(unet, scheduler, images)."
-        )
+    _check_channels(path, network, theirs)
     refuse(
         f"{path}: weights",
         [f"{n} holds NaN or infinity" for n, p in network.state_dict().items() if not p.isfinite().all()],
@@ -61,6 +58,19 @@ def load_diffusers(path: str | os.PathLike, scheduler: str | os.PathLike | None 
         unet = VDMUNet2DModel.from_config(dict(network.config))
     unet.load_state_dict(network.state_dict())
     return VDMPipeline(unet.eval(), ours)
+
+
+def _check_channels(path: str, network: UNet2DModel, scheduler) -> None:
+    """`ValueError` unless the network predicts variances where the scheduler has a learned `variance_type` alone."""
+    inputs, outputs = network.config.in_channels, network.config.out_channels
+    variance_type = scheduler.config.get("variance_type")
+    expected = 2 * inputs if is_learned(variance_type) else inputs
+    if outputs != expected:
+        raise ValueError(
+            f"{path} must have {expected} output channels for its {inputs} input channels where its scheduler has "
+            f"variance_type={variance_type!r}, got {outputs}; give the scheduler that it was trained with "
+            "(--scheduler), 'learned_range' or 'learned' where the network also predicts variances."
+        )
 
 
 def _loaded(path: str, reader: type, base: type):
@@ -83,12 +93,18 @@ def scheduler_of(theirs) -> LinearBetaScheduler | VDMScheduler:
         names = ("num_train_timesteps", "beta_start", "beta_end")
         optional = ("prediction_type", "clip_sample", "clip_sample_range", "timestep_spacing")
         kept = {name: config[name] for name in (*names, *(name for name in optional if name in config))}
+        if is_learned(config.get("variance_type")):
+            kept["variance_type"] = config["variance_type"]
         ours = LinearBetaScheduler(**kept, rescale_betas=False)
         said = f"LinearBetaScheduler with {kept}, rescale_betas False"
     else:
         ours = VDMScheduler.from_diffusers(theirs)
         said = f"VDMScheduler with the {len(ours)} levels of {type(theirs).__name__}, timestep_type index"
-    same = {"variance_type": ("fixed_small", "fixed_small_log"), "steps_offset": (0,), "eta": (None,)}
+    same = {
+        "variance_type": ("fixed_small", "fixed_small_log", "learned", "learned_range"),
+        "steps_offset": (0,),
+        "eta": (None,),
+    }
     behind = {name: config[name] for name, values in same.items() if name in config and config[name] not in values}
     print(f"scheduler: {said}" + (f"; left behind: {behind}" * bool(behind)))
     return ours

@@ -23,7 +23,7 @@ from diffusers.configuration_utils import ConfigMixin
 from torch import nn
 from tqdm.auto import tqdm
 
-from .. import diffusion
+from .. import denoiser, diffusion
 from ..diffusers_schedulers import noise_schedule_of
 from ..diffusion import to_high_precision
 from ..gamma_scheduler import GammaScheduler
@@ -314,7 +314,7 @@ def _evaluate_chain(unet, chain: _Chain, images, labels, index, seed: int, rows:
     """Fills the rows of some images: prior, reconstruction, terms and errors; terms that are there are left alone."""
     row, keys = rows.values[index], index.tolist()  # one repeat, so that an image is its row
     device, total = images.device, len(chain.gammas)
-    dtype = torch.promote_types(getattr(unet, "dtype", torch.float32), torch.float32)
+    dtype = denoiser.working_dtype(unet)
     if chain.convention == "vdm":
         x = diffusion.x_from_levels(images, chain.num_levels, dtype)
     else:
@@ -337,44 +337,34 @@ def _evaluate_chain(unet, chain: _Chain, images, labels, index, seed: int, rows:
         z_0 = diffusion.q_sample(x, noise("z_0"), chain.gamma_0)
         log_prob = diffusion.decoder_log_prob_nats(images, z_0, chain.gamma_0, chain.num_levels)
         columns[1] = per_image(-log_prob)
-    conditions = {} if labels is None else {"class_labels": labels}
     for k in range(total - 1, -1, -1):
         bar.update(len(x))
         if not bool(row[:, [1, 2 + k, 2 + total + k] if k == 0 else [2 + k, 2 + total + k]].isnan().any()):
             continue
         gamma_t = chain.gammas[k]
-        gamma_s = chain.gammas[k - 1] if k > 0 else chain.gamma_0
+        gamma_s = _gamma_s(chain, k)
         eps = noise(k)
         z_t = diffusion.q_sample(x, eps, gamma_t)
         timestep = chain.timesteps[k]
         timestep = timestep if timestep.dtype == torch.long else timestep.to(x.dtype)
-        output = unet(z_t, timestep, return_dict=False, **conditions)[0].to(x.dtype)
-        value = None
-        if chain.variance_type.startswith("learned"):
-            output, value = output.split(x.shape[1], dim=1)
-        if output.shape != x.shape:
-            raise ValueError(
-                f"the network returned shape {tuple(output.shape)} for images of {tuple(x.shape)}; set the "
-                "scheduler's variance_type where it predicts variances, too."
-            )
-        if chain.prediction_type == "epsilon" and not chain.clip_sample and (k > 0 or chain.convention == "vdm"):
-            x_hat, eps_hat = None, output
-        else:
-            x_hat, eps_hat = diffusion.predicted_x_and_eps(output, z_t, gamma_t, chain.prediction_type)
+        prediction = denoiser.predict(unet, z_t, gamma_t, timestep, chain.prediction_type, class_labels=labels)
+        values = prediction.variance_values
+        denoiser.check_variance_values(chain.variance_type, values)
         if chain.clip_sample:
-            x_hat = x_hat.clamp(-chain.clip_range, chain.clip_range)
+            x_hat = prediction.x_hat.clamp(-chain.clip_range, chain.clip_range)
             error = diffusion.expand_like(diffusion.snr(gamma_t), x) * (x - x_hat).square()
         else:  # not through x̂, which would cost digits where there is little noise
-            error = (eps - eps_hat).square()
+            error = (eps - prediction.eps_hat).square()
         if k == 0 and chain.convention == "ddpm":
-            log_std = 0.5 * _log_variance(chain, k, value, x)
+            x_hat = x_hat if chain.clip_sample else prediction.x_hat
+            log_std = 0.5 * _log_variance(chain, k, values, x)
             columns[1] = per_image(-discretized_gaussian_log_prob_nats(x, x_hat, log_std, chain.num_levels))
             columns[2] = torch.zeros_like(columns[1])
         else:
             nats = diffusion.expand_like(diffusion.step_weight(gamma_s, gamma_t), x) * error
             if chain.variance_type != "fixed_small":
                 # KL of two Gaussians of unlike variance; r = q's over p's
-                log_r = _posterior_log_variance(chain, k) - to_high_precision(_log_variance(chain, k, value, x))
+                log_r = _posterior_log_variance(chain, k) - to_high_precision(_log_variance(chain, k, values, x))
                 r = torch.exp(log_r).to(x.dtype)
                 nats = r * nats + 0.5 * (r - 1 - torch.log(r))
             columns[2 + k] = per_image(nats)
@@ -392,26 +382,27 @@ def _mps_float(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def _posterior_log_variance(chain: _Chain, k: int) -> torch.Tensor:
-    """log Var q(z_s | z_t, x) of term k = log σ_s² c; that of term 1 at the first level, where it would be −inf."""
-    k = max(k, 1)
-    gamma_s, gamma_t = chain.gammas[k - 1] if chain.convention == "ddpm" or k > 1 else chain.gamma_0, chain.gammas[k]
-    return torch.nn.functional.logsigmoid(gamma_s) + torch.log(-torch.expm1(gamma_s - gamma_t))
+    """log Var q(z_s | z_t, x) of term k; the decoder of DDPM's convention has that of term 1, as its own is −inf."""
+    if chain.convention == "ddpm":
+        k = max(k, 1)
+    return diffusion.posterior_log_variance(_gamma_s(chain, k), chain.gammas[k])
 
 
-def _log_variance(chain: _Chain, k: int, value: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
-    """log Var p(z_s | z_t), as the checkpoint has it: fixed, or by interpolation [Nichol & Dhariwal 2021, eq. 15]."""
+def _log_variance(chain: _Chain, k: int, values: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    """log Var p(z_s | z_t) of term k, as the checkpoint has it: fixed, or predicted by the network."""
     small = _posterior_log_variance(chain, k)
-    if chain.variance_type == "fixed_small":
+    decoder = k == 0 and chain.convention == "ddpm"
+    if chain.variance_type == "fixed_small" or (chain.variance_type == "fixed_large" and decoder):
         return diffusion.expand_like(small, x)
-    if chain.variance_type == "learned":
-        return torch.log(value)
-    gamma_s = chain.gammas[k - 1] if k > 0 else chain.gamma_0
-    ratio = diffusion.log_alpha_squared(chain.gammas[k]) - diffusion.log_alpha_squared(gamma_s)
-    large = torch.log(-torch.expm1(ratio))  # β
+    large = diffusion.forward_log_variance(_gamma_s(chain, k), chain.gammas[k])
     if chain.variance_type == "fixed_large":
-        return diffusion.expand_like(large if k > 0 else small, x)
-    share = (value + 1) / 2
-    return share * diffusion.expand_like(large, x) + (1 - share) * diffusion.expand_like(small, x)
+        return diffusion.expand_like(large, x)
+    return denoiser.predicted_log_variance(values, chain.variance_type, small, large)
+
+
+def _gamma_s(chain: _Chain, k: int) -> torch.Tensor:
+    """The level that term k leads to."""
+    return chain.gammas[k - 1] if k > 0 else chain.gamma_0
 
 
 def discretized_gaussian_log_prob_nats(

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..denoiser import working_dtype
 from ..diffusion import PredictionType
 from ..noise_schedules import NoiseSchedule
 from ..ode import Divergence, SampleError, eps_model, log_prob_nats
@@ -165,7 +166,7 @@ def evaluate_ode(
         levels, keys = images[index].to(device), index.tolist()
         labels = None if class_labels is None else class_labels[index].to(device)
         model = eps_model(unet, noise_schedule, prediction_type, labels)
-        dtype = torch.promote_types(getattr(unet, "dtype", torch.float32), torch.float32)
+        dtype = working_dtype(unet)
         probes = None
         if divergence == "hutchinson":
             signs = [_signs((num_probes, *images.shape[1:]), seed, "probe", repeat, i) for i in keys]

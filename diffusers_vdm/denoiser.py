@@ -1,0 +1,176 @@
+"""What a network says of a noisy image: x̂ and ε̂, and the variance of a step where it predicts one.
+
+This is the one place that calls a network. Its rule for channels, for images of C channels:
+
+* C channels are the prediction, in the terms of `prediction_type`.
+* 2C channels are the prediction, and then values that give the variance of p(z_s | z_t) [Nichol & Dhariwal 2021].
+* Where that variance matters, in an ancestral step and in the bound by all terms, `variance_type` must say what the
+  values mean, and must not name values that are not there. Everything else (training, the bound by Monte Carlo, the
+  ODE, deterministic steps) uses the prediction alone and ignores them.
+
+Papers: Nichol & Dhariwal 2021, "Improved DDPM" (arXiv 2102.09672).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+
+from . import diffusion
+from .diffusion import PredictionType
+
+VarianceType = Literal["fixed_small", "learned", "learned_range"]
+
+
+def working_dtype(unet: nn.Module) -> torch.dtype:
+    """The type of data and latents beside a network: its own, but at least float32. In bfloat16 they would differ."""
+    return torch.promote_types(getattr(unet, "dtype", torch.float32), torch.float32)
+
+
+def call_network(
+    unet: nn.Module, z_t: torch.Tensor, timesteps: torch.Tensor, **conditions: torch.Tensor | None
+) -> torch.Tensor:
+    """The raw output of a network, all of its channels, in the type of `z_t`.
+
+    A network that sets `keeps_float32_inputs`, as [`VDMUNet2DModel`] does, gets `z_t` as it is. Others, those of
+    diffusers among them, get it in their own type, because they do not cast their input.
+
+    Args:
+        unet (`nn.Module`): called as `unet(z_t, timesteps, return_dict=False, …)[0]`.
+        z_t (`torch.Tensor` of shape `(B, C, ...)`): latents.
+        timesteps (`torch.Tensor` of shape `()` or `(B,)`): of `NoiseSchedule.timestep` or of a scheduler.
+        conditions: what else the network takes, `class_labels` for example; those that are `None` are left out.
+    """
+    given = {name: value for name, value in conditions.items() if value is not None}
+    keeps = getattr(unet, "keeps_float32_inputs", False)
+    model_input = z_t if keeps else z_t.to(getattr(unet, "dtype", z_t.dtype))
+    return unet(model_input, timesteps, return_dict=False, **given)[0].to(z_t.dtype)
+
+
+def split_output(output: torch.Tensor, z_t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The prediction, and the values of the variance or `None`: each of the shape of `z_t`.
+
+    Raises: `ValueError` unless `output` has the shape of `z_t`, or that shape with twice the channels.
+    """
+    if output.shape == z_t.shape:
+        return output, None
+    channels = z_t.shape[1] if z_t.ndim > 1 else 0
+    if channels and output.shape == (z_t.shape[0], 2 * channels, *z_t.shape[2:]):
+        return output[:, :channels], output[:, channels:]
+    raise ValueError(
+        f"the network returned an output (model_output) of shape {tuple(output.shape)} for latents (sample) of "
+        f"{tuple(z_t.shape)}: it must have their shape, or twice their channels where it also predicts variances."
+    )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a network says of z_t; x̂ and ε̂ are worked out when they are asked for.
+
+    Attributes:
+        output (`torch.Tensor` of shape `(B, C, ...)`): the prediction, in the terms of `prediction_type`.
+        variance_values (`torch.Tensor` of shape `(B, C, ...)` or `None`): the other half of 2C channels, see
+            [`predicted_log_variance`].
+        z_t (`torch.Tensor` of shape `(B, C, ...)`): the latents.
+        gamma_t (`torch.Tensor` of shape `()` or `(B,)`): their noise level.
+        prediction_type (`"epsilon"`, `"sample"` or `"v_prediction"`): what `output` is.
+    """
+
+    output: torch.Tensor
+    variance_values: torch.Tensor | None
+    z_t: torch.Tensor
+    gamma_t: torch.Tensor
+    prediction_type: PredictionType
+
+    @classmethod
+    def from_output(
+        cls, output: torch.Tensor, z_t: torch.Tensor, gamma_t: torch.Tensor, prediction_type: PredictionType
+    ) -> Prediction:
+        """Of a raw output with C or 2C channels; `ValueError` for other shapes."""
+        diffusion.check_prediction_type(prediction_type)
+        prediction, values = split_output(output.to(z_t.dtype), z_t)
+        return cls(prediction, values, z_t, gamma_t, prediction_type)
+
+    @property
+    def x_hat(self) -> torch.Tensor:
+        """The data that the network expects; shape of `z_t`."""
+        return self.x_and_eps()[0]
+
+    @property
+    def eps_hat(self) -> torch.Tensor:
+        """The noise that the network expects; shape of `z_t`."""
+        # never by way of x̂, which would cost digits where there is little noise
+        return self.output if self.prediction_type == "epsilon" else self.x_and_eps()[1]
+
+    def x_and_eps(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(x_hat, eps_hat)` at once, where both are needed."""
+        return diffusion.predicted_x_and_eps(self.output, self.z_t, self.gamma_t, self.prediction_type)
+
+
+def predict(
+    unet: nn.Module,
+    z_t: torch.Tensor,
+    gamma_t: torch.Tensor,
+    timesteps: torch.Tensor,
+    prediction_type: PredictionType = "epsilon",
+    **conditions: torch.Tensor | None,
+) -> Prediction:
+    """One call of a network; arguments as in [`call_network`] and [`Prediction`].
+
+    Raises: `ValueError` for another `prediction_type`, and an output whose shape does not fit.
+    """
+    output = call_network(unet, z_t, timesteps, **conditions)
+    return Prediction.from_output(output, z_t, gamma_t, prediction_type)
+
+
+# ---- the variance of p(z_s | z_t) --------------------------------------------------------------------------------
+
+
+def is_learned(variance_type: str | None) -> bool:
+    """Whether the network predicts the variance: `"learned"` or `"learned_range"`."""
+    return variance_type in ("learned", "learned_range")
+
+
+def check_variance_type(variance_type: str) -> None:
+    """Raises `ValueError` unless `variance_type` is one of [`VarianceType`]."""
+    if variance_type not in get_args(VarianceType):
+        raise ValueError(f"variance_type must be one of {get_args(VarianceType)}, got {variance_type!r}.")
+
+
+def check_variance_values(variance_type: str, values: torch.Tensor | None) -> None:
+    """Raises `ValueError` unless the network predicts variances exactly where `variance_type` is a learned one."""
+    if is_learned(variance_type) and values is None:
+        raise ValueError(
+            f"variance_type={variance_type!r} needs a network with twice the channels of its input, got one that "
+            "predicts no variances; set the scheduler's variance_type='fixed_small'."
+        )
+    if not is_learned(variance_type) and values is not None:
+        raise ValueError(
+            f"variance_type={variance_type!r} needs a network with the channels of its input, got twice as many: the "
+            "output of a network that also predicts variances must be split first, or set the scheduler's "
+            "variance_type='learned_range' (or 'learned') to use them."
+        )
+
+
+def predicted_log_variance(
+    values: torch.Tensor, variance_type: str, small: torch.Tensor, large: torch.Tensor
+) -> torch.Tensor:
+    """log Var p(z_s | z_t) that a network predicts, as diffusers' DDPMScheduler reads it.
+
+    `"learned_range"`: a value from −1 to 1 goes from `small` to `large` [Nichol & Dhariwal 2021, eq. 15].
+    `"learned"`: the values are the variances.
+
+    Args:
+        values (`torch.Tensor` of shape `(B, C, ...)`): the second half of the network's channels.
+        variance_type (`"learned"` or `"learned_range"`): what they mean.
+        small, large (`torch.Tensor` of shape `()`): `posterior_log_variance` and `forward_log_variance` of the step.
+
+    Returns: `torch.Tensor` of the shape of `values`.
+    """
+    if variance_type == "learned":
+        return torch.log(values)
+    share = (values + 1) / 2
+    return share * diffusion.expand_like(large, values) + (1 - share) * diffusion.expand_like(small, values)
