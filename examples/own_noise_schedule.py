@@ -9,10 +9,10 @@ saves a pipeline in `runs/own_schedule` and prints, in about a minute on one CPU
 
     t                      0.00     0.20     0.40     0.60     0.80     1.00
     γ(t) when it began   -7.500   -4.064   -2.048   -0.452    1.564    5.000
-    γ(t) trained         -7.500   -5.875   -4.682   -3.212   -0.509    5.000
-    γ(t) loaded          -7.500   -5.875   -4.682   -3.212   -0.509    5.000
+    γ(t) trained         -7.500   -5.903   -4.739   -3.291   -0.586    5.000
+    γ(t) loaded          -7.500   -5.903   -4.739   -3.291   -0.586    5.000
     largest difference of the loaded schedule: 0.0e+00
-    largest difference of the loaded scheduler, by its table: 1.6e-08
+    largest difference of the loaded scheduler, by its table: 1.7e-08
 
 What is saved, and who can load it:
 * `VDMScheduler.from_noise_schedule` writes γ(t) as a table into the scheduler's JSON. Sampling and likelihoods need

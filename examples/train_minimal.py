@@ -5,13 +5,13 @@
 trains on the 8×8 digits of scikit-learn, on as many processes as Accelerate starts, and saves a `VDMPipeline` and
 `samples.png` in `runs/minimal`. With its progress bars it prints, in about 4 minutes on one CPU core:
 
-    step 250: 2.256 bits/dim on a batch of training images
-    step 500: 1.957 bits/dim on a batch of training images
-    step 750: 1.937 bits/dim on a batch of training images
-    step 1000: 1.970 bits/dim on a batch of training images
-    step 1250: 1.893 bits/dim on a batch of training images
-    step 1500: 1.848 bits/dim on a batch of training images
-    297 held-out images: 1.8341 ± 0.0086 bits/dim
+    step 250: 2.193 bits/dim on a batch of training images
+    step 500: 1.967 bits/dim on a batch of training images
+    step 750: 2.068 bits/dim on a batch of training images
+    step 1000: 2.048 bits/dim on a batch of training images
+    step 1250: 1.901 bits/dim on a batch of training images
+    step 1500: 1.956 bits/dim on a batch of training images
+    297 held-out images: 1.8036 ± 0.0076 bits/dim
     saved the pipeline and samples.png in runs/minimal
 
 `train.py` beside it adds what long runs need: checkpoints, resuming, metrics, other data sets, the Hub.

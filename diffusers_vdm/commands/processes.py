@@ -96,6 +96,15 @@ def set_threads(accelerator, num_threads: int | None) -> None:
         torch.set_num_threads(num_threads or max(1, os.cpu_count() // accelerator.num_processes))
 
 
+def _leave_together(accelerator) -> None:
+    """Ends the group of processes before any of them does: one that finds the others gone may abort."""
+    import torch
+
+    if accelerator.num_processes > 1:
+        accelerator.wait_for_everyone()
+        torch.distributed.destroy_process_group()
+
+
 @contextmanager
 def only_run(accelerator, lock_file: Path, message: str, check: Callable[[], object]) -> Iterator[None]:
     """Within the context no other run can enter it with this lock file.
@@ -117,6 +126,7 @@ def only_run(accelerator, lock_file: Path, message: str, check: Callable[[], obj
             except (Exception, SystemExit) as raised:
                 error = raised
         if broadcast_object_list([error is not None])[0]:
+            _leave_together(accelerator)
             raise error or SystemExit(1)
         yield
     finally:
