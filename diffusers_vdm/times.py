@@ -98,6 +98,14 @@ class ImportanceTimes:
         sums = second_moments(t.to(self.sums), torch.where(loss.isfinite(), loss, 0.0), self.sums.shape[1])
         self._step += torch.where(loss.isfinite().all(), sums, 0.0)
 
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The moving average that times are drawn by."""
+        return {"sums": self.sums}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Loads what [`state_dict`] returned."""
+        self.sums.copy_(state["sums"])
+
     def step(self, accelerator: Any) -> None:
         """Ends a step: what all processes have seen becomes part of the average."""
         self.sums = self.decay * self.sums + accelerator.reduce(self._step, "sum")

@@ -43,7 +43,8 @@ def test_what_comes_back_is_what_was_saved(tmp_path, generator):
     data = random_images(9, generator)
     objective, optimizer, ema, scheduler = setup_run()
     run_steps(objective, optimizer, ema, scheduler, data, range(3))
-    groups = {"model": objective.state_dict(), "optimizer": checkpoints.optimizer_tensors(optimizer)} | ema.tensors()
+    groups = {"model": objective.state_dict(), "optimizer": checkpoints.optimizer_tensors(optimizer)}
+    groups |= ema.state_dict()
     folder = checkpoints.save_checkpoint(tmp_path, 3, groups, {"run": RUN, "sums": [[0.1, 1.0]]})
     tensors, state = checkpoints.load_checkpoint(folder)
     assert state["step"] == 3 and state["run"] == RUN and state["sums"] == [[0.1, 1.0]]
@@ -57,7 +58,7 @@ def test_what_comes_back_is_what_was_saved(tmp_path, generator):
             p.add_(1.0)
     second[0].load_state_dict(tensors["model"])
     checkpoints.load_optimizer_tensors(second[1], tensors["optimizer"])
-    second[2].load(tensors)
+    second[2].load_state_dict(tensors)
     checkpoints.load_rate_state(second[3], checkpoints.rate_state(scheduler))
     assert second[1].param_groups[0]["lr"] == optimizer.param_groups[0]["lr"] != 1e-3
     for run in ((objective, optimizer, ema, scheduler), second):

@@ -97,11 +97,11 @@ def test_averages_are_lent_and_taken_back():
         assert torch.equal(parameter.data, torch.zeros(3))
     with pytest.raises(ValueError, match="different numbers"):
         WeightAverages([parameter], [0.9, 0.9])
-    tensors = averages.tensors()
+    tensors = averages.state_dict()
     with pytest.raises(ValueError, match="must agree"):
-        WeightAverages([parameter], [0.5]).load(tensors)
+        WeightAverages([parameter], [0.5]).load_state_dict(tensors)
     fresh = WeightAverages([parameter], [0.5, 0.9])
-    fresh.load(tensors)
+    fresh.load_state_dict(tensors)
     assert float(fresh.models[0.9].shadow_params[0][0]) == 3.0
 
 

@@ -68,7 +68,8 @@ def run_training(args: argparse.Namespace, accelerator) -> None:
     unet, noise_schedule = build(args, train)
     run = Run(args, accelerator, train, unet, noise_schedule)
     if is_main:
-        print(plan(run, test), flush=True)
+        run.plan = plan(run, test)
+        print(run.plan.text, flush=True)
     if args.dry_run:
         return
     sharing = Sharing(run)

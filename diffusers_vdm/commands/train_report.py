@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 
+from ..training.run import Plan
 
-def plan(run, test) -> str:
-    """What will be trained, on what, and what it costs; tells `run` the FLOPs, for the utilisation."""
+
+def plan(run, test) -> Plan:
+    """What will be trained, on what, and what it costs."""
     from ..data.images import ImageSet, count_shared, histogram_bpd
     from ..training.cost import matmul_flops_per_second, training_cost
 
@@ -18,14 +20,13 @@ def plan(run, test) -> str:
     world, images = accelerator.num_processes, data.num_images
     cost = training_cost(run.unet, data.shape, num_averages=len(args.ema_decays), mixed_precision=args.mixed_precision)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision, torch.float32)
-    run.flops_per_image = cost.flops_per_image
-    run.flops_per_second = world * matmul_flops_per_second(accelerator.device, dtype)
-    shared = count_shared(data, test) if isinstance(data, ImageSet) else 0
-    run.histogram_bpd = histogram_bpd(data, test) if isinstance(data, ImageSet) else None
-    run.held_out = {"name": test.name, "images": len(test), "fingerprint": test.fingerprint}
-    run.held_out["shared_with_training"] = shared if isinstance(data, ImageSet) else None
-    run.held_out["files"] = test.files
-    hours = run.total * run.global_rows * cost.flops_per_image / run.flops_per_second / 3600
+    flops_per_second = world * matmul_flops_per_second(accelerator.device, dtype)
+    shared = histogram = None
+    if isinstance(data, ImageSet):
+        shared, histogram = count_shared(data, test), histogram_bpd(data, test)
+    held_out = {"name": test.name, "images": len(test), "fingerprint": test.fingerprint}
+    held_out |= {"shared_with_training": shared, "files": test.files}
+    hours = run.total * run.global_rows * cost.flops_per_image / flops_per_second / 3600
     untrained = []
     if run.args.class_conditional and isinstance(data, ImageSet):
         untrained = sorted(set(test.labels.tolist()) - set(data.labels.tolist()))
@@ -48,15 +49,16 @@ def plan(run, test) -> str:
         + f"; {args.lr_scheduler} from "
         f"{args.learning_rate:g}; averages {args.ema_decays or 'none'}",
         "FLOPs": f"{cost.flops_per_image * run.global_rows:.3g} a step; matrix products here in {dtype}: "
-        f"{run.flops_per_second:.3g} a second, so {hours:.3g} h at least",
+        f"{flops_per_second:.3g} a second, so {hours:.3g} h at least",
         "memory": f"about {cost.memory_bytes(args.train_batch_size) / 2**30:.2f} GiB a process, "
         f"{cost.fixed_bytes / 2**30:.2f} of them for weights, gradients, moments and averages",
     }
     if untrained:
         lines["classes"] = f"held-out images are of the classes {untrained}, OF WHICH THERE IS NO TRAINING IMAGE"
-    if run.histogram_bpd is not None:
-        lines["baseline"] = f"histogram of each training pixel: {run.histogram_bpd:.4f} bits/dim held out"
-    return "\n".join(f"{name + ':':<16}{text}" for name, text in lines.items())
+    if histogram is not None:
+        lines["baseline"] = f"histogram of each training pixel: {histogram:.4f} bits/dim held out"
+    text = "\n".join(f"{name + ':':<16}{line}" for name, line in lines.items())
+    return Plan(text, cost.flops_per_image, flops_per_second, histogram, held_out)
 
 
 def columns_of(data) -> str:
@@ -186,8 +188,8 @@ def finish(run, result, metrics: dict) -> None:
 
     uniform = math.log2(run.data.num_levels)
     table = [("every level alike", f"{uniform:.4f}")]
-    if run.histogram_bpd is not None:
-        table += [("histogram of each training pixel", f"{run.histogram_bpd:.4f}")]
+    if run.plan.histogram_bpd is not None:
+        table += [("histogram of each training pixel", f"{run.plan.histogram_bpd:.4f}")]
     error = "" if math.isnan(result.stderr_bpd) else f" ± {result.stderr_bpd:.4f}"
     steps = "continuous time" if result.num_timesteps is None else f"T = {result.num_timesteps}"
     table += [(f"this model, {steps}", f"{result.bpd:.4f}" + error)]

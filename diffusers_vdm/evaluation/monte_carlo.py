@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..diffusion import to_high_precision
-from ..objectives import SimpleObjective, SimpleObjectiveOutput, VariationalBound, check_times  # noqa: F401
+from ..objectives import VariationalBound
 from ..randomness import keyed_generator, keyed_noise
 from ..times import importance_warp, lattice_times, loss_level, second_moments
 from .rows import (

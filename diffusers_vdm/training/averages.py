@@ -9,7 +9,6 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from ..randomness import key_to_seed, keyed_generator  # noqa: F401
 from .sharding import sharded_like
 
 
@@ -53,25 +52,28 @@ class WeightAverages:
         finally:
             _copy(raw, self.parameters)
 
-    def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
-        """The averages as groups of a checkpoint."""
+    def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The averages, each with its step, by `"ema_{decay}"`."""
         return {
             f"ema_{decay!r}": {str(i): p for i, p in enumerate(ema.shadow_params)}
             | {"step": torch.tensor(ema.optimization_step)}
             for decay, ema in self.models.items()
         }
 
-    def load(self, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
-        """Puts back what [`tensors`] gave; `ValueError` where a decay is missing or is one too many."""
+    def load_state_dict(self, state: dict[str, dict[str, torch.Tensor]]) -> None:
+        """Loads what [`state_dict`] returned; other keys are ignored.
+
+        Raises: `ValueError` where a decay is missing or is one too many.
+        """
         here = {f"ema_{decay!r}" for decay in self.models}
-        there = {name for name in tensors if name.startswith("ema_")}
+        there = {name for name in state if name.startswith("ema_")}
         if here != there:
             raise ValueError(
                 f"the averaged weights of the checkpoint are {sorted(there)}, those of this run {sorted(here)}; "
                 "use_ema and the decays must agree."
             )
         for decay, ema in self.models.items():
-            group = tensors[f"ema_{decay!r}"]
+            group = state[f"ema_{decay!r}"]
             ema.optimization_step = int(group["step"])
             for i, shadow in enumerate(ema.shadow_params):
                 shadow.copy_(sharded_like(group[str(i)], shadow))

@@ -15,7 +15,7 @@ import torch
 
 from ..data.image_stream import ImageStream
 from ..data.images import ImageSet
-from ..randomness import key_to_seed, keyed_generator  # noqa: F401
+from ..randomness import keyed_generator
 
 # share of the images whose class is withheld from a class-conditional network
 LABEL_DROPOUT = 0.1

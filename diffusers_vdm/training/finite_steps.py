@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from ..randomness import key_to_seed, keyed_generator  # noqa: F401
 from .sharding import replicated_like, whole
 
 
 class FiniteSteps:
-    """Optimiser steps with finite gradients only: others change nothing, and are counted.
+    """Optimizer steps with finite gradients only: others change nothing, and are counted.
 
-    The decision stays on the device, so that nothing waits for it: a fused optimiser of torch skips its update where
+    The decision stays on the device, so that nothing waits for it: a fused optimizer of torch skips its update where
     its `found_inf` is one. Gradients, and so the decision, are the same on every process.
 
     Attributes: `skipped` and `in_row`, scalar tensors on the device: steps skipped in all, and since the last good
@@ -34,3 +33,12 @@ class FiniteSteps:
         bad = bad.to(self.skipped.device)
         self.skipped += bad
         self.in_row = (self.in_row + 1) * bad
+
+    def state_dict(self) -> dict[str, float]:
+        """Both counts."""
+        return {"skipped": float(self.skipped), "in_row": float(self.in_row)}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Loads what [`state_dict`] returned; other keys are ignored."""
+        self.skipped.fill_(state["skipped"])
+        self.in_row.fill_(state["in_row"])

@@ -12,7 +12,6 @@ import torch
 from diffusers.utils import logging
 
 from ..files import write_atomically
-from ..randomness import key_to_seed, keyed_generator  # noqa: F401
 
 logger = logging.get_logger(__name__)
 

@@ -1,4 +1,4 @@
-"""What train.py trains: the objective, its optimiser and averages, and a checkpoint that holds all of it."""
+"""What train.py trains: the objective, its optimizer and averages, and a checkpoint that holds all of it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import math
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -42,11 +43,25 @@ class Clock:
             self.seconds, self._mark = self.seconds + time.perf_counter() - self._mark, None
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a run will cost and what its numbers compare with; `text` says it to the user.
+
+    FLOPs of one image of training, and those that all processes do in a second; bits/dim of the histogram of each
+    training pixel, where it is known; the held-out images, as options.json records them.
+    """
+
+    text: str
+    flops_per_image: float
+    flops_per_second: float
+    histogram_bpd: float | None
+    held_out: dict
+
+
 class Run:
     """What is trained and all that a checkpoint holds of it."""
 
     def __init__(self, args: argparse.Namespace, accelerator, data, unet, noise_schedule):
-
         self.args, self.accelerator, self.data = args, accelerator, data
         # what is measured and saved; under FSDP a whole copy of what is trained, which [`averaged_weights`] fills
         self.is_sharded = accelerator.distributed_type.value == "FSDP"
@@ -93,9 +108,7 @@ class Run:
         self.times = ImportanceTimes(accelerator.device) if args.importance_sampling else None
         self.step, self.sums = 0, []
         self.next_inputs: list[tuple[int, dict]] = []  # the micro-batches of the next step
-        # the plan tells
-        self.flops_per_image = self.flops_per_second = 0
-        self.histogram_bpd, self.held_out = None, {}
+        self.plan: Plan | None = None  # of the main process alone
 
     def description(self) -> dict:
         """What a run is: its options, its data, and what it ran on."""
@@ -112,8 +125,8 @@ class Run:
             "total_steps": self.total,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "machine": checkpoints.machine_of(device),
-            "held_out": self.held_out,
-            "histogram_bpd": self.histogram_bpd,
+            "held_out": self.plan.held_out if self.plan else {},
+            "histogram_bpd": self.plan.histogram_bpd if self.plan else None,
             "data": {"name": self.data.name, "images": self.num_images, "fingerprint": self.data.fingerprint},
             "columns": {"image": self.data.image_column, "label": self.data.label_column},
             "class_names": self.data.class_names if self.args.class_conditional else None,
@@ -237,7 +250,7 @@ class Run:
         if not clock.seconds:
             return {}
         images = clock.steps * self.global_rows / clock.seconds
-        share = images * self.flops_per_image / self.flops_per_second if self.flops_per_second else None
+        share = images * self.plan.flops_per_image / self.plan.flops_per_second if self.plan else None
         return {"images_per_second": images, "flop_utilisation": share, "data_wait": clock.waited / clock.seconds}
 
     def check_finite(self) -> None:
@@ -255,13 +268,12 @@ class Run:
         """Writes a checkpoint, with the losses as they were gathered; all processes must call it."""
         tensors = {"model": self.objective.state_dict(), "optimizer": checkpoints.optimizer_tensors(self.optimizer)}
         if self.times is not None:
-            tensors["importance"] = {"sums": self.times.sums}
-        tensors = gathered(tensors | self.averages.tensors(), keep=self.accelerator.is_main_process)
+            tensors["importance"] = self.times.state_dict()
+        tensors = gathered(tensors | self.averages.state_dict(), keep=self.accelerator.is_main_process)
         if tensors is None:
             return
         rates = checkpoints.rate_state(self.lr_scheduler)
-        state = {"run": self.description(), "lr_scheduler": rates, "sums": self.sums}
-        state |= {name: float(getattr(self.finite, name)) for name in ("skipped", "in_row")}
+        state = {"run": self.description(), "lr_scheduler": rates, "sums": self.sums, **self.finite.state_dict()}
         if self.args.streaming:
             state["stream"] = self.data.state_dict()
         if self.accelerator.scaler is not None:
@@ -297,17 +309,17 @@ class Run:
             self.objective.load_state_dict(model)
         except RuntimeError as error:
             raise ValueError(f"{folder} is of another model: {str(error).splitlines()[1].strip()}") from error
-        self.averages.load(tensors)
+        self.averages.load_state_dict(tensors)
         checkpoints.load_optimizer_tensors(self.optimizer, tensors["optimizer"])
         checkpoints.load_rate_state(self.lr_scheduler, state["lr_scheduler"])
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.times is not None and "importance" in tensors:
-            self.times.sums.copy_(tensors["importance"]["sums"])
+            self.times.load_state_dict(tensors["importance"])
         if self.args.streaming and "stream" in state:
             self.data.load_state_dict(state["stream"])
         self.meter.load(state["sums"], self.accelerator.process_index, self.accelerator.num_processes)
-        self.finite.skipped.fill_(state["skipped"])
         # a run that ended by its limit gets as many steps again, with a lower rate as a rule
-        self.finite.in_row.fill_(state["in_row"] if state["in_row"] < self.args.max_nonfinite_steps else 0)
+        ended = state["in_row"] >= self.args.max_nonfinite_steps
+        self.finite.load_state_dict(state | {"in_row": 0.0} if ended else state)
         self.step = state["step"]

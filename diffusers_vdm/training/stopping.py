@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-from ..randomness import key_to_seed, keyed_generator  # noqa: F401
-
 
 class Stopped(Exception):
     """Raised by a request to stop within [`StopRequest.at_once`]."""
