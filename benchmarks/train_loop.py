@@ -1,4 +1,4 @@
-"""What the training loop of examples/train.py adds to a bare forward, backward and optimiser step, in one run.
+"""What the training loop of examples/train.py adds to a bare forward, backward and optimizer step, in one run.
 
     python benchmarks/train_loop.py --output benchmarks/results/train_loop_cpu.json
     python benchmarks/train_loop.py --preset cifar10 --train_batch_size 128 --mixed_precision bf16

@@ -14,7 +14,7 @@ Variants, which take turns in one process so that a noisy machine is the same fo
 All train the same objective, the continuous-time bound with learned ends of γ, on the same weights. Before anything is
 timed, the loss and every gradient of `port` and `fp32` are held against each other for the same noise.
 
-Peak memory is that of one step beyond what was there before it (weights, the optimiser's state, the batch), in a
+Peak memory is that of one step beyond what was there before it (weights, the optimizer's state, the batch), in a
 process of its own for each variant: on a CPU resident memory, with every block above 64 KiB given back when it is
 freed; on a GPU `torch.cuda.max_memory_allocated`. FLOPs are those of forward and backward of the model, nothing
 recomputed, of matrix products and convolutions; utilisation is their rate over that of a square matrix product.
@@ -181,7 +181,7 @@ class PlainBound(nn.Module):
 
 
 def build(o: argparse.Namespace) -> tuple[VDMUNet2DModel, LearnedLinearGamma]:
-    """The network and γ(t), out of their zero initialisation, where every gradient is something."""
+    """The network and γ(t), out of their zero initialization, where every gradient is something."""
     overrides = {"dropout": 0.0}
     if o.channels:
         overrides |= {"block_out_channels": (o.channels,), "attention_head_dim": o.channels}
@@ -211,7 +211,7 @@ def make_step(
 ) -> tuple[Callable, Callable]:
     """`(gradients, step)` of one of `VARIANTS`: each is called with the batch of [`draw`] and returns the loss.
 
-    `gradients` runs forward and backward, `step` the optimiser too; both on the weights that are given here.
+    `gradients` runs forward and backward, `step` the optimizer too; both on the weights that are given here.
     """
     parameters = [*unet.parameters(), *schedule.parameters()]
     if variant == "port":
@@ -323,7 +323,7 @@ def peak_mebibytes(o: argparse.Namespace) -> float:
     """Peak memory of one step of `--peak_of` beyond what was there before it; to be called in a fresh process."""
     unet, schedule = build(o)
     step = make_step(o.peak_of, unet, schedule, o.device, o.compile)[1]
-    step(draw(o, unet, 1))  # threads, kernels and the optimiser's state
+    step(draw(o, unet, 1))  # threads, kernels and the optimizer's state
     batch = draw(o, unet)
     if o.device.startswith("cuda"):
         wait(o.device)

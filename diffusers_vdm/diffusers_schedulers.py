@@ -158,7 +158,7 @@ def check_keys(cls: type, config: dict[str, Any], has_levels: bool) -> None:
             )
         if key not in _OF_THE_SAMPLER and key not in _LINEAR_BETAS and not _is_among(value, allowed):
             raise ValueError(
-                f"{cls.__name__} cannot honour {key}={shown} of a {source} config: it takes {allowed} only, as other "
+                f"{cls.__name__} cannot honor {key}={shown} of a {source} config: it takes {allowed} only, as other "
                 "values change the levels or what the network says."
             )
 

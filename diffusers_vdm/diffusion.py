@@ -6,7 +6,7 @@ Everything else in the package calls these functions; nothing derives them again
 Conventions of every function:
 
 * `gamma…` is a tensor of shape `()` or `(B,)`, float64 where the device has it. Coefficients are worked out in the
-  precision of γ and only then cast to that of the data, because γ_t − γ_s of neighbouring steps does not survive
+  precision of γ and only then cast to that of the data, because γ_t − γ_s of neighboring steps does not survive
   float32. γ = −inf is the noise-free end (α = 1, σ = 0).
 * data and latents have shape `(B, ...)`; half precision is promoted to float32.
 * s < t, hence γ_s < γ_t: s is the cleaner of the two levels.
@@ -308,9 +308,9 @@ def decoder_log_prob_nats(
     # all relative to the nearest level, as (y − x_k)² − d² = o (o + 2d) with the exact o = x_nearest − x_k: squares of
     # y itself would lose every digit of their difference where y is far outside of the data
     offset = (nearest - levels).to(y.dtype) * (2 / num_levels)
-    log_normaliser = _LogNormaliser.apply(d, precision, nearest, num_levels, radius)
+    log_normalizer = _LogNormalizer.apply(d, precision, nearest, num_levels, radius)
     # below 0 in exact arithmetic; rounding must not make a likelihood above 1
-    return (-0.5 * precision * offset * (offset + 2 * d) - log_normaliser).clamp(max=0)
+    return (-0.5 * precision * offset * (offset + 2 * d) - log_normalizer).clamp(max=0)
 
 
 def decode(
@@ -389,7 +389,7 @@ def _level_sums(d, precision, nearest, num_levels: int, radius: int) -> tuple[to
     return total, first, second
 
 
-class _LogNormaliser(torch.autograd.Function):
+class _LogNormalizer(torch.autograd.Function):
     """log Σ_k exp(−½ P o_k (o_k + 2d)) with two moments kept for the backward pass, and nothing else."""
 
     @staticmethod

@@ -71,7 +71,7 @@ class GammaScheduler(SchedulerMixin, ConfigMixin):
         """A scheduler of diffusers with the levels of this one, see [`scheduler_of_gammas`].
 
         Its timestep i is the level that the network knows by the timestep i, for i = 0 … `num_train_timesteps` − 1. A
-        [`VDMScheduler`] of normalised γ thus gives levels uniform in γ from `gamma_min` to just below `gamma_max`,
+        [`VDMScheduler`] of normalized γ thus gives levels uniform in γ from `gamma_min` to just below `gamma_max`,
         whatever its γ(t); levels beyond these configured ends are left out.
         """
         gammas = self._gammas_at(torch.arange(len(self)))

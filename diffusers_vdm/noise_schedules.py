@@ -300,13 +300,13 @@ class LearnedLinearGamma(_StraightLine):
 
 
 class MonotoneGammaNetwork(NoiseSchedule):
-    """γ(t) from a monotone network 1 → hidden → 1, normalised so that its ends are exactly γ_0 and γ_1 [VDM app. H].
+    """γ(t) from a monotone network 1 → hidden → 1, normalized so that its ends are exactly γ_0 and γ_1 [VDM app. H].
 
     f(t) = t + (1/n) Σ_j |a_j| 2 sigmoid(|w_j| (2t − 1) + b_j)
     γ(t) = γ_0 + (γ_1 − γ_0) (f(t) − f(0))/(f(1) − f(0))
 
-    The straight part of f has weight one, because the normalisation cancels a common factor; it keeps the slope
-    positive for any parameters. The published code does not normalise, and its ends drift from the values that scale
+    The straight part of f has weight one, because the normalization cancels a common factor; it keeps the slope
+    positive for any parameters. The published code does not normalize, and its ends drift from the values that scale
     the time embedding.
 
     Args:
@@ -338,9 +338,9 @@ class MonotoneGammaNetwork(NoiseSchedule):
             self.weight = nn.Parameter(torch.tensor([float(gamma_max) - float(gamma_min)]))
         # units spread evenly over t, all alike: nearly a straight line, and each can bend its own part of it
         steepness = 8.0
-        centres = (torch.arange(hidden_dim) + 0.5) / hidden_dim
+        centers = (torch.arange(hidden_dim) + 0.5) / hidden_dim
         self.hidden_weight = nn.Parameter(torch.full((hidden_dim,), steepness))
-        self.hidden_bias = nn.Parameter(-steepness * (2 * centres - 1))
+        self.hidden_bias = nn.Parameter(-steepness * (2 * centers - 1))
         self.output_weight = nn.Parameter(torch.full((hidden_dim,), 0.1))
 
     def ends(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -99,7 +99,7 @@ class VariationalBoundOutput(BaseOutput):
     """Terms of the bound, all in **bits per dimension**.
 
     Attributes:
-        loss (`torch.Tensor` of shape `()`): mean of `total`, to be minimised.
+        loss (`torch.Tensor` of shape `()`): mean of `total`, to be minimized.
         total (`torch.Tensor` of shape `(B,)`): prior + reconstruction + diffusion of each image.
         prior, reconstruction, diffusion (`torch.Tensor` of shape `(B,)`): the three terms of each image.
         gamma_t (`torch.Tensor` of shape `(B,)`): the noise level at which the diffusion term was estimated.
@@ -240,7 +240,7 @@ class VariationalBound(Objective):
 class SimpleObjective(Objective):
     """DDPM's objective: the unweighted mean squared error, t uniform for each sample [DDPM eq. 14].
 
-    γ is never trained by it: the minimiser would be one γ for all t > 0. With [`LinearBetaGamma`] t is one of DDPM's
+    γ is never trained by it: the minimizer would be one γ for all t > 0. With [`LinearBetaGamma`] t is one of DDPM's
     indices, else it is uniform in [0, 1].
 
     Args:

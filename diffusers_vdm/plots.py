@@ -125,13 +125,13 @@ def plot_loss_by_gamma(
     gamma, density = gamma_t.flatten()[order], 0.5 * mse.flatten()[order] / math.log(2)
     bins = min(len(gamma), max(2, min(40, len(gamma) // 20)))  # no share is empty
     groups = list(zip(gamma.tensor_split(bins), density.tensor_split(bins), strict=True))
-    centre = torch.stack([g.mean() for g, _ in groups])
+    center = torch.stack([g.mean() for g, _ in groups])
     mean = torch.stack([d.mean() for _, d in groups])
     error = torch.stack([d.std(unbiased=False) / math.sqrt(max(1, len(d) - 1)) for _, d in groups])
     figure, axes = _figure(2 if terms_bpd else 1, ratios=(5, 2) if terms_bpd else None)
     left = axes[0]
-    left.plot(centre, mean, marker=".")
-    left.fill_between(centre, mean - 2 * error, mean + 2 * error, alpha=0.3, linewidth=0)
+    left.plot(center, mean, marker=".")
+    left.fill_between(center, mean - 2 * error, mean + 2 * error, alpha=0.3, linewidth=0)
     left.set(xlabel="γ = −log SNR  (less noise ← → more)", ylabel="bits/dim per unit of γ", ylim=(0, None))
     if terms_bpd:
         bottom = 0.0

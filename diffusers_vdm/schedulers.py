@@ -1,6 +1,6 @@
 """The two schedulers: one step over two tables of γ (gamma_scheduler.py).
 
-[`VDMScheduler`] holds a learned (or linear) γ(t) and hands the network the *normalised γ* as its timestep;
+[`VDMScheduler`] holds a learned (or linear) γ(t) and hands the network the *normalized γ* as its timestep;
 [`LinearBetaScheduler`] holds DDPM's linear betas and hands over integer indices. Neither keeps state but the list of
 timesteps, and the last x̂ for a second-order algorithm.
 """
@@ -27,7 +27,7 @@ TimestepType = Literal["gamma", "index"]
 class VDMScheduler(GammaScheduler):
     """Ancestral sampling for a Variational Diffusion Model, with γ(t) read from a float64 table in the config.
 
-    The timestep that the network gets is the normalised γ, `num_train_timesteps · (γ − gamma_min)/(gamma_max −
+    The timestep that the network gets is the normalized γ, `num_train_timesteps · (γ − gamma_min)/(gamma_max −
     gamma_min)`, a float: the same noise level has the same timestep whatever γ(t) was learned. Steps are equidistant
     in t by default, as the model was trained. The last step returns z_0; decode it through p(x | z_0), as
     [`VDMPipeline`] does.
@@ -183,7 +183,7 @@ class VDMScheduler(GammaScheduler):
         Args:
             num_inference_steps (`int`, *optional*): T, any number ≥ 1; levels γ(1), γ(1 − 1/T), …, γ(1/T), then γ(0).
             device (`str` or `torch.device`, *optional*): where `self.timesteps` goes; γ stays on the CPU in float64.
-            timesteps (`Sequence[float]`, *optional*): decreasing timesteps (normalised γ) of one's own; the chain ends
+            timesteps (`Sequence[float]`, *optional*): decreasing timesteps (normalized γ) of one's own; the chain ends
                 at γ(0) in any case.
         """
         self._check_num_inference_steps(num_inference_steps, timesteps)
@@ -212,7 +212,7 @@ class VDMScheduler(GammaScheduler):
                 raise ValueError(
                     f"timesteps must be within [0, {self.config.num_train_timesteps}], got "
                     f"{float(timesteps.min()):.6g} to {float(timesteps.max()):.6g}; this scheduler's timesteps are "
-                    "normalised γ, floats."
+                    "normalized γ, floats."
                 )
         return gammas
 

@@ -1,7 +1,7 @@
 """The network: diffusers' `UNet2DModel` with what the VDM network needs beside it.
 
 The official VDM network is a `UNet2DModel` with one level, many blocks and one attention in the middle, plus Fourier
-features of its input, its input added to its output, zero-initialised last layers and a flag for augmented images.
+features of its input, its input added to its output, zero-initialized last layers and a flag for augmented images.
 DDPM's network is the same class with other arguments and none of the additions.
 """
 
@@ -27,7 +27,7 @@ from .whole_models import WholeModelMixin
 
 
 class VDMUNet2DModel(WholeModelMixin, UNet2DModel, AttentionMixin):
-    """A `UNet2DModel` with Fourier features, an input residual, zero-initialised outputs, and an augmentation flag.
+    """A `UNet2DModel` with Fourier features, an input residual, zero-initialized outputs, and an augmentation flag.
 
     All arguments of `UNet2DModel` mean what they mean there; without the additions the state dict and the outputs are
     the same. Timesteps may be fractional.
@@ -405,7 +405,7 @@ def _check_arguments(
             )
     if min(block_out_channels) == norm_num_groups:
         warnings.warn(
-            f"norm_num_groups={norm_num_groups} on as many channels normalises every channel by itself, which "
+            f"norm_num_groups={norm_num_groups} on as many channels normalizes every channel by itself, which "
             "removes the time embedding: the network cannot see the noise level. Use at most half as many groups.",
             stacklevel=4,
         )

@@ -68,13 +68,13 @@ def mp_prior_kl(x, gamma_1):
 
 
 def mp_level_log_probs(z_0, gamma_0, num_levels):
-    """log p(x_k | z_0) for all k: the normalised q(z_0 | x_k), x_k = (2k + 1)/num_levels − 1 [VDM §3.3]."""
+    """log p(x_k | z_0) for all k: the normalized q(z_0 | x_k), x_k = (2k + 1)/num_levels − 1 [VDM §3.3]."""
     alpha, variance = MP.sqrt(mp_alpha_squared(gamma_0)), mp_sigma_squared(gamma_0)
     values = [MP.mpf(2 * k + 1) / num_levels - 1 for k in range(num_levels)]
     logits = [-((MP.mpf(z_0) - alpha * x) ** 2) / (2 * variance) for x in values]
     top = max(logits)
-    log_normaliser = top + MP.log(MP.fsum(MP.exp(logit - top) for logit in logits))
-    return [logit - log_normaliser for logit in logits]
+    log_normalizer = top + MP.log(MP.fsum(MP.exp(logit - top) for logit in logits))
+    return [logit - log_normalizer for logit in logits]
 
 
 def mp_linear_beta_gammas(num_steps, beta_start, beta_end, indices):
@@ -233,7 +233,7 @@ def _alpha_squared(gamma):
 def gamma_of_timestep(noise_schedule, timesteps):
     """γ for the timesteps that the network is given: the inverse of `noise_schedule.timestep`, in float64.
 
-    Normalised γ, or DDPM's index for a schedule of betas.
+    Normalized γ, or DDPM's index for a schedule of betas.
     """
     timesteps = torch.as_tensor(timesteps, dtype=torch.float64)
     if type(noise_schedule).__name__ in ("LinearBetaGamma", "BetaGamma"):

@@ -51,7 +51,7 @@ def test_what_comes_back_is_what_was_saved(tmp_path, generator):
     assert tensors.keys() == groups.keys()
     for name, group in groups.items():
         assert all(torch.equal(tensors[name][key], value) for key, value in group.items())
-    # an optimiser and averages that go on from it are the ones that were never stopped
+    # an optimizer and averages that go on from it are the ones that were never stopped
     second = setup_run()
     with torch.no_grad():  # whatever stands there is replaced
         for p in second[0].parameters():

@@ -162,7 +162,7 @@ def test_scheduler_of_a_converted_pipeline_is_the_official_schedule():
 # ---- the official network and schedule, transcribed ---------------------------------------------------------------
 
 
-def official_weights(rng, n=64, blocks=2, colours=3, fourier=True, attention=False, gamma="scalar", flag=True):
+def official_weights(rng, n=64, blocks=2, colors=3, fourier=True, attention=False, gamma="scalar", flag=True):
     shapes = {}
 
     def norm(name, channels):
@@ -189,9 +189,9 @@ def official_weights(rng, n=64, blocks=2, colours=3, fourier=True, attention=Fal
 
     layer("dense0", n + flag, 4 * n)
     layer("dense1", 4 * n, 4 * n)
-    layer("conv_in", 3, 3, colours * (5 if fourier else 1), n)
+    layer("conv_in", 3, 3, colors * (5 if fourier else 1), n)
     norm("GroupNorm_0", n)
-    layer("conv_out", 3, 3, n, colours)
+    layer("conv_out", 3, 3, n, colors)
     resnet("mid.block_1", n)
     attend("mid.attn_1")
     resnet("mid.block_2", n)
@@ -216,7 +216,7 @@ def official_weights(rng, n=64, blocks=2, colours=3, fourier=True, attention=Fal
 def official_eps_hat(weights, z, gamma_t, flags, ends=(-13.3, 5.0)):
     """NOTES of the official code, in float64: ε̂ of z `(B, C, H, W)` at γ_t `(B,)`."""
     w = {name.removeprefix("score_model/"): torch.from_numpy(array).double() for name, array in weights.items()}
-    n, colours = w["conv_in/kernel"].shape[3], z.shape[1]
+    n, colors = w["conv_in/kernel"].shape[3], z.shape[1]
 
     def dense(name, x):  # over the last axis
         return x @ w[f"{name}/kernel"] + w.get(f"{name}/bias", 0)
@@ -255,8 +255,8 @@ def official_eps_hat(weights, z, gamma_t, flags, ends=(-13.3, 5.0)):
     cond = torch.cat([angles.sin(), angles.cos(), flags[:, None]], dim=1)[:, : w["dense0/kernel"].shape[0]]
     cond = swish(dense("dense1", swish(dense("dense0", cond))))
     features = z
-    if w["conv_in/kernel"].shape[2] != colours:
-        angles = torch.stack([z[:, c] * 2 * math.pi * 2**f for c in range(colours) for f in (6, 7)], dim=1)
+    if w["conv_in/kernel"].shape[2] != colors:
+        angles = torch.stack([z[:, c] * 2 * math.pi * 2**f for c in range(colors) for f in (6, 7)], dim=1)
         features = torch.cat([z, angles.sin(), angles.cos()], dim=1)
     h = conv("conv_in", features)
     skips, k = [h], 0
@@ -279,8 +279,8 @@ def official_network_gamma(weights, t):
     return b1 + np.abs(l1) * t + hidden.mean(-1)
 
 
-def inputs(rng, colours, size=8):
-    z = torch.from_numpy(rng.normal(size=(3, colours, size, size)))
+def inputs(rng, colors, size=8):
+    z = torch.from_numpy(rng.normal(size=(3, colors, size, size)))
     return z, torch.tensor([-12.0, -3.3, 4.1], dtype=torch.float64), torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64)
 
 
@@ -311,20 +311,18 @@ def samples(pipe: VDMPipeline, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("gamma", ["fixed", "scalar", "network"])
-@pytest.mark.parametrize(
-    ("attention", "fourier", "colours", "flag"), [(True, True, 3, True), (False, False, 1, False)]
-)
-def test_official_networks_of_every_kind_there_and_back(tmp_path, gamma, attention, fourier, colours, flag):
+@pytest.mark.parametrize(("attention", "fourier", "colors", "flag"), [(True, True, 3, True), (False, False, 1, False)])
+def test_official_networks_of_every_kind_there_and_back(tmp_path, gamma, attention, fourier, colors, flag):
     rng = GENERATOR(5)
-    weights = official_weights(rng, 64, 2, colours, fourier, attention, gamma, flag)
+    weights = official_weights(rng, 64, 2, colors, fourier, attention, gamma, flag)
     pipe = load_official(write_official(tmp_path / "a", weights), gamma_min=-13.0, gamma_max=6.0, sample_size=8)
     assert pipe.unet.config.down_block_types[0].startswith("Attn") == attention
     assert tuple(pipe.unet.config.fourier_exponents) == ((6, 7) if fourier else ())
-    assert pipe.unet.config.augmentation_flag == flag and pipe.unet.config.in_channels == colours
+    assert pipe.unet.config.augmentation_flag == flag and pipe.unet.config.in_channels == colors
     save_official(pipe, tmp_path / "b", step=12)
     assert read_checkpoint(tmp_path / "b", "params")[1] == 12
     again = load_official(tmp_path / "b", gamma_min=-13.0, gamma_max=6.0, sample_size=8)
-    z, gamma_t, flags = inputs(rng, colours)
+    z, gamma_t, flags = inputs(rng, colors)
     expected = official_eps_hat(weights, z, gamma_t, flags, (-13.0, 6.0))
     assert near(our_eps_hat(pipe, z, gamma_t, flags), expected) is None
     near(our_eps_hat(again, z, gamma_t, flags if flag else torch.zeros(3)), expected)
@@ -629,7 +627,7 @@ def test_help_of_every_command(capsys):
 
 class Sines(nn.Module):
     def forward(self, z):
-        angles = torch.cat([2 * math.pi * 2.0**f * z for f in (5, 6)], dim=1)  # by frequency, then colour
+        angles = torch.cat([2 * math.pi * 2.0**f * z for f in (5, 6)], dim=1)  # by frequency, then color
         return torch.cat([z, torch.sin(angles), torch.cos(angles)], dim=1)
 
 
@@ -688,7 +686,7 @@ class Addtt(nn.Module):
     def __init__(self, config):
         super().__init__()
         n, blocks, groups = config["embedding_dim"], config["n_blocks"], config["norm_groups"]
-        colours, self.config = config["input_channels"], config
+        colors, self.config = config["input_channels"], config
         self.features = Sines() if config["use_fourier_features"] else nn.Identity()
 
         def attention(always=False):
@@ -699,11 +697,11 @@ class Addtt(nn.Module):
             return Residual(inputs, n, groups, config["dropout_prob"])
 
         self.embed_conditioning = nn.Sequential(nn.Linear(n, 4 * n), nn.SiLU(), nn.Linear(4 * n, 4 * n), nn.SiLU())
-        self.conv_in = nn.Conv2d(colours * (5 if config["use_fourier_features"] else 1), n, 3, padding=1)
+        self.conv_in = nn.Conv2d(colors * (5 if config["use_fourier_features"] else 1), n, 3, padding=1)
         self.down_blocks = nn.ModuleList([Place(resnet(n), attention()) for _ in range(blocks)])
         self.mid_resnet_block_1, self.mid_attn_block, self.mid_resnet_block_2 = resnet(n), attention(True), resnet(n)
         self.up_blocks = nn.ModuleList([Place(resnet(2 * n), attention()) for _ in range(blocks + 1)])
-        self.conv_out = nn.Sequential(nn.GroupNorm(groups, n), nn.SiLU(), nn.Conv2d(n, colours, 3, padding=1))
+        self.conv_out = nn.Sequential(nn.GroupNorm(groups, n), nn.SiLU(), nn.Conv2d(n, colors, 3, padding=1))
 
     def forward(self, z, gamma):
         low, high, half = self.config["gamma_min"], self.config["gamma_max"], self.config["embedding_dim"] // 2

@@ -342,7 +342,7 @@ def test_other_variance_types_are_refused(cls, variance_type):
     if variance_type in (None, "fixed_small_log"):  # words of diffusers' configs for what we do
         assert cls.from_config({**cls().config, "variance_type": variance_type}).config.variance_type == "fixed_small"
     else:
-        with pytest.raises(ValueError, match="cannot honour variance_type="):
+        with pytest.raises(ValueError, match="cannot honor variance_type="):
             cls.from_config({**cls().config, "variance_type": variance_type})
 
 

@@ -47,7 +47,7 @@ def distribution(kind, x, gamma, num_levels):
     return stats.truncnorm(-tau, tau, a * x, s)
 
 
-def centres(levels, num_levels):
+def centers(levels, num_levels):
     return 2 * (levels.numpy().astype(float) + 0.5) / num_levels - 1
 
 
@@ -55,7 +55,7 @@ def centres(levels, num_levels):
 @pytest.mark.parametrize(("num_levels", "gamma"), CASES)
 def test_rest_is_minus_log_q_and_the_decoder(kind, num_levels, gamma):
     levels, _, z, rest = draw(kind, gamma, num_levels)
-    x = centres(levels, num_levels)
+    x = centers(levels, num_levels)
     # 1e-12 of a bin: scipy says −inf a rounding error outside of the bin, where z of the first and last quantile is
     q, middle = distribution(kind, x, gamma, num_levels), alpha_sigma(gamma)[0] * x
     expected = -q.logpdf(middle + (z.numpy() - middle) * (1 - 1e-12))
@@ -76,7 +76,7 @@ def test_z_stays_in_its_bin(kind, num_levels, gamma, dtype):
     levels, _, z, _ = draw(kind, gamma, num_levels, (50, 40), dtype)
     assert z.dtype == dtype
     y = z.double().numpy() / alpha_sigma(gamma)[0]
-    assert np.abs(y - centres(levels, num_levels)).max() <= 1 / num_levels + 2 * torch.finfo(dtype).eps
+    assert np.abs(y - centers(levels, num_levels)).max() <= 1 / num_levels + 2 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -84,7 +84,7 @@ def test_z_stays_in_its_bin(kind, num_levels, gamma, dtype):
 def test_draws_follow_q(kind, num_levels, gamma):
     """Kolmogorov and Smirnov, and each draw is the quantile that its noise asks for."""
     levels, noise, z, _ = draw(kind, gamma, num_levels, (3000, 1))
-    u = distribution(kind, centres(levels, num_levels), gamma, num_levels).cdf(z.numpy())
+    u = distribution(kind, centers(levels, num_levels), gamma, num_levels).cdf(z.numpy())
     assert stats.kstest(u[:-2, 0], "uniform").pvalue > 1e-3
     np.testing.assert_allclose(u, noise, atol=1e-9)
 

@@ -23,7 +23,7 @@ from diffusers_vdm import diffusion
 pytestmark = pytest.mark.usefixtures("untouched_global_rng")
 
 EXTREME_GAMMAS = [-30.0, -13.3, -1e-3, 0.0, 0.7, 5.0, 30.0]
-# neighbours of a chain of 1e5 steps, of a chain of 1000 steps, and the ends of everything
+# neighbors of a chain of 1e5 steps, of a chain of 1000 steps, and the ends of everything
 GAMMA_PAIRS = [(-13.3, -13.2817), (-13.3, -13.299817), (-30.0, -29.9), (-30.0, 30.0), (4.9817, 5.0), (29.0, 30.0)]
 
 
@@ -132,7 +132,7 @@ def test_posterior_is_the_papers_to_all_digits(gamma_s, gamma_t):
 
 
 def test_posterior_is_bayes_rule_on_a_grid():
-    # q(z_s | z_t, x) ∝ q(z_t | z_s) q(z_s | x), normalised by brute force
+    # q(z_s | z_t, x) ∝ q(z_t | z_s) q(z_s | x), normalized by brute force
     gamma_s, gamma_t, x, z_t = f64(-1.0), f64(0.5), 0.7, -0.4
     a_s, s_s, a_t, s_t = (float(f(g)) for g in (gamma_s, gamma_t) for f in (diffusion.alpha, diffusion.sigma))
     grid = np.linspace(-6, 6, 40001)
@@ -444,7 +444,7 @@ def test_float32_decoder_is_good_to_2e_8_bits_per_dimension(generator):
 @pytest.mark.parametrize("gamma_0", [-5.0, 0.0, 5.0])
 @pytest.mark.parametrize("z_0", [5.0, 1000.0])
 def test_float32_decoder_keeps_its_digits_far_outside_of_the_data(z_0, gamma_0):
-    # an early network may say anything: −½ P (y − x)² and the normaliser are then large, and their difference is not
+    # an early network may say anything: −½ P (y − x)² and the normalizer are then large, and their difference is not
     z_32 = torch.full((256,), z_0)
     log_p = diffusion.decoder_log_prob_nats(torch.arange(256), z_32, f64(gamma_0))
     exact = dense_log_probs(z_32.double()[:1], f64(gamma_0), 256)[0]

@@ -54,7 +54,7 @@ def gammas_of(betas):
     return np.log(1 / np.cumprod(1 - betas) - 1)
 
 
-def normalised_gamma(low=GAMMA_MIN):
+def normalized_gamma(low=GAMMA_MIN):
     return lambda timestep: low + (GAMMA_MAX - low) * timestep / 1000
 
 
@@ -130,7 +130,7 @@ def test_vdm_bound_of_each_image(steps, prediction):
         scheduler, gamma_of = LinearBetaScheduler(50, prediction_type=prediction), torch.from_numpy(gammas).__getitem__
     else:
         gammas = np.linspace(GAMMA_MIN, GAMMA_MAX, steps + 1)
-        scheduler, gamma_of = VDMScheduler(prediction_type=prediction, **ENDS), normalised_gamma()
+        scheduler, gamma_of = VDMScheduler(prediction_type=prediction, **ENDS), normalized_gamma()
     network, images = BestNetwork(gamma_of, X_VDM, prediction), draw_images(3, 3, 4, 4)
     result = evaluate_bpd(network, scheduler, images, num_steps=steps, seed=SEED, progress_bar=False)
     assert (result.convention, result.num_steps) == ("vdm", len(gammas) - 1)
@@ -256,7 +256,7 @@ def expected_bits(steps, low, nodes=64):
 
 def expected_by_package(steps, low, prediction):
     """The same of VariationalBound: all levels times a grid of ε as one batch, for each t."""
-    network, schedule = BestNetwork(normalised_gamma(low), X_VDM, prediction), FixedLinearGamma(low, GAMMA_MAX)
+    network, schedule = BestNetwork(normalized_gamma(low), X_VDM, prediction), FixedLinearGamma(low, GAMMA_MAX)
     bound = VariationalBound(network, schedule, num_timesteps=steps, prediction_type=prediction)
     eps = np.arange(-9 * 16, 9 * 16 + 1) / 16
     weight = torch.from_numpy(np.outer(PI, np.exp(-0.5 * eps**2) / math.sqrt(2 * math.pi) / 16).ravel())
@@ -302,7 +302,7 @@ def test_bound_falls_to_entropy_and_its_gap_is_known(low):
 
 def test_draws_average_to_expected_bound():
     """evaluate_bpd over data drawn from π, for T = 10."""
-    network, images = BestNetwork(normalised_gamma(), X_VDM), draw_images(128, 1, 16, 16)
+    network, images = BestNetwork(normalized_gamma(), X_VDM), draw_images(128, 1, 16, 16)
     result = evaluate_bpd(network, VDMScheduler(**ENDS), images, num_steps=10, seed=SEED, progress_bar=False)
     terms = expected_bits(10, GAMMA_MIN)
     assert abs(result.bpd - sum(terms)) < 4 * result.stderr_bpd < 0.02 * sum(terms)

@@ -148,7 +148,7 @@ def test_ddpm_by_the_same_script(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_folder_of_colour_images(tmp_path):
+def test_a_folder_of_color_images(tmp_path):
     from test_images import picture, write_folder
 
     rng = np.random.default_rng(0)

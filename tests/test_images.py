@@ -87,14 +87,14 @@ def test_a_folder_of_images_is_read_exactly(tmp_path):
 
 
 def png16(values):
-    """A PNG of 16 bits a value, `values` of shape (H, W, C) with C = 1, 3 or 4; Pillow writes none with colours."""
+    """A PNG of 16 bits a value, `values` of shape (H, W, C) with C = 1, 3 or 4; Pillow writes none with colors."""
     height, width, channels = values.shape
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    colour_type = {1: 0, 3: 2, 4: 6}[channels]
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0))
+    color_type = {1: 0, 3: 2, 4: 6}[channels]
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, color_type, 0, 0, 0))
     lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in values)
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
 
@@ -172,7 +172,7 @@ def test_what_lies_under_transparency_is_no_data(content):
     assert "composite" in str(error.value)
 
 
-def test_a_colour_key_that_no_pixel_has_is_no_transparency():
+def test_a_color_key_that_no_pixel_has_is_no_transparency():
     content = encoded(Image.new("RGB", (4, 4), (1, 2, 3)), transparency=(9, 9, 9))
     assert decode({"bytes": content, "path": None}, "RGB", False)[:, 0, 0].tolist() == [1, 2, 3]
 

@@ -264,7 +264,7 @@ def test_the_ode_is_called_what_it_is(tmp_path):
     (folder / "r.json").write_text(json.dumps(report_of(folder, **ode)))
     card = model_card(folder, report=folder / "r.json")
     (result,) = results(card).values()
-    assert result.metric_name == "bits/dim (probability-flow ODE, truncated-normal dequantisation)"
+    assert result.metric_name == "bits/dim (probability-flow ODE, truncated-normal dequantization)"
     assert result.metric_args["rtol"] == 1e-5 and "num_steps" not in result.metric_args
     assert "continuous time" not in card and "rtol 1e-05" in card
 
@@ -284,7 +284,7 @@ def test_a_ddpm_is_described_as_one(tmp_path):
     (folder / "report.json").write_text(json.dumps(report_of(folder, **changes)))
     card = model_card(folder)
     assert "bits/dim (variational bound, T = 100, every term, DDPM's convention, clipped x̂)" in results(card)
-    assert "discretised Gaussian" in card
+    assert "discretized Gaussian" in card
 
 
 @pytest.mark.parametrize(

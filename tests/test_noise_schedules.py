@@ -142,7 +142,7 @@ def test_table_is_gamma_at_equidistant_times(schedule):
     check_gamma_table(schedule.table())
 
 
-def test_the_timestep_of_gamma_is_normalised_by_the_configured_ends(schedule):
+def test_the_timestep_of_gamma_is_normalized_by_the_configured_ends(schedule):
     t = times(9)
     gamma = schedule(t).detach()
     if isinstance(schedule, LinearBetaGamma):

@@ -346,8 +346,8 @@ def test_noise_becomes_the_mixture():
     assert result.log_prob_nats is None
     a, s = alpha_sigma(GAMMA_0)
     mean = a * data.weights @ data.means
-    centred = a * data.means - mean
-    covariance = torch.einsum("k,ki,kj->ij", data.weights, centred, centred)
+    centered = a * data.means - mean
+    covariance = torch.einsum("k,ki,kj->ij", data.weights, centered, centered)
     covariance = covariance + ((data.weights @ data.variances) * a**2 + s**2) * torch.eye(2, dtype=torch.float64)
     off = result.z.mean(0) - mean
     assert bool((off.abs() < 4 * (covariance.diag() / num).sqrt()).all())

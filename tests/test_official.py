@@ -303,8 +303,8 @@ def test_gradients_of_the_bound(name, num_timesteps):
     assert checked == sum(key.startswith("weights/params/score_model") for key in data)
 
 
-def test_continuous_time_with_minimised_variance_is_official_for_the_network():
-    # a straight γ has no inside: minimising the variance changes none of its gradients
+def test_continuous_time_with_minimized_variance_is_official_for_the_network():
+    # a straight γ has no inside: minimizing the variance changes none of its gradients
     unet, schedule = build("tiny_scalar64")
     VariationalBound(unet, schedule, minimize_variance=True)(**run_inputs("tiny_scalar64", "anti")).loss.backward()
     data = load("tiny_scalar64")

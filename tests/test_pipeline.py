@@ -45,7 +45,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def network(channels: int = 3, cls=VDMUNet2DModel, **arguments):
-    """A network that does something: out of its zero initialisation, and the same in every test."""
+    """A network that does something: out of its zero initialization, and the same in every test."""
     if cls is VDMUNet2DModel:
         arguments = {"input_residual": True, **arguments}
     else:
@@ -639,7 +639,7 @@ def test_our_schedulers_in_the_ddpm_pipeline_of_diffusers(scheduler):
 
 
 @DIFFUSERS_AND_NUMPY
-def test_scaled_noise_and_inputs_are_honoured():
+def test_scaled_noise_and_inputs_are_honored():
     # Euler starts from σ_max and divides its input by √(1 + σ²): without either, the network sees other noise
     pipe, seen = pipeline(EulerDiscreteScheduler()), []
     pipe.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0].std()))

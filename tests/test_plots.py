@@ -10,12 +10,12 @@ from PIL import Image
 from diffusers_vdm import plots
 
 
-def columns_of(path, colour, left_half=True):
-    """Where a colour stands, as shares of the picture's half."""
+def columns_of(path, color, left_half=True):
+    """Where a color stands, as shares of the picture's half."""
     pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
     half = pixels.shape[1] // 2
     pixels = pixels[:, :half] if left_half else pixels[:, half:]
-    found = (np.abs(pixels - np.array(colour)).max(-1) < 12).any(0).nonzero()[0]
+    found = (np.abs(pixels - np.array(color)).max(-1) < 12).any(0).nonzero()[0]
     return found.min() / half, found.max() / half
 
 

@@ -148,7 +148,7 @@ def test_what_is_refused_changes_nothing(hub: HubServer, tmp_path: Path):
     for arguments, error, told in (
         ({"safe_serialization": False}, ValueError, "safe_serialization must be True"),
         ({"subfolder": "older"}, ValueError, "subfolder must not be given"),
-        ({"license": "My Licence!"}, ValueError, "license must be an identifier"),
+        ({"license": "My License!"}, ValueError, "license must be an identifier"),
         ({"token": "hf_wrong"}, OSError, "hf auth login"),
         ({"token": "hf_other"}, OSError, "cannot be written to"),
     ):

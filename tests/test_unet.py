@@ -42,7 +42,7 @@ def latents(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> t
 
 
 def perturbed(net: nn.Module, seed: int = 0, scale: float = 0.1) -> nn.Module:
-    """Out of its zero initialisation, where many mistakes cannot be seen."""
+    """Out of its zero initialization, where many mistakes cannot be seen."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in net.parameters():
@@ -247,7 +247,7 @@ def test_preset_overrides_and_unknown_names():
         on_meta("digits", layer_per_block=2)
 
 
-# ---- initialisation ----------------------------------------------------------------------------------------------
+# ---- initialization ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arguments", [SMALL, OFFICIAL], ids=["levels", "official"])

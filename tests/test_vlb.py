@@ -427,7 +427,7 @@ def test_inside_of_gamma_follows_the_variance_and_nothing_else_does(learn_ends):
 
 
 @pytest.mark.parametrize("schedule", ["learned", "network"])
-def test_minimised_variance_changes_neither_the_values_nor_a_finite_bound(schedule):
+def test_minimized_variance_changes_neither_the_values_nor_a_finite_bound(schedule):
     for num_timesteps in (None, 10):
         outs = [
             VariationalBound(TinyNet(), SCHEDULES[schedule](), num_timesteps=num_timesteps, minimize_variance=flag)(
@@ -704,7 +704,7 @@ def test_training_moves_learned_ends(kind):
     first, last = train(schedule)
     assert last < first - 0.8
     gamma_0, gamma_1 = (float(end.detach()) for end in schedule.ends())
-    # at −2 neighbouring levels blur: the reconstruction pulls γ_0 down. Where γ_1 goes depends on the network's errors
+    # at −2 neighboring levels blur: the reconstruction pulls γ_0 down. Where γ_1 goes depends on the network's errors
     assert gamma_0 < -3 and abs(gamma_1 - 3) > 0.1
     assert (schedule.config.gamma_min, schedule.config.gamma_max) == (-2.0, 3.0)
     t = torch.linspace(0, 1, 100, dtype=F64)

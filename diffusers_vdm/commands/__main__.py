@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 
@@ -44,7 +45,12 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(2)
     if arguments is None:
         sys.argv = [f"diffusers-vdm {name}", *rest]  # what argparse calls the program
-    import_module(f".{name}", __package__).main(rest)
+    try:
+        import_module(f".{name}", __package__).main(rest)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

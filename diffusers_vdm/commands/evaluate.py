@@ -28,7 +28,7 @@ from .evaluate_options import load_data, load_model, parse_options
 from .evaluate_report import check_partial, curve, draw, partial_folder, tell
 from .processes import check_processes, only_run, set_threads
 
-DECODERS = {"vdm": "softmax over the levels at γ_0", "ddpm": "discretised Gaussian at index 0"}
+DECODERS = {"vdm": "softmax over the levels at γ_0", "ddpm": "discretized Gaussian at index 0"}
 
 
 class Evaluation:

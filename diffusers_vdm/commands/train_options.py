@@ -87,7 +87,7 @@ def check_options(args: argparse.Namespace) -> None:
         (args.preset and args.model_config_name_or_path, "give --preset or --model_config_name_or_path, not both"),
         (args.max_train_steps and args.num_epochs, "give --max_train_steps or --num_epochs, not both"),
         (args.objective == "ddpm" and args.schedule.startswith("learned"), "--objective ddpm cannot train γ: its "
-         "minimiser is one γ for all t; use --schedule linear_beta or fixed_linear"),
+         "minimizer is one γ for all t; use --schedule linear_beta or fixed_linear"),
         (args.objective == "ddpm" and args.importance_sampling, "--importance_sampling is of the bound alone"),
         (args.resume_from_checkpoint == "last-checkpoint" and not args.push_to_hub, "--resume_from_checkpoint "
          "last-checkpoint looks for it on the Hub; add --push_to_hub, with --hub_strategy checkpoint"),

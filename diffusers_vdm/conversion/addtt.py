@@ -45,7 +45,7 @@ def load_addtt(
     """A `model.pt` of github.com/addtt/variational-diffusion-models as a pipeline with the same outputs, in float32.
 
     Layouts are PyTorch's; q, k and v are one 1×1 convolution there, `(3C, C, 1, 1)`, and conv_in takes the Fourier
-    features (exponents 5 and 6) by frequency and then colour, where ours come by colour and then frequency.
+    features (exponents 5 and 6) by frequency and then color, where ours come by color and then frequency.
 
     Args:
         path (`str` or `PathLike`): the file. A `config.yaml` beside it is read, for what no weight says.
@@ -64,8 +64,8 @@ def load_addtt(
     network = ForeignNetwork(path, tensors, "model.conv_in.weight", "model.conv_out.2.weight", axes=(1, 0))
     network.count(r"model\.down_blocks\.(\d+)\.", r"model\.\w+_blocks\.\d+\.attention_block\.")
     inferred = {
-        "embedding_dim": network.channels, "n_blocks": network.num_blocks, "input_channels": network.colours,
-        "use_fourier_features": network.inputs != network.colours, "attention_everywhere": network.attention,
+        "embedding_dim": network.channels, "n_blocks": network.num_blocks, "input_channels": network.colors,
+        "use_fourier_features": network.inputs != network.colors, "attention_everywhere": network.attention,
         "noise_schedule": "learned_linear" if gamma else "fixed_linear",
     }  # fmt: skip
     wrong = [f"{k} is {config[k]!r} there, {v!r} here" for k, v in inferred.items() if config.get(k, v) != v]
@@ -85,7 +85,7 @@ def load_addtt(
         (5, 6), sample_size=sample_size, norm_eps=1e-5, norm_num_groups=groups, attention_head_dim=channels // heads,
         dropout=float(given["dropout_prob"]),
     )  # fmt: skip
-    order = _fourier_order(network.colours, len(unet.config.fourier_exponents))
+    order = _fourier_order(network.colors, len(unet.config.fourier_exponents))
 
     def convert(key: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         tensor = tensor[:, order] if key == "conv_in.weight" else tensor
@@ -146,7 +146,7 @@ def save_addtt(pipe: VDMPipeline, folder: str | os.PathLike) -> None:
 
 def _addtt_tensors(path: Path, weights: str) -> dict[str, torch.Tensor]:
     """The state dict of one set of weights, with q, k and v apart, and one name for the last layer of net2."""
-    try:  # mapped, the optimiser's state is never read
+    try:  # mapped, the optimizer's state is never read
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))  # noqa: TID251
     except OSError:
         raise
@@ -193,7 +193,7 @@ def _addtt_shape(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape, 1, 1) if ".attentions." in key and len(shape) == 2 else shape
 
 
-def _fourier_order(colours: int, exponents: int) -> np.ndarray:
-    """Where in addtt's conv_in each of our input channels is: by colour then frequency, and the other way round."""
-    index = np.arange(2 * exponents * colours).reshape(2, exponents, colours).transpose(0, 2, 1)
-    return np.concatenate([np.arange(colours), colours + index.reshape(-1)])
+def _fourier_order(colors: int, exponents: int) -> np.ndarray:
+    """Where in addtt's conv_in each of our input channels is: by color then frequency, and the other way round."""
+    index = np.arange(2 * exponents * colors).reshape(2, exponents, colors).transpose(0, 2, 1)
+    return np.concatenate([np.arange(colors), colors + index.reshape(-1)])

@@ -32,7 +32,7 @@ class ForeignNetwork:
                 raise ValueError(f"{path} has no convolution {name}; it has {some(sorted(tensors))}.")
         self.path, self.tensors = path, tensors
         self.inputs, self.channels = (int(tensors[conv_in].shape[axis]) for axis in axes)
-        self.colours = int(tensors[conv_out].shape[axes[1]])
+        self.colors = int(tensors[conv_out].shape[axes[1]])
 
     def count(self, block: str, attention: str) -> None:
         """Counts the blocks by a pattern of their names; attention is everywhere where its pattern is anywhere."""
@@ -41,29 +41,29 @@ class ForeignNetwork:
 
     def __str__(self) -> str:
         where = "everywhere" if self.attention else "in the middle"
-        fourier = "no " if self.inputs == self.colours else ""
-        counts = f"{self.channels} channels, {self.num_blocks} blocks, {self.colours} colours"
+        fourier = "no " if self.inputs == self.colors else ""
+        counts = f"{self.channels} channels, {self.num_blocks} blocks, {self.colors} colors"
         return f"{counts}, attention {where}, {fourier}Fourier features"
 
     def unet(self, exponents: tuple[int, ...], **more) -> VDMUNet2DModel:
         """The network without memory for its weights, which are put in as they are."""
-        with_features = self.colours * (1 + 2 * len(exponents))
+        with_features = self.colors * (1 + 2 * len(exponents))
         size = more.get("sample_size", 32)
         if not isinstance(size, int) or not 1 <= size <= 2**14:
             raise ValueError(f"sample_size must be an integer within [1, {2**14}], got {size!r}.")
-        if self.inputs not in (self.colours, with_features) or self.num_blocks < 1:
+        if self.inputs not in (self.colors, with_features) or self.num_blocks < 1:
             raise ValueError(
-                f"{self.path}: of {self.colours} colours, conv_in must take {self.colours} channels, or "
+                f"{self.path}: of {self.colors} colors, conv_in must take {self.colors} channels, or "
                 f"{with_features} with Fourier features {exponents}, before at least one block; got {self.inputs} and "
                 f"{self.num_blocks}."
             )
         kind = "Attn" if self.attention else ""
         with torch.device("meta"):
             return VDMUNet2DModel(
-                in_channels=self.colours, out_channels=self.colours, input_residual=True,
+                in_channels=self.colors, out_channels=self.colors, input_residual=True,
                 down_block_types=(f"{kind}DownBlock2D",), up_block_types=(f"{kind}UpBlock2D",),
                 block_out_channels=(self.channels,), layers_per_block=self.num_blocks,
-                fourier_exponents=() if self.inputs == self.colours else exponents,
+                fourier_exponents=() if self.inputs == self.colors else exponents,
                 **{"attention_head_dim": self.channels, **more},
             )  # fmt: skip
 
@@ -156,12 +156,12 @@ def unfit(pipe: VDMPipeline, allowed: dict[str, tuple], heads: int | None = None
     if pipe.config.num_levels != 256:
         wrong.append(f"num_levels is {pipe.config.num_levels} and not 256")
     if not isinstance(scheduler, VDMScheduler):
-        return [*wrong, f"scheduler is a {type(scheduler).__name__}: its timestep is an index, not the normalised γ"]
+        return [*wrong, f"scheduler is a {type(scheduler).__name__}: its timestep is an index, not the normalized γ"]
     if scheduler.config.prediction_type != "epsilon":
         wrong.append(f"prediction_type is {scheduler.config.prediction_type!r} and not 'epsilon'")
     schedule = schedule_of(pipe)
     if schedule.config.get("num_train_timesteps") != 1000 or isinstance(schedule, BetaGamma):
-        return [*wrong, "the timestep is not 1000 times the normalised γ"]
+        return [*wrong, "the timestep is not 1000 times the normalized γ"]
     table = schedule.table()
     t = torch.linspace(0, 1, len(table), dtype=torch.float64)
     if isinstance(schedule, TableGamma) and float((table - torch.lerp(table[0], table[-1], t)).abs().max()) > 1e-9:

@@ -79,7 +79,7 @@ def load_official(
 def save_official(pipe: VDMPipeline, folder: str | os.PathLike, step: int = 0) -> None:
     """A pipeline as a checkpoint of the official JAX code: `checkpoint` and `ckpt-1.flax` in a new `folder`.
 
-    params and ema_params are the same weights, the optimiser's moments are zero, its counter is `step`. The bias of
+    params and ema_params are the same weights, the optimizer's moments are zero, its counter is `step`. The bias of
     our time_emb_proj is added to that of conv1, where it has the same effect, and a network without the flag for
     augmented images gets a column of zeros for it. TensorFlow's files, which hold a counter of saves, are not written.
 

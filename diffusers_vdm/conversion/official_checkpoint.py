@@ -77,7 +77,7 @@ def checkpoint_file(path: str | os.PathLike) -> Path:
 def read_checkpoint(path: str | os.PathLike, weights: str = "ema_params") -> tuple[dict[str, np.ndarray], int]:
     """One set of weights of a checkpoint (`"ema_params"` or `"params"`), and the number of its training step.
 
-    The file is read as a stream: the optimiser's moments and the other set of weights are passed over.
+    The file is read as a stream: the optimizer's moments and the other set of weights are passed over.
 
     Returns: `{"a/b/c": array}`, read-only arrays by their path in the tree, and the step (0 if the file has none).
     Raises: `ValueError` with the file and the reason for anything that is not such a file, `ImportError` without
@@ -373,7 +373,7 @@ def to_official(key: str, array: np.ndarray) -> np.ndarray:
 def gamma_from_official(arrays: dict[str, np.ndarray], gamma_min: float, gamma_max: float) -> NoiseSchedule:
     """The schedule of the tensors `w`, `b` or `l1/kernel`, …, `l3/kernel` (or none of them), in float64.
 
-    The official network γ(t) = b₁ + |w₁| t + (1/n) Σ_j |w₃_j| (2σ(|w₂_j| (2t − 1) + b₂_j) − 1) is not normalised; ours
+    The official network γ(t) = b₁ + |w₁| t + (1/n) Σ_j |w₃_j| (2σ(|w₂_j| (2t − 1) + b₂_j) − 1) is not normalized; ours
     is, and has a straight part of weight one: a = w₃/|w₁|, and the ends are γ(0) and γ(1).
 
     Raises: `ValueError` for other names or shapes, numbers that are not finite, and |w| or |w₁| of zero.

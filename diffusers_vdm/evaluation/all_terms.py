@@ -3,7 +3,7 @@
 (`evaluate_bound` in monte_carlo.py estimates the bound by draws of t, also in continuous time.) Two conventions:
 
 * `"vdm"`: x = 2(k + ½)/levels − 1, p(x|z_0) = softmax over the levels, T terms of the diffusion loss [VDM §4].
-* `"ddpm"`: x = 2k/(levels − 1) − 1, T − 1 terms, and the discretised Gaussian decoder at index 0 [DDPM eq. 5 and 13;
+* `"ddpm"`: x = 2k/(levels − 1) − 1, T − 1 terms, and the discretized Gaussian decoder at index 0 [DDPM eq. 5 and 13;
   improved-diffusion's `calc_bpd_loop`].
 
 γ = −log SNR grows with the noise. All randomness is keyed on (seed, step, image): no answer depends on the batch size,
@@ -424,7 +424,7 @@ def discretized_gaussian_log_prob_nats(
     def phi(z: torch.Tensor) -> torch.Tensor:
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 
-    half_bin, centred, scale = 1 / (num_levels - 1), x - mean, torch.exp(-log_std)
-    above, below = phi(scale * (centred + half_bin)), phi(scale * (centred - half_bin))
+    half_bin, centered, scale = 1 / (num_levels - 1), x - mean, torch.exp(-log_std)
+    above, below = phi(scale * (centered + half_bin)), phi(scale * (centered - half_bin))
     mass = torch.where(x < -1 + half_bin, above, torch.where(x > 1 - half_bin, 1 - below, above - below))
     return torch.log(mass.clamp(min=1e-12))

@@ -159,7 +159,7 @@ def evaluate_bound(
             bar.set_description(value_so_far(rows.values[: done * n, :3].sum(1).view(done, n).mean(1)))
             if done == pilot:
                 warp = _measured_warp(values[:, _COLUMNS.index("t")], values[:, _COLUMNS.index("diffusion")])
-            result = _summarise(rows.values[: done * n].view(done, n, -1), bound.num_timesteps)
+            result = _summarize(rows.values[: done * n].view(done, n, -1), bound.num_timesteps)
             if done == num_samples and target_stderr_bpd is not None and done < max_samples:
                 # as many as the error asks for, in at most doublings: the first error is a rough one
                 wanted = math.ceil(done * min(result.stderr_bpd / target_stderr_bpd, 2) ** 2)
@@ -208,7 +208,7 @@ def _measured_warp(t: torch.Tensor, loss: torch.Tensor) -> Callable:
     return importance_warp(loss_level(second_moments(t, loss, bins)))
 
 
-def _summarise(values: torch.Tensor, num_timesteps: int | None) -> BoundEvaluation:
+def _summarize(values: torch.Tensor, num_timesteps: int | None) -> BoundEvaluation:
     """Of the table of shape `(num_samples, N, columns)`."""
     columns = dict(zip(_COLUMNS, values.unbind(-1), strict=True))
     total = columns["prior"] + columns["reconstruction"] + columns["diffusion"]

@@ -39,7 +39,7 @@ class OdeEvaluation:
         stderr_bpd (`float`): its standard error as an estimate for the *population* that the images are drawn from, by
             their spread; NaN for a single image.
         draws_stderr_bpd (`float`): its standard error as an estimate for *these* images, by the spread of the repeats
-            (dequantisation, probes); NaN for a single one.
+            (dequantization, probes); NaN for a single one.
         num_images, num_samples, num_importance_samples, num_probes (`int`): N, repeats, K and P.
         dequantization, divergence (`str`): as asked for.
         gamma_start, gamma_end (`float`): where the ODE started and ended.

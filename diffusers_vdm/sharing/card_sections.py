@@ -171,7 +171,7 @@ def likelihood_section(run: RunRecord) -> str:
         text += " Decoder: softmax over the levels at γ(0), of x = 2(k + ½)/levels − 1."
     if any(m.convention == "ddpm" for m in run.measured):
         text += (
-            " DDPM's convention: x = 2k/(levels − 1) − 1, and the discretised Gaussian of index 0 as the decoder; it "
+            " DDPM's convention: x = 2k/(levels − 1) − 1, and the discretized Gaussian of index 0 as the decoder; it "
             "is not to be compared with the other one to the last digits."
         )
     histogram = number(run.description.get("histogram_bpd"))
@@ -295,7 +295,7 @@ def _facts(run: RunRecord) -> dict[str, str | None]:
         "scheduler": type(pipe.scheduler).__name__,
         "noise schedule": _noise_schedule(pipe),
         "objective": trained,
-        "optimiser steps": steps
+        "optimizer steps": steps
         and f"{steps}"
         + (f" of {total}: it was still being trained" if run.step and total and steps < total else "")
         + (f", of which {skipped} were skipped" if skipped else ""),

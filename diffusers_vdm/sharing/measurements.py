@@ -59,7 +59,7 @@ class Measurement:
         weights (`str`): which weights.
         convention (`"vdm"` or `"ddpm"`): map of levels to x, and decoder; see evaluation/all_terms.py.
         details (`dict`): what else the method depends on.
-        step (`int`, *optional*): optimiser step, where the number is of training.
+        step (`int`, *optional*): optimizer step, where the number is of training.
         is_final (`bool`): whether it is of the weights of the folder.
     """
 
@@ -90,7 +90,7 @@ class Measurement:
         """What was measured, in words."""
         if self.method == "ode":
             named = self.details.get("dequantization")
-            return "probability-flow ODE" + (f", {str(named).replace('_', '-')} dequantisation" if named else "")
+            return "probability-flow ODE" + (f", {str(named).replace('_', '-')} dequantization" if named else "")
         steps = "continuous time" if self.num_steps is None else f"T = {self.num_steps}"
         every = ", every term" if self.method == "vlb" else ""
         ddpm = ", DDPM's convention" if self.convention == "ddpm" else ""

@@ -65,7 +65,7 @@ def model_card(
             the card says less. It is loaded.
         repo_id (`str`, *optional*): name of the repository, for the code that loads it; "." if not given, which works
             within the folder.
-        license (`str`, *optional*): the Hub's identifier of the licence; none is claimed if not given.
+        license (`str`, *optional*): the Hub's identifier of the license; none is claimed if not given.
         datasets (`str` or sequence of them, *optional*): data sets of the Hub that the model was trained on, by
             default the one that options.json names.
         report (`str` or `os.PathLike`, *optional*): report of examples/evaluate.py, defaults to report.json of the
@@ -117,18 +117,18 @@ def save_model_card(folder: str | os.PathLike, *, overwrite: bool = False, **arg
 # ---- what a card is made of --------------------------------------------------------------------------------------
 
 
-def _check_arguments(repo_id: str | None, licence: str | None) -> None:
+def _check_arguments(repo_id: str | None, license: str | None) -> None:
     if repo_id is not None and not isinstance(repo_id, str):
         raise TypeError(f"repo_id must be a str like 'user/name', got {type(repo_id).__name__}.")
     if repo_id is not None and not repo_id.strip():
         raise ValueError("repo_id must not be empty; leave it out if there is no repository yet.")
-    check_license(licence)
+    check_license(license)
 
 
-def check_license(licence: str | None) -> None:
+def check_license(license: str | None) -> None:
     """`ValueError` for what cannot be an identifier of the Hub's."""
-    if licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
-        raise ValueError(f"license must be an identifier of the Hub like 'apache-2.0' or 'other', got {licence!r}.")
+    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
+        raise ValueError(f"license must be an identifier of the Hub like 'apache-2.0' or 'other', got {license!r}.")
 
 
 def _read(
@@ -220,13 +220,13 @@ def _checked_datasets(datasets: str | Sequence[str] | None, data: DataName | Non
 # ---- metadata ----------------------------------------------------------------------------------------------------
 
 
-def _metadata(run: RunRecord, licence: str | None, datasets: list[str]) -> ModelCardData:
+def _metadata(run: RunRecord, license: str | None, datasets: list[str]) -> ModelCardData:
     """What the Hub reads: only numbers of the weights that are here, on data that have a name."""
     results = [_result(m) for m in run.claimed]
     kind = {"vdm": ["variational-diffusion-model"], "ddpm": ["ddpm"]}.get(str(run.options.get("objective")), [])
     conditional = ["class-conditional"] if run.pipe.unet.config.num_class_embeds is not None else []
     return ModelCardData(
-        license=licence,
+        license=license,
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
         tags=["diffusers_vdm", *kind, "likelihood", *conditional],

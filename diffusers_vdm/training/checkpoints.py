@@ -160,11 +160,11 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-# ---- optimisers --------------------------------------------------------------------------------------------------
+# ---- optimizers --------------------------------------------------------------------------------------------------
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimiser's moments and counters as flat tensors, `"{parameter index}.{name}"`."""
+    """The optimizer's moments and counters as flat tensors, `"{parameter index}.{name}"`."""
     state = optimizer.state_dict()["state"]
     return {f"{i}.{name}": torch.as_tensor(value) for i, entry in state.items() for name, value in entry.items()}
 
@@ -185,7 +185,7 @@ def rate_state(lr_scheduler: torch.optim.lr_scheduler.LRScheduler) -> dict[str, 
 
 
 def load_rate_state(lr_scheduler: torch.optim.lr_scheduler.LRScheduler, state: dict[str, Any]) -> None:
-    """Puts back what [`rate_state`] took, in the schedule and in its optimiser."""
+    """Puts back what [`rate_state`] took, in the schedule and in its optimizer."""
     lr_scheduler.load_state_dict({**lr_scheduler.state_dict(), **state})
     for group, rate in zip(lr_scheduler.optimizer.param_groups, state["_last_lr"], strict=True):
         group["lr"] = rate

@@ -178,7 +178,7 @@ class Run:
         return time.perf_counter() - clock
 
     def train_step(self) -> None:
-        """One optimiser step on what `fetch` got."""
+        """One optimizer step on what `fetch` got."""
         parts, self.next_inputs = self.next_inputs, []
         for seed, inputs in parts:
             inputs = {k: v.to(self.accelerator.device, non_blocking=True) for k, v in inputs.items()}
