@@ -13,8 +13,9 @@ SAMPLE_FLAGS ?= --model $(DEMO_DIR) --num_images 100 --seed 1 --output $(DEMO_DI
 LAUNCH_FLAGS ?= --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
                 --num_cpu_threads_per_process $(THREADS)
 
-# More flags for pytest: `make test PYTEST_FLAGS="-n 2 -x"`.
-PYTEST_FLAGS ?=
+# Flags for pytest: `make test PYTEST_FLAGS="-n 2 -k hub"`. Two tests at a time, a thread each: many start processes and wait.
+PYTEST_FLAGS ?= -n 2 --dist worksteal
+test test-slow test-all test-oldest: export OMP_NUM_THREADS = 1
 
 # The newest pins need Python 3.11; the oldest ones install on 3.10 too.
 CONSTRAINTS ?= $(shell $(PYTHON) -c "import sys; print('constraints.txt' if sys.version_info >= (3, 11) else 'constraints-oldest.txt')")

@@ -30,11 +30,19 @@ def _help() -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command by the command line, or by `arguments`; ends with code 2 for one that does not exist."""
     tolerate_any_encoding()
-    given = sys.argv[1:] if arguments is None else arguments
-    if not given or given[0] in ("-h", "--help"):
+    try:
+        _run(sys.argv[1:] if arguments is None else arguments, is_script=arguments is None)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+
+
+def _run(arguments: list[str], is_script: bool) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
         return
-    name, *rest = given
+    name, *rest = arguments
     if name == "--version":
         from .. import __version__
 
@@ -43,14 +51,9 @@ def main(arguments: list[str] | None = None) -> None:
     if name not in COMMANDS:
         print(f"diffusers-vdm: {name!r} is no command\n\n{_help()}", file=sys.stderr)
         raise SystemExit(2)
-    if arguments is None:
+    if is_script:
         sys.argv = [f"diffusers-vdm {name}", *rest]  # what argparse calls the program
-    try:
-        import_module(f".{name}", __package__).main(rest)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough, as `head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
+    import_module(f".{name}", __package__).main(rest)
 
 
 if __name__ == "__main__":

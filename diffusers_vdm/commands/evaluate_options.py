@@ -74,7 +74,7 @@ METHOD_OF = {
 
 def parse_options(description: str, arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked; wrong arguments end the program before any work starts."""
-    parser = option_parser("evaluate.py --model MODEL [options], see --help", description, OPTIONS)
+    parser = option_parser("%(prog)s --model MODEL [options], see --help", description, OPTIONS)
     add = parser.add_argument
     add(
         "--resume",

@@ -36,7 +36,7 @@ PRESET_DATA: dict[str, dict[str, str]] = {
 
 def parse_options(description: str, arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line, checked; wrong arguments end the program before any work starts."""
-    parser = option_parser("train.py [options], see --help", description, TRAIN_OPTIONS)
+    parser = option_parser("%(prog)s [options], see --help", description, TRAIN_OPTIONS)
     given = parser.parse_args(arguments)
     preset, data = PRESETS.get(given.preset, {}), PRESET_DATA.get(given.preset, {})
     if given.train_data_dir is None and given.dataset_name in (None, data.get("dataset_name")):
