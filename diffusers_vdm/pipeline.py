@@ -120,7 +120,7 @@ class VDMPipeline(DiffusionPipeline):
             where = os.fspath(pretrained_model_name_or_path)
             names = repository.names_in(folder)
             if repository.INDEX not in names:
-                raise OSError(f"{where} has no {repository.INDEX}: it is no pipeline.")
+                raise OSError(f"{where} has no {repository.INDEX}: it is not a pipeline.")
             repository.check_files(folder, cls._needed_files(folder, names, where, kwargs), where)
         return super().from_pretrained(pretrained_model_name_or_path, **{**kwargs, "use_safetensors": True})
 

@@ -274,7 +274,7 @@ def fetch(
     _check_sizes(listing.siblings, repo)
     if INDEX not in names:
         raise OSError(
-            f"{repo} has no {INDEX}: it is no pipeline. Components load by their own classes, as in "
+            f"{repo} has no {INDEX}: it is not a pipeline. Components load by their own classes, as in "
             f"VDMUNet2DModel.from_pretrained({repo!r})."
         )
     client = {"cache_dir": cache_dir, "token": token, "force_download": force_download}

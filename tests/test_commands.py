@@ -28,7 +28,7 @@ def test_help_lists_every_command(capsys):
 def test_a_command_that_does_not_exist(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["trian"])
-    assert stop.value.code == 2 and "'trian' is no command" in capsys.readouterr().err
+    assert stop.value.code == 2 and "'trian' is not a command" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -696,7 +696,7 @@ def test_arguments_that_are_refused(hub: HubServer, tmp_path: Path):
     with pytest.raises(OSError, match="neither a folder here nor a name that the Hub allows"):
         VDMPipeline.from_pretrained("no spaces please")
     hub.create("user/unet", {"config.json": b"{}"})
-    with pytest.raises(OSError, match="no model_index.json: it is no pipeline"):
+    with pytest.raises(OSError, match="no model_index.json: it is not a pipeline"):
         VDMPipeline.from_pretrained("user/unet", cache_dir=tmp_path)
 
 

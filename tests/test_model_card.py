@@ -370,7 +370,7 @@ def test_arguments_that_are_refused(tmp_path):
             model_card(folder, **arguments)
     with pytest.raises(ValueError, match="folder must be one that holds a saved pipeline"):
         model_card("user/not-a-folder")
-    with pytest.raises(OSError, match="it is no pipeline"):
+    with pytest.raises(OSError, match="it is not a pipeline"):
         model_card(tmp_path)
 
 

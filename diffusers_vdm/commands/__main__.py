@@ -49,7 +49,7 @@ def _run(arguments: list[str], is_script: bool) -> None:
         print(__version__)
         return
     if name not in COMMANDS:
-        print(f"diffusers-vdm: {name!r} is no command\n\n{_help()}", file=sys.stderr)
+        print(f"diffusers-vdm: {name!r} is not a command\n\n{_help()}", file=sys.stderr)
         raise SystemExit(2)
     if is_script:
         sys.argv = [f"diffusers-vdm {name}", *rest]  # what argparse calls the program

@@ -30,7 +30,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     names = ("repo_id", "license", "datasets", "report", "variant", "overwrite")
     try:
-        print(f"written: {save_model_card(options.folder, **{name: getattr(options, name) for name in names})}")
+        path = save_model_card(options.folder, **{name: getattr(options, name) for name in names})
+        print(f"written: {path}")
+        if options.report is None and not (path.parent / "report.json").is_file():
+            print(f"without a report; `diffusers-vdm evaluate --output {path.parent / 'report.json'}` writes one")
     except (ValueError, OSError) as error:
         text = str(error).replace("set overwrite=True", "give --overwrite")
         raise SystemExit(f"diffusers-vdm card: {text}") from error

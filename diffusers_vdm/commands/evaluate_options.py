@@ -48,7 +48,9 @@ OPTIONS: dict[str, list[Option]] = {
         Option("label_column", str, "column of the classes, found by its type if not given"),
         Option("image_mode", (None, "RGB", "L"), "convert images to it"),
         Option(
-            "frames", (None, "first", "all"), "which frames of files with several are images; refused if not given"
+            "frames",
+            (None, "first", "all"),
+            "frames of multi-frame files to use: the first, or all as separate images; refused if not given",
         ),
         Option("allow_shared", False, "go on where images of the split are in another split of the data set, too"),
         Option("resolution", int, "resize and crop to squares of this side", range=POSITIVE),
@@ -83,7 +85,7 @@ def parse_options(description: str, arguments: list[str] | None = None) -> argpa
     )
     add("--table", type=int, nargs="+", metavar="T", help="also estimate the bound at each of these T, and at ∞")
     add("--best_steps", type=int, nargs="+", metavar="T", help="vlb: also find the T timesteps with the best bound")
-    add("--timesteps", type=float, nargs="+", help="vlb: decreasing timesteps of one's own, instead of --num_steps")
+    add("--timesteps", type=float, nargs="+", help="vlb: your own decreasing timesteps, instead of --num_steps")
     args = parser.parse_args(arguments)
     try:
         if args.model is None:

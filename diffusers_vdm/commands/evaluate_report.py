@@ -79,6 +79,8 @@ def draw(output: Path, evaluation, result, parts: list[str]) -> None:
     def path(name: str) -> Path:
         return output.with_name(f"{output.stem}_{name}.png")
 
+    for name in ("by_gamma", "histogram", "most_likely", "most_unlikely"):  # of a report that this one replaces
+        path(name).unlink(missing_ok=True)
     if hasattr(result, "mse"):
         gammas = result.gamma_t if hasattr(result, "gamma_t") else result.gammas.expand_as(result.mse)
         terms = {term: getattr(result, f"{term}_bpd") for term in parts}

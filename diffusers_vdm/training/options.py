@@ -53,13 +53,15 @@ TRAIN_OPTIONS: dict[str, list[Option]] = {
         Option("label_column", str, "column of the classes, found by its type if not given"),
         Option("image_mode", (None, "RGB", "L"), "convert images to it"),
         Option(
-            "frames", (None, "first", "all"), "which frames of files with several are images; refused if not given"
+            "frames",
+            (None, "first", "all"),
+            "frames of multi-frame files to use: the first, or all as separate images; refused if not given",
         ),
         Option("allow_shared", False, "go on where held-out images are among the training images", may_change=True),
         Option(
             "skip_damaged",
             0,
-            "go on without up to so many training images that are damaged",
+            "leave out up to this many damaged training images",
             range=COUNT,
             may_change=True,
         ),
@@ -70,8 +72,10 @@ TRAIN_OPTIONS: dict[str, list[Option]] = {
             range=POSITIVE,
         ),
         Option("center_crop", False, "crop the middle instead of a place drawn once for each image"),
-        Option("random_flip", False, "flip half of the images, telling the network where it has the flag for it"),
-        Option("random_rotation", False, "turn three in four by 90, 180 or 270 degrees, telling it likewise"),
+        Option(
+            "random_flip", False, "flip half of the images, and set the augmentation flag of a network that has one"
+        ),
+        Option("random_rotation", False, "rotate three in four by 90, 180 or 270 degrees, and set the flag likewise"),
         Option("cache_dir", str, "cache of data sets", may_change=True, in_card=False),
         Option(
             "dataloader_num_workers",
@@ -134,7 +138,9 @@ TRAIN_OPTIONS: dict[str, list[Option]] = {
             range=POSITIVE,
         ),
         Option(
-            "importance_sampling", False, "draw t where the loss is large; for schedules whose inside is not learned"
+            "importance_sampling",
+            False,
+            "draw t where the loss is large; for noise schedules that are not learned between their ends",
         ),
         Option("learning_rate", float, "peak learning rate; the paper's 2e-4, for the digits 4e-3", range=POSITIVE),
         Option("gamma_learning_rate", float, "learning rate of γ; 10 × --learning_rate if not given", range=POSITIVE),
@@ -154,7 +160,7 @@ TRAIN_OPTIONS: dict[str, list[Option]] = {
         ),
         Option("ema_inv_gamma", 1.0, "inv_gamma of the warm-up 1 - (1 + step/inv_gamma)^-power", range=POSITIVE),
         Option("ema_power", 0.75, "power of that warm-up", range=POSITIVE),
-        Option("mixed_precision", ("no", "bf16", "fp16"), "of the network; γ and losses stay in float32 and better"),
+        Option("mixed_precision", ("no", "bf16", "fp16"), "of the network; γ and losses stay in float32 or better"),
         Option("allow_tf32", False, "TF32 matrix products; they move bits/dim"),
         Option("gradient_checkpointing", False, "less memory, more time", may_change=True),
         Option(
@@ -197,7 +203,7 @@ TRAIN_OPTIONS: dict[str, list[Option]] = {
         Option(
             "max_eval_images",
             int,
-            "use only so many held-out images, for every look but the last",
+            "held-out images of every evaluation but the last, which uses all of them",
             range=POSITIVE,
             may_change=True,
         ),
@@ -231,7 +237,7 @@ TRAIN_OPTIONS: dict[str, list[Option]] = {
         Option(
             "milestone_steps",
             int,
-            "keep the checkpoints at its multiples besides",
+            "also keep the checkpoints at multiples of this number",
             range=POSITIVE,
             may_change=True,
             in_card=False,
@@ -239,7 +245,7 @@ TRAIN_OPTIONS: dict[str, list[Option]] = {
         Option(
             "resume_from_checkpoint",
             str,
-            "'latest' (a new run if none), 'last-checkpoint', also of the Hub, or a folder",
+            "'latest' (a new run if there is none), 'last-checkpoint' (also from the Hub), or a folder",
             may_change=True,
             in_card=False,
         ),
@@ -276,7 +282,7 @@ TRAIN_OPTIONS: dict[str, list[Option]] = {
         Option(
             "hub_strategy",
             ("end", "every_save", "checkpoint"),
-            "in the end, with each checkpoint, or also the checkpoint",
+            "upload at the end, with each checkpoint, or with each checkpoint and including it",
             may_change=True,
             in_card=False,
         ),
