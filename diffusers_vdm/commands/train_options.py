@@ -126,8 +126,8 @@ def check_output_dir(args: argparse.Namespace) -> None:
     holds = any((folder / name).exists() for name in ("metrics.jsonl", "model_index.json"))
     if holds and not (args.overwrite_output_dir or own):
         raise ValueError(
-            f"--output_dir {folder} holds another run; continue it with --resume_from_checkpoint latest, replace it with "
-            "--overwrite_output_dir, or name another folder"
+            f"--output_dir {folder} holds another run; continue it with --resume_from_checkpoint latest, replace it "
+            "with --overwrite_output_dir, or name another folder"
         )
 
 
