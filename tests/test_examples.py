@@ -248,7 +248,8 @@ def foreign(tmp_path):
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
     from test_images import picture, write_folder
 
-    data = write_folder(tmp_path / "data", [picture(np.random.default_rng(0)) for _ in range(8)])
+    rng = np.random.default_rng(0)
+    data = write_folder(tmp_path / "data", [picture(rng) for _ in range(8)])
     torch.manual_seed(0)
     unet = UNet2DModel(
         sample_size=8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=2,
