@@ -54,7 +54,7 @@ class Evaluation:
         self.partial = partial_folder(args)
         self.folders: list[Path] = []
         self.shared = {
-            "class_labels": self.data.labels if self.unet.config.get("num_class_embeds") is not None else None,
+            "class_labels": None if num_classes is None else self.data.labels,
             "batch_size": args.batch_size,
             "seed": args.seed,
             "accelerator": accelerator,
@@ -187,7 +187,6 @@ def measure(evaluation: Evaluation) -> tuple[object, dict]:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Measures, and writes the report."""
     """All processes of a run; nothing beside its report is read or written before no other run can."""
     import accelerate
     import torch
