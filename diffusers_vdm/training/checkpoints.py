@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import mmap
 import os
 import platform
 import re
@@ -18,7 +16,7 @@ from diffusers.utils import logging
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..files import write_atomically
+from ..files import file_digest, write_atomically
 from .options import option_names
 from .sharding import sharded_like
 
@@ -56,7 +54,7 @@ def save_checkpoint(
             path = temporary / f"{name}.safetensors"
             save_file({key: value.detach().cpu().contiguous() for key, value in group.items()}, path)
             _sync(path)
-            digests[path.name] = _digest(path)
+            digests[path.name] = file_digest(path)
         write_atomically(temporary / "state.json", json.dumps({**state, "step": step, "files": digests}, indent=2))
         for path in temporary.glob("*.safetensors"):  # written for the owner alone, unlike the JSON
             shutil.copymode(temporary / "state.json", path)
@@ -103,7 +101,7 @@ def load_checkpoint(folder: str | os.PathLike) -> tuple[dict[str, dict[str, torc
         state = json.loads(path.read_text(encoding="utf-8"))
         for name, digest in state["files"].items():
             path = folder / Path(name).name
-            if _digest(path) != digest:
+            if file_digest(path) != digest:
                 raise ValueError("its content is not what was written")
             tensors[path.stem] = load_file(path)
     except (ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
@@ -151,13 +149,6 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        digest.update(content)
-    return digest.hexdigest()
 
 
 # ---- optimizers --------------------------------------------------------------------------------------------------
