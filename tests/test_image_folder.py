@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import zipfile
 from pathlib import Path
@@ -639,6 +640,25 @@ def test_sets_of_files_that_are_not_whole_are_refused(tmp_path, names, message):
         path.write_bytes(png(2) if name.endswith(".png") else content)
     with pytest.raises(ValueError, match=message):
         open_source(str(tmp_path / "data"), "train", cache_dir=str(tmp_path / "cache"))
+
+
+def test_a_slice_of_what_save_to_disk_wrote_has_the_classes_of_its_whole_split(tmp_path):
+    def saved(count):
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+        rows = {"image": [{"bytes": png(i), "path": None} for i in range(count)], "label": list(range(count))}
+        return datasets.Dataset.from_dict(rows, features=features)
+
+    datasets.DatasetDict({"train": saved(6), "test": saved(2)}).save_to_disk(str(tmp_path / "data"))
+    shutil.copy(tmp_path / "data/train/data-00000-of-00001.arrow", tmp_path / "data/train/cache-1.arrow")  # of `map`
+    data = load_images(str(tmp_path / "data"), "train[:2]", label_column="label", **QUIET)
+    assert indices(data) == [0, 1] and data.num_classes == 6
+
+
+def test_the_fingerprint_of_a_stream_is_of_all_its_splits(tmp_path):
+    path = write(tmp_path / "data", "train/1.png", "train/2.png", "test/3.png")
+    one = ImageStream(path, "train+test", is_folder=True, cache_dir=str(tmp_path / "cache")).fingerprint
+    (tmp_path / "data" / "test" / "3.png").write_bytes(png(3, (40, 40)))
+    assert ImageStream(path, "train+test", is_folder=True, cache_dir=str(tmp_path / "cache")).fingerprint != one
 
 
 @pytest.mark.parametrize("cropped", [False, True])

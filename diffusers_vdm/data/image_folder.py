@@ -21,6 +21,8 @@ from typing import Any
 
 from PIL import Image
 
+from ..files import file_digest
+
 # the words that name a split, as in `datasets`
 SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -63,6 +65,10 @@ class FolderSplit:
     def num_rows(self) -> int:
         return len(next(iter(self.columns.values()), ()))
 
+    def column(self, name: str) -> list:
+        """A value for each row, `None` where this split lacks the column."""
+        return self.columns.get(name) or [None] * self.num_rows
+
 
 @dataclass(frozen=True)
 class ImageFolder:
@@ -84,15 +90,14 @@ class ImageFolder:
         """
         import datasets
 
-        rows = [(name, i) for name, start, stop in self._parts(split) for i in range(start, stop)]
-        used = dict.fromkeys(name for name, _ in rows)
-        names = dict.fromkeys(column for name in used for column in self.splits[name].columns)
-        if not names:  # a slice without an image
-            names = dict.fromkeys(column for part in self.splits.values() for column in part.columns)
+        parts = [(self.splits[name], slice(start, stop)) for name, start, stop in self._parts(split) if start < stop]
+        # all columns for a slice without an image
+        used = [part for part, _ in parts] or self.splits.values()
+        names = dict.fromkeys(column for part in used for column in part.columns)
         images = {column for part in self.splits.values() for column in part.image_columns}
         columns, features, stamps = {}, {}, []
         for column in names:
-            values = [self.splits[name].columns.get(column, _Nothing())[i] for name, i in rows]
+            values = [value for part, rows in parts for value in part.column(column)[rows]]
             if column in images:
                 columns[column] = [None if value is None else os.path.join(self.path, value) for value in values]
                 features[column] = datasets.Image()
@@ -122,10 +127,11 @@ class ImageFolder:
         return f"{used} of {total} files of {self.path} ({split}) are used" + (f"; {'; '.join(why)}" if why else "")
 
     def listing(self, split: str) -> str:
-        """Digest of the names, sizes and classes of the files of a split, wherever the folder lies."""
-        part = self.splits[split_names(split)[0]]
-        rows = [[f, self.stamps[f][0] if f else None] for c in part.image_columns for f in part.columns[c]]
-        text = json.dumps([rows, self.class_names, part.columns.get("label")], default=str)
+        """Digest of the names, sizes and classes of the files of whole splits, wherever the folder lies."""
+        parts = [self.splits[name] for name, _, _ in self._parts(split)]
+        files = [file for part in parts for column in part.image_columns for file in part.columns[column]]
+        sizes = [[file, self.stamps[file][0] if file else None] for file in files]
+        text = json.dumps([sizes, self.class_names, [part.columns.get("label") for part in parts]], default=str)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def classes_in(self, split: str) -> set[int] | None:
@@ -142,47 +148,26 @@ class ImageFolder:
             for file in part.columns.get(column, ()):
                 if file is not None and split_of.setdefault(file, name) != name:
                     pairs.append((file, file))
-        by_size: dict[int, list[str]] = {}
-        for file in split_of:
-            size = self.stamps[file][0]
-            if size > 0:
-                by_size.setdefault(size, []).append(file)
-        for files in by_size.values():
-            if len({split_of[file] for file in files}) < 2:
-                continue
-            first_with: dict[bytes, str] = {}
-            for file in files:
-                first = first_with.setdefault(file_digest(os.path.join(self.path, file)), file)
-                if split_of[first] != split_of[file]:
-                    pairs.append((first, file))
-        return pairs
+        sizes = {file: self.stamps[file][0] for file in split_of}
+        return pairs + equal_files({file: size for file, size in sizes.items() if size}, self.path, split_of)
 
     def _parts(self, split: str) -> list[tuple[str, int, int]]:
         """(name, start, stop) of what a split such as `"train[:100]+test"` means."""
         lengths = {name: part.num_rows for name, part in self.splits.items()}
-        unknown = [name for name in split_names(split) if name not in lengths]
-        if unknown:
-            raise ValueError(
-                f"Unknown split {unknown[0]!r} of {self.path!r}; there are {sorted(lengths)}, by the names of the "
-                "folders at its top level."
-            )
-        return split_parts(split, lengths, self.path)
+        return split_parts(split, lengths, self.path, ", by the names of the folders at its top level")
 
 
-class _Nothing:
-    """A column that a split lacks."""
-
-    def __getitem__(self, i: int) -> None:
-        return None
-
-
-def split_parts(split: str, lengths: dict[str, int], path: str) -> list[tuple[str, int, int]]:
+def split_parts(split: str, lengths: dict[str, int], path: str, why: str = "") -> list[tuple[str, int, int]]:
     """(name, start, stop) of each part of a split such as `"train[:100]+test"`, of data with these lengths.
 
-    Raises: `ValueError` for what is no split or slice, and for parts that take an image twice.
+    Raises: `ValueError` for an unknown split, with `why` there are no others, for what is no split or slice, and for
+        parts that take an image twice.
     """
     import datasets
 
+    unknown = [name for name in split_names(split) if name not in lengths]
+    if unknown:
+        raise ValueError(f"Unknown split {unknown[0]!r} of {path!r}; there are {sorted(lengths)}{why}.")
     try:
         parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
     except (ValueError, AssertionError) as error:
@@ -203,10 +188,10 @@ def split_names(split: str) -> list[str]:
     return [re.sub(r"(\[.*|\(.*)$", "", part.strip()) for part in split.split("+")]
 
 
-def has_image_files(path: str | os.PathLike) -> bool:
-    """Whether a folder is one of loose image files, and not one of parquet, Arrow or tar files."""
+def has_image_files(files: Iterable[str]) -> bool:
+    """Whether they are loose image files, and not parquet, Arrow or tar files."""
     found = False
-    for file, _ in walk(Path(path)):
+    for file in files:
         suffix = posixpath.splitext(file)[1].lower()
         if suffix in (".parquet", ".arrow", ".tar") and posixpath.basename(file) not in METADATA_NAMES:
             return False
@@ -214,7 +199,7 @@ def has_image_files(path: str | os.PathLike) -> bool:
     return found
 
 
-def read_image_folder(path: str | os.PathLike) -> ImageFolder:
+def read_image_folder(path: str | os.PathLike, stamps: dict[str, tuple[int, ...]] | None = None) -> ImageFolder:
     """The splits, classes, metadata and files of a folder of images.
 
     - A folder at the top level with the name of a split ("train", "val", "test", …) holds that split. Without any, all
@@ -225,13 +210,17 @@ def read_image_folder(path: str | os.PathLike) -> ImageFolder:
       order, with its columns. `file_name` and `…_file_name` are paths relative to the metadata file.
     - Symbolic links are followed. Hidden files, and other files than images, are left out and counted.
 
+    Args:
+        path (`str` or `PathLike`): the folder.
+        stamps (`dict`, *optional*): what [`walk`] found there, if it was walked already.
+
     Raises: `ValueError` where the meaning of a folder is not clear, and where metadata cannot be read, lists an image
         twice or lists one that is not there.
     """
     root = Path(path)
     if not root.is_dir():
         raise ValueError(f"{str(path)!r} has no data files: there is no such folder.")
-    stamps = dict(walk(root))
+    stamps = walk(root) if stamps is None else stamps
     seen = [file for file in stamps if not any(part.startswith(_HIDDEN) for part in file.split("/"))]
     metadata = [file for file in seen if posixpath.basename(file) in METADATA_NAMES]
     rows = _metadata_rows(root, metadata, stamps)
@@ -265,9 +254,9 @@ def read_image_folder(path: str | os.PathLike) -> ImageFolder:
             reason = kind if kind == "hidden" else f"{_suffix(file)}: {kind}"
             reason = "links that lead nowhere" if stamps[file] == _NOWHERE else reason
             name = split_of(file)
-            for part in [splits[name]] if name in splits else []:
-                part.num_files += 1
-                part.left_out[reason] += 1
+            if name in splits:
+                splits[name].num_files += 1
+                splits[name].left_out[reason] += 1
     for part in splits.values():  # those at the top level could be of any split
         part.left_out += beside
         part.num_files += sum(beside.values())
@@ -285,8 +274,8 @@ def read_image_folder(path: str | os.PathLike) -> ImageFolder:
 # ---- files -------------------------------------------------------------------------------------------------------
 
 
-def walk(root: Path) -> list[tuple[str, tuple[int, ...]]]:
-    """(path with "/" relative to `root`, stamp) of every file, sorted; follows links."""
+def walk(root: str | os.PathLike) -> dict[str, tuple[int, ...]]:
+    """The stamp of every file by its path with "/" relative to `root`, sorted; follows links."""
     found = []
     real_root = os.path.realpath(root)
     # path, prefix of the names in it, real path, and the real paths of the root and the links above
@@ -315,7 +304,7 @@ def walk(root: Path) -> list[tuple[str, tuple[int, ...]]]:
                     found.append((name, stamp))
                 except OSError:  # a link that leads nowhere
                     found.append((name, _NOWHERE))
-    return sorted(found)
+    return dict(sorted(found))
 
 
 def _check_links(files: list[str], stamps: dict[str, tuple[int, ...]], path: str) -> None:
@@ -331,15 +320,28 @@ def _is_image(file: str) -> bool:
     return posixpath.splitext(file)[1].lower() in image_suffixes()
 
 
-def file_digest(path: str) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    try:
-        with open(path, "rb") as file:
-            for block in iter(lambda: file.read(1 << 20), b""):
-                digest.update(block)
-    except OSError:
-        return os.urandom(16)  # what cannot be read is like nothing else; to decode it says so
-    return digest.digest()
+def equal_files(
+    sizes: dict[str, int], root: str | os.PathLike = "", split_of: dict[str, str] | None = None
+) -> list[tuple[str, str]]:
+    """Pairs (first, other) of files below `root` that hold the same bytes; with `split_of` only of two splits.
+
+    Files are read only where another one, of another split, has the same size. `sizes` are in bytes.
+    """
+    split_of = {file: file for file in sizes} if split_of is None else split_of
+    by_size: dict[int, list[str]] = {}
+    for file, size in sizes.items():
+        by_size.setdefault(size, []).append(file)
+    pairs = []
+    for files in by_size.values():
+        first_with: dict[str, str] = {}
+        for file in files if len({split_of[file] for file in files}) > 1 else ():
+            try:
+                first = first_with.setdefault(file_digest(os.path.join(root, file)), file)
+            except OSError:  # what cannot be read is like nothing else; to decode it says so
+                continue
+            if split_of[first] != split_of[file]:
+                pairs.append((first, file))
+    return pairs
 
 
 # ---- splits and classes ------------------------------------------------------------------------------------------

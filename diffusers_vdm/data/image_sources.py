@@ -11,6 +11,7 @@ import posixpath
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,7 @@ from .image_files import MODES, read_content
 from .image_folder import (
     METADATA_NAMES,
     SPLIT_WORDS,
-    ImageFolder,
-    file_digest,
+    equal_files,
     has_image_files,
     image_suffixes,
     read_image_folder,
@@ -82,22 +82,31 @@ def open_source(
         splits, or it is not clear which column holds the images or the classes; `OSError` for what the network or the
         disk reports.
     """
-    folder = _image_folder(path, is_folder)
-    if folder is not None:
+    stamps = _stamps_of(path)
+    state, folder = _state_of(path, stamps), None
+    if is_folder or _is_image_folder(path, stamps):
+        folder = read_image_folder(path, stamps)
         if config_name is not None:
             raise ValueError(f"config_name must be None for a folder of images, got {config_name!r} for {path!r}.")
-        data, files = folder.dataset(split), folder.summary(split)
-        lengths = {name: part.num_rows for name, part in folder.splits.items()}
+        lengths, rows_of = {name: part.num_rows for name, part in folder.splits.items()}, folder.dataset
     elif _is_saved_to_disk(path):
-        data, lengths = _saved_to_disk(path, split)
-        files = f"{len(data)} images of {path} ({split}) are used"
+        saved = _saved_to_disk(path)
+        lengths, rows_of = {name: len(part) for name, part in saved.items()}, partial(_rows_on_disk, saved, path)
     else:
-        data = _open_dataset(path, split, config_name, cache_dir, streaming)
+        cache = _cache_of(state, cache_dir)
+        lengths, rows_of = (
+            None,
+            partial(_open_dataset, path, config_name=config_name, cache=cache, streaming=streaming),
+        )
+    data = rows_of(split)
+    if lengths is None:
         lengths = {name: part.num_examples or 0 for name, part in (data.info.splits or {}).items()}
-        count = "all" if streaming else len(data)
-        files = f"{count} images of {path} ({split}) are used"
+    num_rows = len(data) if hasattr(data, "__len__") else None
+    count = "all" if num_rows is None else num_rows
+    files = folder.summary(split) if folder is not None else f"{count} images of {path} ({split}) are used"
     # what a stream declares may be nothing, or wrong
-    parts: list[tuple[str, int, float]] = [(name, 0, math.inf) for name in split_names(split)]
+    own_splits = list(dict.fromkeys(split_names(split)))
+    parts: list[tuple[str, int, float]] = [(name, 0, math.inf) for name in own_splits]
     if lengths and (folder is not None or not streaming or all(lengths.values())):
         parts = split_parts(split, lengths, path)
     image_column, label_column, declared_mode = find_columns(data, image_column, label_column)
@@ -111,14 +120,23 @@ def open_source(
     classes = folder.classes_in(split) if folder is not None and label_column == "label" and names else None
     count = len(names) if names else None
     if label_column and not names and (folder is not None or not streaming):
-        count = _count_classes(data, label_column, folder, path, split, config_name, cache_dir)
-    num_rows = len(data) if hasattr(data, "__len__") else None
-    listing = None if folder is None else folder.listing(split)
+        count = _count_classes(rows_of("+".join(own_splits)) if "[" in split else data, label_column)
     if num_rows is not None and streaming:
         data = data.to_iterable_dataset()
-    classes = None if classes is None else frozenset(classes)
-    columns = (image_column, label_column, declared_mode)
-    return ImageSource(data, *columns, names, count, files, tuple(parts), classes, num_rows, listing, _state_of(path))
+    return ImageSource(
+        data=data,
+        image_column=image_column,
+        label_column=label_column,
+        image_mode=declared_mode,
+        class_names=names,
+        num_classes=count,
+        files=files,
+        parts=tuple(parts),
+        classes_in_split=None if classes is None else frozenset(classes),
+        num_rows=num_rows,
+        listing=folder.listing(split) if folder is not None and streaming else None,
+        state=state,
+    )
 
 
 def overlap(parts: Iterable[tuple[str, int, float]], others: Iterable[tuple[str, int, float]]) -> float:
@@ -131,13 +149,14 @@ def overlap(parts: Iterable[tuple[str, int, float]], others: Iterable[tuple[str,
     )
 
 
-def _image_folder(path: str, is_folder: bool) -> ImageFolder | None:
-    """A folder of image files, also where it is given as the copy of a data set; `None` for any other data set."""
-    if is_folder:
-        return read_image_folder(path)
-    if os.path.isdir(path) and not _declares_files(path) and has_image_files(path):
-        return read_image_folder(path)
-    return None
+def _stamps_of(path: str) -> dict[str, tuple[int, ...]] | None:
+    """The files of a local data set and their stamps; `None` for a name on the Hub."""
+    return walk(path) if os.path.isdir(path) else None
+
+
+def _is_image_folder(path: str, stamps: dict[str, tuple[int, ...]] | None) -> bool:
+    """Whether the copy of a data set is a folder of image files."""
+    return stamps is not None and not _declares_files(path) and has_image_files(stamps)
 
 
 def _declares_files(path: str | os.PathLike) -> bool:
@@ -153,12 +172,12 @@ def _declares_files(path: str | os.PathLike) -> bool:
 # ---- other data sets ---------------------------------------------------------------------------------------------
 
 
-def _open_dataset(path: str, split: str, config_name: str | None, cache_dir: str | None, streaming: bool) -> Any:
+def _open_dataset(path: str, split: str, *, config_name: str | None, cache: str | None, streaming: bool) -> Any:
     """The `datasets.Dataset`, or `IterableDataset` if `streaming`, of a name on the Hub or a folder of data files."""
     import datasets
 
     where = f"{path!r} ({split})"
-    options: dict[str, Any] = {"cache_dir": _cache_of(path, cache_dir)}
+    options: dict[str, Any] = {"cache_dir": cache}
     if int(datasets.__version__.split(".")[0]) < 4:
         options["trust_remote_code"] = False  # later versions run none
     try:
@@ -183,9 +202,8 @@ def _open_dataset(path: str, split: str, config_name: str | None, cache_dir: str
         raise ValueError(f"{where} cannot be read: {_one_line(error)}") from error
 
 
-def _cache_of(path: str, cache_dir: str | None) -> str | None:
+def _cache_of(state: str | None, cache_dir: str | None) -> str | None:
     """A cache of its own for each state of a local data set, which `datasets` may know by its last folder alone."""
-    state = _state_of(path)
     if state is None:
         return cache_dir
     import datasets
@@ -193,12 +211,11 @@ def _cache_of(path: str, cache_dir: str | None) -> str | None:
     return str(Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser() / "local_data_sets" / state)
 
 
-def _state_of(path: str) -> str | None:
+def _state_of(path: str, stamps: dict[str, tuple[int, ...]] | None) -> str | None:
     """Digest of where a local data set lies, and of the names, sizes and times of all its files."""
-    if not os.path.isdir(path):
+    if stamps is None:
         return None
-    stamps = [[name, *stamp] for name, stamp in walk(Path(path))]
-    text = json.dumps([os.path.realpath(path), stamps])
+    text = json.dumps([os.path.realpath(path), [[name, *stamp] for name, stamp in stamps.items()]])
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
@@ -206,8 +223,8 @@ def _is_saved_to_disk(path: str) -> bool:
     return any((Path(path) / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
-def _saved_to_disk(path: str, split: str) -> tuple[Any, dict[str, int]]:
-    """The rows of a split, or a slice, of what `save_to_disk` wrote, and the lengths of all splits.
+def _saved_to_disk(path: str) -> dict[str, Any]:
+    """The splits of what `save_to_disk` wrote.
 
     `datasets.load_dataset` would take every Arrow file in the folder, those that `map` has cached there included.
     """
@@ -217,14 +234,16 @@ def _saved_to_disk(path: str, split: str) -> tuple[Any, dict[str, int]]:
         loaded = datasets.load_from_disk(path)
     except Exception as error:  # whatever Arrow makes of a damaged file
         raise ValueError(f"{path!r} cannot be read: {_one_line(error)}") from error
-    single = {str(loaded.split or "train"): loaded} if isinstance(loaded, datasets.Dataset) else None
-    splits = single or {str(name): data for name, data in loaded.items()}
-    lengths = {name: len(data) for name, data in splits.items()}
-    unknown = [name for name in split_names(split) if name not in (*lengths, "all")]
-    if unknown:
-        raise ValueError(f"Unknown split {unknown[0]!r} of {path!r}; there are {sorted(lengths)}.")
-    parts = split_parts(split, lengths, path)
-    return datasets.concatenate_datasets([splits[name].select(range(a, b)) for name, a, b in parts]), lengths
+    if isinstance(loaded, datasets.Dataset):
+        return {str(loaded.split or "train"): loaded}
+    return {str(name): data for name, data in loaded.items()}
+
+
+def _rows_on_disk(splits: dict[str, Any], path: str, split: str) -> Any:
+    import datasets
+
+    parts = split_parts(split, {name: len(data) for name, data in splits.items()}, path)
+    return datasets.concatenate_datasets([splits[name].select(range(a, b)) for name, a, b in parts])
 
 
 class _SplitError(ValueError):
@@ -283,10 +302,8 @@ def check_data_files(builder: Any, path: str) -> None:
 
 def _check_whole(files: list[str], path: str) -> None:
     """`ValueError` where a file is there twice, or a numbered set of files is not complete."""
-    by_size: dict[int, list[str]] = {}
     numbered: dict[tuple[str, int], list[int]] = {}
     for file in files:
-        by_size.setdefault(os.path.getsize(file), []).append(file)
         found = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})(.*)", _short(file, path))
         if found:
             numbered.setdefault((found[1], int(found[3])), []).append(int(found[2]))
@@ -296,14 +313,10 @@ def _check_whole(files: list[str], path: str) -> None:
             raise _SplitError(f"{path!r} lacks file {missing[0]} of the {total} that make up {name!r}; fetch it.")
         if len(numbers) > total:
             raise _SplitError(f"{path!r} has {len(numbers)} files of {name!r}, which are {total}; remove the others.")
-    for same in by_size.values():
-        first_with: dict[bytes, str] = {}
-        for file in same if len(same) > 1 else ():
-            first = first_with.setdefault(file_digest(file), file)
-            if first != file:
-                raise _SplitError(
-                    f"{path!r} holds one file twice, {_short(first, path)!r} and {_short(file, path)!r}; remove one."
-                )
+    for first, file in equal_files({file: os.path.getsize(file) for file in files}):
+        raise _SplitError(
+            f"{path!r} holds one file twice, {_short(first, path)!r} and {_short(file, path)!r}; remove one."
+        )
 
 
 def _short(file: str, root: str | None = None) -> str:
@@ -383,19 +396,8 @@ def class_names_of(data: Any, label_column: str | None) -> tuple[str, ...] | Non
     return tuple(names) if names else None
 
 
-def _count_classes(
-    data: Any,
-    column: str,
-    folder: ImageFolder | None,
-    path: str,
-    split: str,
-    config_name: str | None,
-    cache_dir: str | None,
-) -> int | None:
-    """One more than the largest class of the whole split that `split` is a part of, for classes without names."""
-    if "[" in split:
-        whole = "+".join(dict.fromkeys(re.sub(r"\[.*?\]", "", part.strip()) for part in split.split("+")))
-        data = folder.dataset(whole) if folder else _open_dataset(path, whole, config_name, cache_dir, False)
+def _count_classes(data: Any, column: str) -> int | None:
+    """One more than the largest class, for classes without names."""
     labels = [label for label in data[column][:] if isinstance(label, int)]
     return max(labels) + 1 if labels and max(labels) >= 0 else None
 
@@ -435,7 +437,7 @@ def shared_with_other_splits(path: str, split: str, *, progress_bar: bool = True
     Splits without such files are left out. A folder of images is compared when it is opened, and not here. `options`
     are those of [`open_source`].
     """
-    if _image_folder(path, bool(options.get("is_folder"))) is not None:
+    if options.get("is_folder") or _is_image_folder(path, _stamps_of(path)):
         return {}
     source = open_source(path, split, **options)
     own = {name for name, _, _ in source.parts}
