@@ -61,7 +61,7 @@ def check_shared(train, test) -> None:
 
 def _load(args: argparse.Namespace, progress_bar: bool):
     from ..data.image_stream import ImageStream
-    from ..data.images import ImageSet, load_digits_split, load_images
+    from ..data.images import load_digits_split, load_images
 
     if args.digits:
         return load_digits_split()
@@ -95,20 +95,4 @@ def _load(args: argparse.Namespace, progress_bar: bool):
         raise ValueError(f"--max_eval_images must say how many of {held_out.name} to take: nobody declared its number")
     if not stream.num_images and (args.num_epochs or args.save_images_epochs or args.save_model_epochs):
         raise ValueError(f"--num_train_images must tell the length of an epoch of {stream.name}: nobody declared it")
-    images, labels = held_out.batch(range(count))
-    if held_out.num_images is not None and held_out.num_images < count:  # known once its end has been read
-        count = held_out.num_images
-        images, labels = images[:count], None if labels is None else labels[:count]
-    test = ImageSet(
-        images,
-        labels,
-        256,
-        f"{held_out.name}, {count} images",
-        known_classes=held_out.num_classes,
-        class_names=held_out.class_names,
-        image_column=held_out.image_column,
-        label_column=held_out.label_column,
-        files=held_out.files,
-        parts=held_out.parts,
-    )
-    return stream, test
+    return stream, held_out.take(count)

@@ -53,20 +53,15 @@ class DecodedImage:
     digest: int
 
 
-def decode(*arguments: Any) -> np.ndarray:
-    """The pixels of [`decode_image`]."""
-    return decode_image(*arguments).pixels
-
-
-def decode_image(
+def decode(
     row: dict[str, Any] | None,
     mode: str | None,
     convert: bool,
     resolution: int | None = None,
     crop_key: tuple[int | str, ...] | None = None,
     frame: int | None = None,
-) -> DecodedImage:
-    """The image in one row of a column cast to `datasets.Image(decode=False)`.
+) -> np.ndarray:
+    """The image in one row of a column cast to `datasets.Image(decode=False)`, uint8 `(C, H, W)`.
 
     Taken are 8-bit grayscale and RGB. Always refused are more than 8 bits a value, as far as the file tells it (all of
     Pillow's deep modes; 16-bit colors in PNG, TIFF, PPM and SGI, but not in JPEG 2000 or AVIF), and images with
@@ -84,6 +79,26 @@ def decode_image(
 
     Raises: `ValueError` that says what came and why it is no data; it does not name the image, which the caller knows.
     """
+    return _pixels(_opened(row, mode, convert, frame), resolution, crop_key)
+
+
+def decode_image(
+    row: dict[str, Any] | None,
+    mode: str | None,
+    convert: bool,
+    resolution: int | None = None,
+    crop_key: tuple[int | str, ...] | None = None,
+    frame: int | None = None,
+) -> DecodedImage:
+    """As [`decode`], with a digest of all pixels before any crop."""
+    image = _opened(row, mode, convert, frame)
+    content = f"{image.mode} {image.size}".encode() + image.tobytes()
+    digest = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
+    return DecodedImage(_pixels(image, resolution, crop_key), digest)
+
+
+def _opened(row: dict[str, Any] | None, mode: str | None, convert: bool, frame: int | None) -> Image.Image:
+    """A whole image in `"L"` or `"RGB"`; arguments and errors are those of [`decode`]."""
     if mode is not None:
         check_image_mode(mode)
     content = read_content(row)
@@ -98,12 +113,12 @@ def decode_image(
             image = ImageOps.exif_transpose(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(
-            f"has too many pixels for Pillow ({_one_line(error)}); if the file can be trusted, raise "
+            f"has too many pixels for Pillow ({one_line(error)}); if the file can be trusted, raise "
             "PIL.Image.MAX_IMAGE_PIXELS."
         ) from error
     except Exception as error:  # Pillow raises whatever a damaged file leads it to
         raise DamagedImage(
-            f"cannot be decoded ({_one_line(error)}); the file is damaged, replace it or leave it out."
+            f"cannot be decoded ({one_line(error)}); the file is damaged, replace it or leave it out."
         ) from error
     if count > 1 and frame is None:
         raise ValueError(
@@ -123,10 +138,7 @@ def decode_image(
                 f"mode {image.mode!r} with transparent pixels (alpha {alpha}): what lies under them is arbitrary; "
                 "composite the files on a background of your choice."
             )
-    image = _converted(image, mode or image.mode, convert)
-    content = f"{image.mode} {image.size}".encode() + image.tobytes()
-    digest = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
-    return DecodedImage(_pixels(image, resolution, crop_key), digest)
+    return _converted(image, mode or image.mode, convert)
 
 
 def num_frames(row: dict[str, Any] | None) -> int:
@@ -169,7 +181,8 @@ def read_content(row: dict[str, Any] | None) -> bytes:
     return content
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """The message of an error, of Pillow or of datasets, without line breaks and addresses in memory."""
     text = re.sub(r"<_io\.BytesIO object at 0x[0-9a-f]+>", "its content", str(error))
     return " ".join(text.split())[:500] or type(error).__name__
 

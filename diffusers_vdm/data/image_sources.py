@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from .image_files import MODES, read_content
+from .image_files import MODES, one_line, read_content
 from .image_folder import (
     METADATA_NAMES,
     SPLIT_WORDS,
@@ -186,10 +186,10 @@ def _open_dataset(path: str, split: str, *, config_name: str | None, cache: str 
     except FileNotFoundError as error:
         raise ValueError(
             f"{where} has no data files; name a data set on the Hub, a folder of images or a folder of parquet files "
-            f"(datasets says: {_one_line(error)})."
+            f"(datasets says: {one_line(error)})."
         ) from error
     except datasets.exceptions.DatasetsError as error:
-        raise ValueError(f"{where} cannot be read: {_one_line(error.__cause__ or error)}") from error
+        raise ValueError(f"{where} cannot be read: {one_line(error.__cause__ or error)}") from error
     except _SplitError as error:
         raise ValueError(str(error)) from None
     except ValueError as error:
@@ -199,7 +199,7 @@ def _open_dataset(path: str, split: str, *, config_name: str | None, cache: str 
             raise ValueError(
                 f"Unknown split {split!r} of {path!r}.{str(error)[len(f'Bad split: {split}.') :]}"
             ) from error
-        raise ValueError(f"{where} cannot be read: {_one_line(error)}") from error
+        raise ValueError(f"{where} cannot be read: {one_line(error)}") from error
 
 
 def _cache_of(state: str | None, cache_dir: str | None) -> str | None:
@@ -233,7 +233,7 @@ def _saved_to_disk(path: str) -> dict[str, Any]:
     try:
         loaded = datasets.load_from_disk(path)
     except Exception as error:  # whatever Arrow makes of a damaged file
-        raise ValueError(f"{path!r} cannot be read: {_one_line(error)}") from error
+        raise ValueError(f"{path!r} cannot be read: {one_line(error)}") from error
     if isinstance(loaded, datasets.Dataset):
         return {str(loaded.split or "train"): loaded}
     return {str(name): data for name, data in loaded.items()}
@@ -334,12 +334,8 @@ def _files_on_the_hub(builder: Any) -> list[str]:
         system, folder = fsspec.core.url_to_fs(base)
         return [f"hf://{name}" if str(base).startswith("hf://") else name for name in system.find(folder)]
     except Exception as error:  # a Hub that cannot be asked, or a data set in the cache alone
-        logger.info(f"the files of {getattr(builder, 'repo_id', None)} cannot be listed: {_one_line(error)}")
+        logger.info(f"the files of {getattr(builder, 'repo_id', None)} cannot be listed: {one_line(error)}")
         return []
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500] or type(error).__name__
 
 
 # ---- columns and classes -----------------------------------------------------------------------------------------

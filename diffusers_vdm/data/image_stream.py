@@ -20,6 +20,7 @@ import torch
 from ..randomness import keyed_generator
 from .image_files import DamagedImage, check_image_mode, decode, row_name
 from .image_sources import check_label, missing_label, open_source
+from .images import ImageSet
 
 logger = logging.getLogger(__name__)
 
@@ -235,6 +236,25 @@ class ImageStream:
         pixels, labels = zip(*decoded, strict=True)
         images = torch.from_numpy(np.stack(pixels))
         return images, torch.tensor(labels, dtype=torch.int64) if self.has_labels else None
+
+    def take(self, count: int) -> ImageSet:
+        """The first `count` images of the order, or all of a split that holds fewer, kept in memory."""
+        images, labels = self.batch(range(count))
+        if self.num_images is not None and self.num_images < count:  # known once its end has been read
+            count = self.num_images
+            images, labels = images[:count], None if labels is None else labels[:count]
+        return ImageSet(
+            images,
+            labels,
+            self.num_levels,
+            f"{self.name}, {count} images",
+            known_classes=self.num_classes,
+            class_names=self.class_names,
+            image_column=self.image_column,
+            label_column=self.label_column,
+            files=self.files,
+            parts=self.parts,
+        )
 
     # ---- which row stands where ----------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import os
 import shutil
 import struct
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,15 @@ from tqdm.auto import tqdm
 
 from ..files import whole_file
 from ..threads import in_order
-from .image_files import DamagedImage, DecodedImage, check_frames, check_image_mode, decode_image, num_frames, row_name
+from .image_files import (
+    DamagedImage,
+    DecodedImage,
+    check_frames,
+    check_image_mode,
+    decode_image,
+    num_frames,
+    row_name,
+)
 from .image_sources import MAX_CLASSES, ImageSource, check_label, missing_label, open_source
 
 logger = logging.getLogger(__name__)
@@ -236,30 +244,43 @@ def load_images(
             "frames": frames, "skip_damaged": skip_damaged,
         }  # fmt: skip
         folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser() / "decoded_images"
-        result = _stored(folder, pixels_of, name, decoded)
+        stored = _stored(folder, pixels_of, name, decoded)
     else:
-        new = decoded()
-        images, digests = torch.empty(new.shape, dtype=torch.uint8), []
-        for target, image in zip(images, new.images, strict=True):
-            target.copy_(torch.from_numpy(image.pixels))
-            digests.append(image.digest)
-        result = ImageSet(images, new.labels, 256, name, damaged=tuple(new.damaged), digests=torch.tensor(digests))
-    files = source.files + (f", but for {len(result.damaged)} that are damaged" if result.damaged else "")
-    for reason in result.damaged:
+        stored = _in_memory(decoded())
+    for reason in stored.damaged:
         logger.warning(f"left out: {reason}")
     classes = source.classes_in_split
-    if classes is None and result.labels is not None and "[" not in split:
-        classes = frozenset(result.labels.tolist())
-    return _replaced(
-        result,
+    if classes is None and stored.labels is not None and "[" not in split:
+        classes = frozenset(stored.labels.tolist())
+    result = ImageSet(
+        stored.images,
+        stored.labels,
+        256,
+        name,
         known_classes=source.num_classes,
         class_names=source.class_names,
         classes_in_split=classes,
         image_column=source.image_column,
         label_column=source.label_column,
-        files=files,
+        files=source.files + (f", but for {len(stored.damaged)} that are damaged" if stored.damaged else ""),
+        damaged=stored.damaged,
         parts=source.parts,
+        digests=stored.digests,
     )
+    if stored.fingerprint is not None:
+        vars(result)["fingerprint"] = stored.fingerprint  # a property that is taken once; never of a part of the set
+    return result
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Decoded images in memory, or mapped into it: what an [`ImageSet`] has of them, and the hash if it is known."""
+
+    images: torch.Tensor
+    labels: torch.Tensor | None
+    digests: torch.Tensor
+    damaged: tuple[str, ...]
+    fingerprint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -283,12 +304,12 @@ def _path_stamps(rows: Any, column: str) -> str:
     return digest.hexdigest()
 
 
-def _replaced(data: ImageSet, **fields: Any) -> ImageSet:
-    """`dataclasses.replace` for fields that are not pixels, with the fingerprint if it has been taken."""
-    new = replace(data, **fields)
-    if "fingerprint" in vars(data):
-        vars(new)["fingerprint"] = data.fingerprint
-    return new
+def _in_memory(new: _Decoded) -> _Stored:
+    images, digests = torch.empty(new.shape, dtype=torch.uint8), []
+    for target, image in zip(images, new.images, strict=True):
+        target.copy_(torch.from_numpy(image.pixels))
+        digests.append(image.digest)
+    return _Stored(images, new.labels, torch.tensor(digests), tuple(new.damaged))
 
 
 def _find_damaged(
@@ -345,7 +366,7 @@ def _stored(
     pixels_of: dict[str, Any],
     name: str,
     decoded: Callable[[], _Decoded],
-) -> ImageSet:
+) -> _Stored:
     """The images of the file in `folder` that belongs to `pixels_of`; written first, by one process, if need be."""
     from filelock import FileLock
 
@@ -364,7 +385,7 @@ def _stored(
     return data
 
 
-def _read_cache(path: Path, name: str, warn: bool = True) -> ImageSet | None:
+def _read_cache(path: Path, name: str, warn: bool = True) -> _Stored | None:
     """The images of a file, mapped into memory; `None` if there is none, or, with a warning, if it is damaged."""
     if not path.exists():
         return None
@@ -377,9 +398,7 @@ def _read_cache(path: Path, name: str, warn: bool = True) -> ImageSet | None:
         if warn:
             logger.warning(f"the decoded images in {path} are damaged ({error}); {name} is decoded again.")
         return None
-    data = ImageSet(images, labels, 256, name, damaged=tuple(json.loads(metadata["damaged"])), digests=digests)
-    vars(data)["fingerprint"] = metadata["fingerprint"]  # a property that is taken once; never of a part of the set
-    return data
+    return _Stored(images, labels, digests, tuple(json.loads(metadata["damaged"])), metadata["fingerprint"])
 
 
 def _write_cache(
