@@ -8,7 +8,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from ..training.options import POSITIVE, Option
+from ..training.options import POSITIVE, Option, train_option
 from .options import check_ranges, image_arguments, option_parser
 
 OPTIONS: dict[str, list[Option]] = {
@@ -37,25 +37,18 @@ OPTIONS: dict[str, list[Option]] = {
         Option("num_probes", 1, "ode: vectors of noise for hutchinson", range=POSITIVE),
         Option("rtol", 1e-05, "ode: relative error of a step", range=POSITIVE),
         Option("atol", 1e-05, "ode: absolute error of a step, of z and of nats per dimension", range=POSITIVE),
-        Option("seed", 0, "key of all randomness"),
+        train_option("seed"),
     ],
     "data": [
         Option("dataset_name", str, "data set on the Hub, or a local copy; the bundled digits if nothing is given"),
-        Option("dataset_config_name", str, "configuration of the data set"),
+        train_option("dataset_config_name"),
         Option("data_dir", str, "folder of image files, instead of --dataset_name"),
         Option("split", "test", "slices allowed: test[:500]"),
-        Option("image_column", str, "column of the images, found by its type if not given"),
-        Option("label_column", str, "column of the classes, found by its type if not given"),
-        Option("image_mode", (None, "RGB", "L"), "convert images to it"),
-        Option(
-            "frames",
-            (None, "first", "all"),
-            "frames of multi-frame files to use: the first, or all as separate images; refused if not given",
-        ),
+        *(train_option(name) for name in ("image_column", "label_column", "image_mode", "frames")),
         Option("allow_shared", False, "go on where images of the split are in another split of the data set, too"),
         Option("resolution", int, "resize and crop to squares of this side", range=POSITIVE),
         Option("center_crop", False, "crop the middle instead of a place drawn for each image"),
-        Option("cache_dir", str, "cache of data sets"),
+        train_option("cache_dir"),
     ],
     "work": [
         Option("batch_size", 128, "images at once; no number depends on it", range=POSITIVE),

@@ -300,6 +300,11 @@ TRAIN_OPTIONS: dict[str, list[Option]] = {
 }
 
 
+def train_option(name: str) -> Option:
+    """The row of an option of training, for another command where it means the same."""
+    return next(row for rows in TRAIN_OPTIONS.values() for row in rows if row.name == name)
+
+
 def option_names(**values: bool) -> frozenset[str]:
     """The options of training with these values of their fields, as `may_change=True`."""
     rows = [row for rows in TRAIN_OPTIONS.values() for row in rows]
