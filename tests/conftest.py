@@ -25,6 +25,17 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(20210701)
 
 
+@pytest.fixture(scope="module")
+def hub():
+    """A Hub on this machine; `hub.reset()` empties it."""
+    import hub_server
+
+    hub = hub_server.HubServer()
+    yield hub
+    hub.shutdown()
+    hub.server_close()
+
+
 @pytest.fixture(autouse=True)
 def poisoned_global_rng(request):
     salt = os.environ.get("VDM_TEST_SALT", "0")

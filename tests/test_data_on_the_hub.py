@@ -26,14 +26,6 @@ except ValueError as error:
 """
 
 
-@pytest.fixture(scope="module")
-def hub():
-    hub = hub_server.HubServer()
-    yield hub
-    hub.shutdown()
-    hub.server_close()
-
-
 @pytest.fixture
 def opened(hub, tmp_path):
     """What a process of its own finds in a split of a repository with some image files."""

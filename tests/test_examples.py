@@ -29,7 +29,7 @@ def run(script, *arguments, processes=None, check=True):
         command += [*launch.split(), "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     done = subprocess.run(
         [*command, str(ROOT / "examples" / script), *map(str, arguments)],
-        env=environment, capture_output=True, text=True, timeout=600, check=False,
+        env=environment, capture_output=True, text=True, encoding="utf-8", timeout=600, check=False,
     )  # fmt: skip
     if check:
         assert done.returncode == 0, done.stderr[-3000:]

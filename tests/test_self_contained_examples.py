@@ -2,15 +2,14 @@
 
 import ast
 import importlib.metadata
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from test_examples import run as run_script
 
 import diffusers_vdm
 from diffusers_vdm import VDMPipeline, VDMScheduler
@@ -22,17 +21,7 @@ MAX_LINES = 120
 
 def run(name, *arguments, processes=None):
     """What an example prints, without its progress bars."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "1"}
-    command = [sys.executable]
-    if processes:
-        launch = f"-m accelerate.commands.launch --multi_gpu --num_processes {processes} --num_machines 1"
-        command += [*launch.split(), "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    done = subprocess.run(
-        [*command, str(EXAMPLES / f"{name}.py"), *map(str, arguments)],
-        env=environment, capture_output=True, text=True, encoding="utf-8", timeout=200, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return run_script(f"{name}.py", *arguments, processes=processes).stdout
 
 
 def numbers(line):

@@ -38,14 +38,6 @@ print(json.dumps([samples.tolist(), total.tolist()]))
 """
 
 
-@pytest.fixture(scope="module")
-def hub():
-    hub = hub_server.HubServer()
-    yield hub
-    hub.shutdown()
-    hub.server_close()
-
-
 @pytest.fixture
 def run(hub, tmp_path, monkeypatch):
     """train.py as a user of this Hub, with more options; `run(folder, strategy, …)` returns the processes."""
