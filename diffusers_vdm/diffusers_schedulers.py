@@ -137,7 +137,7 @@ def check_keys(cls: type, config: dict[str, Any], has_levels: bool) -> None:
         config (`dict`): the config of a scheduler.
         has_levels (`bool`): whether the config says the noise levels in words that `cls` knows.
     """
-    known = set(inspect.signature(cls.__init__).parameters) - {"self"}
+    known = arguments_of(cls)
     source = config.get("_class_name", "scheduler's")
     for key, value in config.items():
         if (key in known and key != "variance_type") or key.startswith("_"):
@@ -163,9 +163,14 @@ def check_keys(cls: type, config: dict[str, Any], has_levels: bool) -> None:
             )
 
 
+def arguments_of(cls: type) -> set[str]:
+    """The names of the arguments that build an object of a class."""
+    return set(inspect.signature(cls.__init__).parameters) - {"self"}
+
+
 def unknown_key(cls: type, key: str, value: Any) -> str:
     """What to say of a key that is no argument of `cls`, and most likely misspelt."""
-    known = set(inspect.signature(cls.__init__).parameters) - {"self"}
+    known = arguments_of(cls)
     close = difflib.get_close_matches(key, known, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"it knows {sorted(known)}."
     return f"{cls.__name__} does not know the config key {key!r} (value {reprlib.repr(value)}); {hint}"
@@ -219,15 +224,15 @@ def scheduler_of_gammas(
     """
     if not (inspect.isclass(scheduler_class) and issubclass(scheduler_class, SchedulerMixin)):
         raise TypeError(f"scheduler_class must be a class of diffusers, as DDIMScheduler, got {scheduler_class!r}.")
-    name, known = scheduler_class.__name__, inspect.signature(scheduler_class.__init__).parameters
+    name, known = scheduler_class.__name__, arguments_of(scheduler_class)
     if name not in EXPORTABLE:
         raise ValueError(f"{name} cannot be given noise levels by a table; these can: {', '.join(EXPORTABLE)}.")
     wrong = sorted(set(kwargs) & _OF_THE_LEVELS)
     if wrong:
         raise ValueError(f"{wrong[0]} cannot be given: the levels and the prediction are those of this scheduler.")
-    unknown = sorted(set(kwargs) - set(known))
+    unknown = sorted(set(kwargs) - known)
     if unknown:
-        raise ValueError(f"{name} has no argument {unknown[0]!r}; it knows {sorted(set(known) - {'self'})}.")
+        raise ValueError(f"{name} has no argument {unknown[0]!r}; it knows {sorted(known)}.")
     wanted = {
         "num_train_timesteps": len(gammas),
         "trained_betas": betas_of_gammas(gammas).tolist(),

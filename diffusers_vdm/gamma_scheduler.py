@@ -6,7 +6,6 @@ to the coefficients.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -18,7 +17,14 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from . import call_arguments, denoiser, diffusion
-from .diffusers_schedulers import SAME_AS_FIXED_SMALL, betas_of_gammas, check_keys, scheduler_of_gammas, unknown_key
+from .diffusers_schedulers import (
+    SAME_AS_FIXED_SMALL,
+    arguments_of,
+    betas_of_gammas,
+    check_keys,
+    scheduler_of_gammas,
+    unknown_key,
+)
 from .diffusion import Generators
 from .noise_schedules import TableGamma, as_written
 
@@ -236,7 +242,7 @@ class GammaScheduler(SchedulerMixin, ConfigMixin):
         if isinstance(config, dict):
             config = as_written(config)
             check_keys(cls, config, has_levels=bool(cls._words_of_levels & set(config)))
-            known = set(inspect.signature(cls.__init__).parameters) - {"self"}
+            known = arguments_of(cls)
             for key, value in kwargs.items():
                 if key not in known and not key.startswith("_"):
                     raise ValueError(unknown_key(cls, key, value))
