@@ -3,7 +3,7 @@
 
 PYTHON  ?= python3
 VENV    ?= .venv
-# `accelerate launch` sets OMP_NUM_THREADS to 1 unless it is told otherwise.
+# `accelerate launch` sets OMP_NUM_THREADS to 1 unless it is set.
 THREADS ?= $(or $(OMP_NUM_THREADS),$(shell getconf _NPROCESSORS_ONLN))
 
 # The demo. No `--cpu`: with these flags Accelerate takes the GPU where there is one and asks for no configuration file.

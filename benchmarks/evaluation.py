@@ -97,13 +97,13 @@ def main() -> None:
         print(peak_mebibytes(o))
         return
     name = torch.cuda.get_device_name() if o.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
-    told = {"command": " ".join(sys.argv), "machine": f"{name}, {platform.machine()}", "torch": torch.__version__}
-    told |= {"preset": o.preset, "batch_size": o.batch_size, **speed(o), "peak_mebibytes": {}}
+    report = {"command": " ".join(sys.argv), "machine": f"{name}, {platform.machine()}", "torch": torch.__version__}
+    report |= {"preset": o.preset, "batch_size": o.batch_size, **speed(o), "peak_mebibytes": {}}
     for steps, levels in ((5, 256), (50, 256), (200, 256), (5, 2), (5, 4096), (5, 65536)):
         flags = ["--preset", o.preset, "--batch_size", o.batch_size, "--device", o.device, "--memory", steps, levels]
         done = subprocess.run([sys.executable, __file__, *map(str, flags)], capture_output=True, text=True, check=True)
-        told["peak_mebibytes"][f"T={steps}, levels={levels}"] = round(float(done.stdout), 1)
-    print(json.dumps(told, indent=1))
+        report["peak_mebibytes"][f"T={steps}, levels={levels}"] = round(float(done.stdout), 1)
+    print(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

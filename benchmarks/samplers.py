@@ -92,7 +92,7 @@ def main() -> None:
         ode_calls.append(
             {"tolerance": tolerance, "mean_num_calls": float(solution.num_calls.double().mean()), "ratio": row[column]}
         )
-    told = {
+    report = {
         "model": o.model,
         "num_images": o.num_images,
         "reference_steps": o.reference_steps,
@@ -104,7 +104,7 @@ def main() -> None:
     }
     output = Path(o.output)
     output.mkdir(parents=True, exist_ok=True)
-    write_atomically(output / "samplers.json", json.dumps(told, indent=1))
+    write_atomically(output / "samplers.json", json.dumps(report, indent=1))
     columns = [str(steps) for steps in o.num_inference_steps]
     lines = ["| sampler | " + " | ".join(f"{c} steps" for c in columns) + " |", "|---" * (1 + len(columns)) + "|"]
     lines += [f"| {row['sampler']} | " + " | ".join(f"{row[c]:.2f}" for c in columns) + " |" for row in rows]

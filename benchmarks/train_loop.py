@@ -79,7 +79,7 @@ def main() -> None:
         for work in works.values():
             seconds(work)
         rounds = [{name: seconds(work) for name, work in works.items()} for _ in range(b.rounds)]
-    told = {
+    report = {
         "command": " ".join(["python", *sys.argv]),
         "machine": torch.cuda.get_device_name()
         if accelerator.device.type == "cuda"
@@ -91,9 +91,9 @@ def main() -> None:
     }
     for name in works:
         print(f"{name:<6}{statistics.median(r[name] for r in rounds):8.4f} s a step")
-    print(f"the loop adds {100 * told['overhead']:.1f} %")
+    print(f"the loop adds {100 * report['overhead']:.1f} %")
     if b.output:
-        Path(b.output).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        Path(b.output).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -255,7 +255,7 @@ def compare(o: argparse.Namespace) -> dict[str, dict]:
         named = [*own_unet.named_parameters(), *own_schedule.named_parameters()]
         found[variant] = (loss, {name: p.grad.double() for name, p in named})
     loss, expected = found.pop("port")
-    told = {}
+    results = {}
     for variant, (own_loss, grads) in found.items():
         whole = torch.cat([g.flatten() for g in expected.values()]).norm()
         overall = float(torch.cat([(grads[name] - g).flatten() for name, g in expected.items()]).norm() / whole)
@@ -263,12 +263,12 @@ def compare(o: argparse.Namespace) -> dict[str, dict]:
         floor = 1e-6 * whole
         error = {name: float((grads[name] - g).norm() / g.norm().clamp(min=floor)) for name, g in expected.items()}
         worst = max(error, key=error.get)
-        told[variant] = {"loss": own_loss, "loss_difference": abs(own_loss - loss), "gradient_error": overall}
-        told[variant] |= {"worst_gradient_error": error[worst], "worst_gradient": worst}
-    same = told["fp32"]
+        results[variant] = {"loss": own_loss, "loss_difference": abs(own_loss - loss), "gradient_error": overall}
+        results[variant] |= {"worst_gradient_error": error[worst], "worst_gradient": worst}
+    same = results["fp32"]
     if not (same["loss_difference"] < 1e-4 * abs(loss) and same["gradient_error"] < 1e-3):
         raise ValueError(f"port and ours must agree for the same weights and noise, got {same}; one of them is wrong.")
-    return told
+    return results
 
 
 def wait(device: str) -> None:
@@ -298,8 +298,8 @@ def ratio(base: list[float], other: list[float]) -> dict[str, float]:
     """How many times as fast as `base` the other is: of medians, of fastest steps, and of the rounds the extremes."""
     rounds = [b / o for b, o in zip(base, other, strict=True)]
     value = statistics.median(base) / statistics.median(other)
-    told = {"of_medians": value, "of_fastest": min(base) / min(other)}
-    return told | {"smallest_round": min(rounds), "largest_round": max(rounds)}
+    results = {"of_medians": value, "of_fastest": min(base) / min(other)}
+    return results | {"smallest_round": min(rounds), "largest_round": max(rounds)}
 
 
 def profile(step: Callable, device: str, top: int = 14) -> list[dict]:
@@ -351,25 +351,25 @@ def peaks(o: argparse.Namespace) -> dict[str, float]:
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     found = {}
     for variant in o.variants:
-        told = subprocess.run(
+        results = subprocess.run(
             [sys.executable, __file__, *sys.argv[1:], "--peak_of", variant],
             capture_output=True, text=True, check=True, env=environment,
         )  # fmt: skip
-        found[variant] = round(float(told.stdout.split()[-1]), 1)
+        found[variant] = round(float(results.stdout.split()[-1]), 1)
     return found
 
 
-def report(told: dict) -> str:
+def report(results: dict) -> str:
     """The table that is printed."""
     rows = [f"{'':<6}{'s/step':>9}{'images/s':>10}{'speed':>8}{'peak MiB':>10}{'memory':>8}{'utilisation':>13}"]
-    for name, row in told["variants"].items():
+    for name, row in results["variants"].items():
         cells = [f"{name:<6}{row['seconds']:>9.3f}{row['images_per_second']:>10.1f}"]
         cells.append(f"{row['speed_over_port']['of_medians']:>7.2f}×" if "speed_over_port" in row else f"{'':>8}")
         cells.append(f"{row['peak_mebibytes']:>10.1f}" if "peak_mebibytes" in row else f"{'':>10}")
         cells.append(f"{row['memory_over_port']:>7.2f}×" if "memory_over_port" in row else f"{'':>8}")
         cells.append(f"{row['utilisation']:>13.1%}" if "utilisation" in row else "")
         rows.append("".join(cells))
-    for name, row in told["variants"].items():
+    for name, row in results["variants"].items():
         for line in row.get("profile", []):
             rows.append(f"{name:<6}{line['share']:>7.1%}  {line['op'][:70]} × {line['calls_per_step']:g}")
     return "\n".join(rows)
@@ -381,25 +381,25 @@ def main() -> None:
         print(peak_mebibytes(o))
         return
     name = torch.cuda.get_device_name() if o.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
-    told = {"command": " ".join(["python", *sys.argv]), "machine": f"{name}, {platform.machine()}"}
-    told |= {
+    results = {"command": " ".join(["python", *sys.argv]), "machine": f"{name}, {platform.machine()}"}
+    results |= {
         "torch": torch.__version__,
         "options": {k: v for k, v in vars(o).items() if k not in ("output", "peak_of")},
     }
-    told["load_average_before"] = os.getloadavg()[0]
+    results["load_average_before"] = os.getloadavg()[0]
     has_port = "port" in o.variants
     unet, schedule = build(o)
-    told["parameters"] = sum(p.numel() for p in unet.parameters())
+    results["parameters"] = sum(p.numel() for p in unet.parameters())
     if has_port:
-        told["against_port"] = compare(o)
+        results["against_port"] = compare(o)
         shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-        told["model_flops_per_step"] = o.batch_size * training_cost(unet, shape).flops_per_image
+        results["model_flops_per_step"] = o.batch_size * training_cost(unet, shape).flops_per_image
     batch = draw(o, unet)
     steps = {v: make_step(v, *copy.deepcopy((unet, schedule)), o.device, o.compile)[1] for v in o.variants}
     works = {v: (lambda step=step: step(batch)) for v, step in steps.items()}
     times = alternate(works, o.repeats, o.device)
     memory = {} if o.no_memory else peaks(o)
-    told["variants"] = {}
+    results["variants"] = {}
     for v in o.variants:
         middle = statistics.median(times[v])
         row = {"seconds": middle, "images_per_second": o.batch_size / middle, "seconds_of_rounds": times[v]}
@@ -407,20 +407,20 @@ def main() -> None:
             row["peak_mebibytes"] = memory[v]
         if has_port:
             rate = matmul_flops_per_second(o.device, torch.bfloat16 if v == "bf16" else torch.float32)
-            row |= {"matmul_flops_per_second": rate, "utilisation": told["model_flops_per_step"] / middle / rate}
+            row |= {"matmul_flops_per_second": rate, "utilisation": results["model_flops_per_step"] / middle / rate}
         if has_port and v != "port":
             row["speed_over_port"] = ratio(times["port"], times[v])
             if v in memory:
                 row["memory_over_port"] = memory[v] / memory["port"]
         if not o.no_profile:
             row["profile"] = profile(works[v], o.device)
-        told["variants"][v] = row
-    print(report(told))
+        results["variants"][v] = row
+    print(report(results))
     if has_port:
-        print(json.dumps(told["against_port"], indent=1))
+        print(json.dumps(results["against_port"], indent=1))
     if o.output:
         o.output.parent.mkdir(parents=True, exist_ok=True)
-        o.output.write_text(json.dumps(told, indent=1) + "\n")
+        o.output.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

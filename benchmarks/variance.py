@@ -4,7 +4,7 @@
     python benchmarks/variance.py --model runs/cifar10 --dataset_name uoft-cs/cifar10 --image_column img --device cuda
 
 In continuous time the bound is the same for every γ(t) with the same ends; the variance of its estimate is not [VDM
-app. H and I, table of Var(BPD)]. The network is told γ, so that one network serves the model's own γ(t) and three
+app. H and I, table of Var(BPD)]. The network takes γ, so that one network serves the model's own γ(t) and three
 others: log-SNR-linear, β-linear (Ho et al. 2020) and α-cosine (Nichol & Dhariwal 2021). Writes JSON and a figure.
 """
 
@@ -121,7 +121,7 @@ def batch_losses(bound: VariationalBound, data: ImageSet, labels, o: argparse.Na
 
 
 def measure(bound: VariationalBound, data: ImageSet, labels, o: argparse.Namespace, key: str) -> dict:
-    """What is told of one schedule; its randomness is its own, so that the bounds are independent estimates."""
+    """The numbers of one schedule; its randomness is its own, so that the bounds are independent estimates."""
     seed = key_to_seed(o.seed, key)
     settings = {"num_samples": o.num_samples, "batch_size": o.batch_size, "seed": seed, "device": o.device}
     result = evaluate_bound(bound, data.images, class_labels=labels, **settings)
@@ -167,8 +167,8 @@ def main() -> None:
     named = o.dataset_name and load_images(o.dataset_name, o.split, image_column=o.image_column)
     data = named or load_digits_split()[1]
     if data.num_levels != pipe.config.num_levels:
-        told = f"num_levels must be the model's {pipe.config.num_levels}, got {data.num_levels} ({data.name})"
-        raise ValueError(f"{told}; name other data by --dataset_name.")
+        rule = f"num_levels must be the model's {pipe.config.num_levels}, got {data.num_levels} ({data.name})"
+        raise ValueError(f"{rule}; name other data by --dataset_name.")
     data = replace(data, images=data.images[: o.max_images])
     labels = data.labels[: o.max_images] if pipe.unet.config.get("num_class_embeds") is not None else None
     unet, of_model = pipe.unet.to(o.device), noise_schedule_of(pipe.scheduler)
@@ -179,12 +179,12 @@ def main() -> None:
     rows = {name: measure(bound, data, labels, o, name) for name, bound in bounds.items()}
     pairs = itertools.combinations([row["bpd"] for row in rows.values()], 2)
     z = max(abs(a - b) / math.hypot(error_a, error_b) for (a, error_a), (b, error_b) in pairs)
-    told = {
+    report = {
         **vars(o), "images": data.name, "num_images": len(data.images), "ends": [float(g) for g in of_model.ends()],
         "torch": torch.__version__,
         "units": "bits/dim, variances bits²/dim²; each as [value, standard error]", "largest_z": z, "schedules": rows,
     }  # fmt: skip
-    write_atomically(o.output, json.dumps(told, indent=1, ensure_ascii=False))
+    write_atomically(o.output, json.dumps(report, indent=1, ensure_ascii=False))
     draw(rows, schedules, o.figure, f"{data.name}: variance of the bound's diffusion loss (bits²/dim²)")
     print(f"| γ(t) | bits/dim | Var | of a given image | mean of {o.batch_size} |" + "\n|---|---|---|---|---|")
     for name, row in rows.items():

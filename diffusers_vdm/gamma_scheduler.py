@@ -162,7 +162,7 @@ class GammaScheduler(SchedulerMixin, ConfigMixin):
         # not for the step to the data itself, which is infinitely long in log SNR
         if self.config.algorithm == "dpmsolver++" and last is not None and gamma_s.isfinite():
             last_gamma, last_x_hat = last
-            # a step much longer than the one before would reach far beyond what the two x̂ tell
+            # a step much longer than the one before would extrapolate far beyond the two x̂
             near = 0 < gamma_t - gamma_s <= 2 * (last_gamma - gamma_t)
             if near and last_x_hat.shape == x_hat.shape:
                 z_s = z_s + diffusion.dpm_solver_2m_correction(x_hat, last_x_hat, gamma_s, gamma_t, last_gamma)

@@ -131,7 +131,7 @@ class VariationalBound(Objective):
         num_timesteps (`int`, *optional*): T of the discrete-time bound; continuous time if not given.
         num_levels (`int`, defaults to 256): levels of the data, 2 to 65536.
         prediction_type (`"epsilon"`, `"sample"` or `"v_prediction"`, defaults to `"epsilon"`): what `unet` predicts.
-        minimize_variance (`bool`, defaults to `True`): train the inside of γ as told above; `False` leaves it the
+        minimize_variance (`bool`, defaults to `True`): train the inside of γ as described above; `False` leaves it the
             bound's own gradient, as the published code does.
     """
 

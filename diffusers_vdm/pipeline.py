@@ -99,7 +99,7 @@ class VDMPipeline(DiffusionPipeline):
                 loaded without it, but one must have it.
             token (`str` or `bool`, *optional*): the token for private repositories, or `False` to send none.
             cache_dir, force_download, local_files_only, torch_dtype (dtype), device_map, …: as in
-                [`DiffusionPipeline.from_pretrained`]. A Hub that does not answer is told, and the cache is taken.
+                [`DiffusionPipeline.from_pretrained`]. If the Hub does not answer, the cache is used, with a warning.
             unet, scheduler, noise_schedule, num_levels: instead of what was saved.
 
         Returns: `VDMPipeline`, in evaluation mode.
@@ -367,7 +367,7 @@ class VDMPipeline(DiffusionPipeline):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """`(C, H, W)` of the images that the network is made for; `ValueError` if its config does not tell."""
+        """`(C, H, W)` of the images that the network is made for; `ValueError` if its config does not say it."""
         size = self.unet.config.sample_size
         if size is None:
             raise ValueError("unet.config.sample_size is not set; build the network with the size of its images.")

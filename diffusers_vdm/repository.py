@@ -333,8 +333,8 @@ def list_files(repo: str, revision: str | None, token: str | bool | None):
         ) from error
     except UNREACHABLE as error:
         if status_of(error) in (401, 403):
-            told = getattr(error, "server_message", None) or error
-            raise OSError(f"{repo}: the token was not accepted ({told}). Instead, {_LOG_IN}") from error
+            reason = getattr(error, "server_message", None) or error
+            raise OSError(f"{repo}: the token was not accepted ({reason}). Instead, {_LOG_IN}") from error
         logger.warning(
             f"The Hub does not answer ({type(error).__name__}: {error}); {repo} is looked for in the cache."
         )

@@ -98,8 +98,8 @@ def test_another_run_is_refused_and_free_options_are_not():
 
 def test_another_split_of_the_batch_is_told():
     two = changed(train_batch_size=2) | {"num_processes": 2}
-    told = checkpoints.check_same_run(RUN, two)
-    assert "1 × 4 × 1" in told and "2 × 2 × 1" in told and "dropout" not in told
+    message = checkpoints.check_same_run(RUN, two)
+    assert "1 × 4 × 1" in message and "2 × 2 × 1" in message and "dropout" not in message
     two["options"]["dropout"] = 0.1
     assert "masks of dropout are others" in checkpoints.check_same_run(changed(dropout=0.1), two)
 
@@ -190,10 +190,10 @@ def test_what_rounds_otherwise_is_named():
     here = {"device": "a processor", "cpu_capability": "AVX2", "threads": 1}
     assert checkpoints.rounding_changes(description(**here), description(**here)) is None
     for name, value in (("threads", 2), ("cpu_capability", "AVX512"), ("device", "another")):
-        told = checkpoints.rounding_changes(description(**here), description(**here | {name: value}))
-        assert told.startswith(f"{name}: {here[name]} → {value}: ") and "not bit for bit" in told
-    told = checkpoints.rounding_changes(description("2.12.0", **here), description(**here | {"threads": 4}))
-    assert "threads: 1 → 4; torch: 2.12.0 → 2.13.0" in told
+        message = checkpoints.rounding_changes(description(**here), description(**here | {name: value}))
+        assert message.startswith(f"{name}: {here[name]} → {value}: ") and "not bit for bit" in message
+    message = checkpoints.rounding_changes(description("2.12.0", **here), description(**here | {"threads": 4}))
+    assert "threads: 1 → 4; torch: 2.12.0 → 2.13.0" in message
     # checkpoints of earlier versions say less, and nothing is made up of that
     for old in ({}, {"versions": {"torch": "2.13.0"}}, {"machine": {}, "versions": {}}):
         assert checkpoints.rounding_changes(old, description(**here)) is None

@@ -77,8 +77,8 @@ def test_every_command_ends_well_in_any_encoding(tmp_path, encoding, model):  # 
     converted = run(encoding, *CONVERSION, "official", tmp_path / "nothing-γ", tmp_path / "new")
     assert [d.returncode for d in (trained, refused, evaluated, sampled, converted)] == [0, 2, 0, 0, 1]
     for done in (trained, refused, evaluated, sampled, converted):
-        told = (done.stdout + done.stderr).decode(encoding)
-        assert "Traceback" not in told and "UnicodeEncodeError" not in told and not unnamed_encodings(done)
+        printed = (done.stdout + done.stderr).decode(encoding)
+        assert "Traceback" not in printed and "UnicodeEncodeError" not in printed and not unnamed_encodings(done)
     sign = "±" if encoding != "ascii" else "+/-"
     assert f" {sign} " in evaluated.stdout.decode(encoding) and f" {sign} " in sampled.stdout.decode(encoding)
     assert ("∞" if encoding == "utf-8" else "inf") in evaluated.stdout.decode(encoding)

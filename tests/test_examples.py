@@ -89,29 +89,38 @@ def test_training_leaves_all_that_the_readme_promises_and_sampling_reads_it(tmp_
 
     report = tmp_path / "reports" / "r.json"
     done = run("evaluate.py", "--model", out, "--num_samples", 2, "--table", 3, "--output", report)
-    told = json.loads(report.read_text())
-    assert told["num_images"] == 297 == len(told["per_image_bpd"]) and told["num_steps"] is None
-    assert [row["num_steps"] for row in told["table"]] == [3, None] and "T = ∞" in done.stdout
-    assert told["bpd"] == pytest.approx(sum(told["per_image_bpd"]) / 297) and told["weights"] == "average (EMA)"
-    assert told["table"][1]["bpd"] == told["bpd"] and told["variance_per_call"] > 0
+    saved_report = json.loads(report.read_text())
+    assert (
+        saved_report["num_images"] == 297 == len(saved_report["per_image_bpd"]) and saved_report["num_steps"] is None
+    )
+    assert [row["num_steps"] for row in saved_report["table"]] == [3, None] and "T = ∞" in done.stdout
+    assert (
+        saved_report["bpd"] == pytest.approx(sum(saved_report["per_image_bpd"]) / 297)
+        and saved_report["weights"] == "average (EMA)"
+    )
+    assert saved_report["table"][1]["bpd"] == saved_report["bpd"] and saved_report["variance_per_call"] > 0
     for name in ("by_gamma", "histogram", "most_likely", "most_unlikely"):
         assert (report.parent / f"r_{name}.png").exists()
     assert not (report.parent / "r.partial").exists()
 
     done = run("evaluate.py", "--model", out, "--method", "vlb", "--num_steps", 6, "--best_steps", 2, 6,
                "--split", "test[:20]", "--output", report)  # fmt: skip
-    told = json.loads(report.read_text())
+    saved_report = json.loads(report.read_text())
     assert (
-        len(told["terms"]) == 6
-        and len(told["per_image_bpd"]) == 20
-        and told["best"][1]["bpd"] == pytest.approx(told["bpd"])
+        len(saved_report["terms"]) == 6
+        and len(saved_report["per_image_bpd"]) == 20
+        and saved_report["best"][1]["bpd"] == pytest.approx(saved_report["bpd"])
     )
-    assert sum(row["bpd"] for row in told["terms"]) == pytest.approx(told["diffusion_bpd"])
-    assert "best 2 timesteps" in done.stdout and told["best"][0]["bpd"] > told["bpd"]
+    assert sum(row["bpd"] for row in saved_report["terms"]) == pytest.approx(saved_report["diffusion_bpd"])
+    assert "best 2 timesteps" in done.stdout and saved_report["best"][0]["bpd"] > saved_report["bpd"]
     run("evaluate.py", "--model", out, "--method", "ode", "--rtol", 0.3, "--atol", 0.3, "--split", "test[:10]",
         "--output", report)  # fmt: skip
-    told = json.loads(report.read_text())
-    assert told["dequantization"] == "truncated_normal" and told["mean_num_calls"] >= 7 and told["bpd"] < 20
+    saved_report = json.loads(report.read_text())
+    assert (
+        saved_report["dequantization"] == "truncated_normal"
+        and saved_report["mean_num_calls"] >= 7
+        and saved_report["bpd"] < 20
+    )
 
     # the same folder is not overwritten by mistake, neither anew nor from a checkpoint of another run
     elsewhere = ["--resume_from_checkpoint", tmp_path / "other" / "checkpoint-3"]
@@ -243,7 +252,7 @@ def test_a_run_of_many_processes_does_not_hang_at_its_end():
 
 @pytest.fixture
 def foreign(tmp_path):
-    """A checkpoint of diffusers and eight images: what evaluate.py is told of them."""
+    """A checkpoint of diffusers and eight images: what evaluate.py is run on."""
     import torch
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
     from test_images import picture, write_folder
@@ -398,9 +407,9 @@ def test_one_image_has_no_error_and_makes_no_warning(tmp_path, model, method):
     def refuse(name):
         raise AssertionError(f"{name} is no JSON")
 
-    told = json.loads(output.read_text(encoding="utf-8"), parse_constant=refuse)
-    assert told["num_images"] == 1 and told["stderr_bpd"] is None
-    assert all(term["stderr_bpd"] is None for term in told.get("terms", []))
+    saved_report = json.loads(output.read_text(encoding="utf-8"), parse_constant=refuse)
+    assert saved_report["num_images"] == 1 and saved_report["stderr_bpd"] is None
+    assert all(term["stderr_bpd"] is None for term in saved_report.get("terms", []))
 
 
 @pytest.mark.slow

@@ -114,7 +114,7 @@ def test_a_sharded_bound_trains_as_a_whole_one(tmp_path):
     assert "the same" in outputs[0][0]
 
 
-# Accelerate shards on accelerators only; told that the CPU is one, it takes the very same way
+# Accelerate shards on accelerators only; where it takes the CPU for one, it goes the very same way
 AS_ON_A_GPU = """
 import runpy, sys
 import torch

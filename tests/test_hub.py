@@ -148,7 +148,7 @@ def test_faults_come_when_asked_and_then_stop(hub: HubServer, tmp_path: Path):
     hub.fault("GET", "/cdn/", cut=11_000_000)
     try:
         path = Path(hf_hub_download("user/thing", "a.safetensors", cache_dir=tmp_path))
-    except OSError:  # the oldest client tells it, and goes on in the next call
+    except OSError:  # the oldest client raises it, and goes on in the next call
         path = Path(hf_hub_download("user/thing", "a.safetensors", cache_dir=tmp_path))
     assert path.read_bytes() == data
     assert [status for method, path, status in hub.log if "/cdn/" in path and method == "GET"] == [0, 206]
@@ -377,7 +377,7 @@ def test_diffusion_pipeline_without_and_with_register(hub: HubServer, tmp_path: 
     pipe = made()
     pipe.push_to_hub("user/vdm")
     pipe.save_pretrained(tmp_path / "local")
-    # what diffusers tells: the name of this package is in it, no more
+    # what diffusers reports: the name of this package is in it, no more
     with pytest.raises(ValueError, match=r"diffusers_vdm\.\w+\.py as defined in `model_index.json` does not exist"):
         DiffusionPipeline.from_pretrained("user/vdm", cache_dir=tmp_path / "cache")
     with pytest.raises(AttributeError, match="module diffusers has no attribute VDMPipeline"):
@@ -457,7 +457,7 @@ def test_faults_of_a_download_are_survived_or_told(hub: HubServer, tmp_path: Pat
             fault = hub.fault(method, pattern, **what)
             try:
                 loaded = VDMPipeline.from_pretrained("user/vdm", cache_dir=cache)
-            except Exception as error:  # the oldest client does not go on by itself: it tells, and the next call does
+            except Exception as error:  # the oldest client does not go on by itself: it raises, and the next call does
                 assert isinstance(error, OSError), name
                 assert not half_written(cache), name
                 loaded = VDMPipeline.from_pretrained("user/vdm", cache_dir=cache)

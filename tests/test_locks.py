@@ -133,8 +133,8 @@ def test_two_trainings_in_one_folder(tmp_path, options, processes):  # noqa: F81
         ):
             codes, logs = second(out, [*long, *more], processes, 4 // processes)
             assert codes == [1] * processes, logs
-            told = "train.py: another run is writing --output_dir"
-            assert [text.count(told) for text in logs] == [1] + [0] * (processes - 1)
+            message = "train.py: another run is writing --output_dir"
+            assert [text.count(message) for text in logs] == [1] + [0] * (processes - 1)
             assert not any("Traceback" in text for text in logs)
             assert files_of(out) == before
         codes, logs = second(out, [*long, "--dry_run"])  # needs no lock, and takes none
@@ -205,7 +205,7 @@ def evaluation(pipeline, output, processes=1, *more):
     return started
 
 
-def told(processes):
+def outputs_of(processes):
     return [(p.communicate(timeout=200)[1].decode(), p.returncode) for p in processes]
 
 
@@ -216,7 +216,7 @@ def test_two_evaluations_of_one_output(tmp_path, model, processes):  # noqa: F81
     output = tmp_path / "reports" / "r.json"
     lock = Lock(output.with_name(".r.lock"))
     assert lock.acquire()
-    texts = told(evaluation(model, output, processes, "--num_samples", 2))
+    texts = outputs_of(evaluation(model, output, processes, "--num_samples", 2))
     assert [code for _, code in texts] == [1] * processes
     assert sum("another run is writing --output" in text for text, _ in texts) == 1
     assert not any("Traceback" in text for text, _ in texts)
@@ -224,10 +224,10 @@ def test_two_evaluations_of_one_output(tmp_path, model, processes):  # noqa: F81
     kept = tmp_path / "reports" / "r.partial" / "mc" / "rows-0.safetensors"
     kept.parent.mkdir(parents=True)
     kept.touch()
-    texts = told(evaluation(model, output, processes, "--num_samples", 2))  # all end, not the main one alone
+    texts = outputs_of(evaluation(model, output, processes, "--num_samples", 2))  # all end, not the main one alone
     assert [code for _, code in texts] == [1] * processes
     assert sum("holds the numbers of an interrupted run" in text for text, _ in texts) == 1
-    texts = told(evaluation(model, output, processes, "--num_samples", 2, "--no-resume"))
+    texts = outputs_of(evaluation(model, output, processes, "--num_samples", 2, "--no-resume"))
     assert [code for _, code in texts] == [0] * processes, texts
     assert json.loads(output.read_text(encoding="utf-8"))["num_images"] == 297
     assert not kept.exists() and not output.with_name(".r.lock").exists()

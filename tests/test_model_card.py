@@ -172,9 +172,9 @@ def test_the_command_of_the_card_asks_for_the_same_run(trained):
         words = shlex.split(command.replace("\\\n", " "))
         assert words[:3] == ["accelerate", "launch", "examples/train.py"]
         again = vars(parse_options("", [*words[3:], "--output_dir", "does-not-exist"]))
-        told = option_names(in_card=True)
+        named = option_names(in_card=True)
         # what the network itself says is filled in when it is built
-        differ = {n for n in told if again[n] != recorded["options"].get(n)} - (
+        differ = {n for n in named if again[n] != recorded["options"].get(n)} - (
             {"dropout"} if "given" in record else set()
         )
         assert differ == set()
@@ -304,8 +304,8 @@ def test_an_older_number_is_not_passed_off_as_of_these_weights(tmp_path, lines, 
 
 @pytest.mark.parametrize(("step", "claimed"), [(22, 1), (20, 0)])
 def test_the_end_of_a_run_is_also_known_by_its_epochs(tmp_path, step, claimed):
-    told = description(max_train_steps=None, num_epochs=2) | {"global_batch_size": 64}  # 700 images, 22 steps
-    card = model_card(saved(tmp_path / "m", told, [measured(step)]))
+    recorded_run = description(max_train_steps=None, num_epochs=2) | {"global_batch_size": 64}  # 700 images, 22 steps
+    card = model_card(saved(tmp_path / "m", recorded_run, [measured(step)]))
     assert len(results(card)) == claimed
 
 
@@ -397,8 +397,8 @@ def test_where_things_lie_and_tokens_are_told_to_nobody(tmp_path):
         "hub_token": "hf_abcdefghijklmnopqrstuvwxyz", "image_column": "hf_abcdefghijklmnopqrstuvwxyz",
         "logging_dir": f"{home}/logs", "schedule": "fixed_linear",
     }  # fmt: skip
-    told = description(**options) | {"data": {"name": f"{home}/faces/, train", "images": 7}}
-    folder = saved(tmp_path / "m", told, [measured(6)])
+    recorded_run = description(**options) | {"data": {"name": f"{home}/faces/, train", "images": 7}}
+    folder = saved(tmp_path / "m", recorded_run, [measured(6)])
     data = {"name": f"{home}/faces, test", "fingerprint": "fe"}
     (folder / "report.json").write_text(json.dumps(report_of(folder, data=data)))
     card = model_card(folder)
@@ -480,13 +480,18 @@ def test_escaped_text_has_no_character_that_means_something():
 
 def nasty_folder(folder: Path, text: str, pipe) -> Path:
     """A folder whose every text is `text`."""
-    told = description(dataset_name=None, train_data_dir=text, train_split=text, eval_split=text, lr_scheduler=text)
-    told["options"] |= {text: text, "image_column": [text, text], "allow_tf32": text, "mixed_precision": text}
-    told["data"] |= {"name": text, "fingerprint": text, "images": text}
-    told |= {"versions": {text: text}, "device": text, "global_batch_size": text}
+    recorded_run = description(
+        dataset_name=None, train_data_dir=text, train_split=text, eval_split=text, lr_scheduler=text
+    )
+    recorded_run["options"] |= {text: text, "image_column": [text, text], "allow_tf32": text, "mixed_precision": text}
+    recorded_run["data"] |= {"name": text, "fingerprint": text, "images": text}
+    recorded_run |= {"versions": {text: text}, "device": text, "global_batch_size": text}
     held_out = {"name": text, "fingerprint": text}
     saved(
-        folder, told | {"held_out": held_out}, [measured(6, eval_weights=text, **{f"eval_bpd_ema_{text}": 1.5})], pipe
+        folder,
+        recorded_run | {"held_out": held_out},
+        [measured(6, eval_weights=text, **{f"eval_bpd_ema_{text}": 1.5})],
+        pipe,
     )
     changes = {"weights": text, "stderr_is_of": text, "dtype": text, "variance_type": text, "model": text}
     report = report_of(folder, **changes, data={"name": f"{text}, {text}", "fingerprint": text})

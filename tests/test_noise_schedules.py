@@ -487,7 +487,7 @@ def test_without_rescaling_the_table_is_that_of_diffusers(num_steps):
     torch.testing.assert_close(alphas_cumprod.float(), reference.alphas_cumprod, rtol=1e-5, atol=0)
     schedule = LinearBetaGamma(num_steps, rescale_betas=False)
     torch.testing.assert_close(torch.sigmoid(-schedule.table()), alphas_cumprod, rtol=1e-12, atol=0)
-    # the same at t = i/(T − 1), and the network is told i
+    # the same at t = i/(T − 1), and the network gets i
     t = torch.arange(num_steps, dtype=torch.float64) / (num_steps - 1)
     torch.testing.assert_close(schedule(t), schedule.table(), rtol=0, atol=1e-12)
     torch.testing.assert_close(schedule.timestep(t, schedule(t)), torch.arange(num_steps).double(), rtol=0, atol=1e-12)

@@ -81,9 +81,9 @@ def test_a_preset_is_optimized_as_stated(preset, tmp_path):
     run = Run(o, Accelerator(cpu=True), data, unet, noise_schedule)
     groups = run.optimizer.param_groups
     assert {id(p) for p in groups[0]["params"]} == {id(p) for p in unet.parameters()}
-    told = [(g["initial_lr"], tuple(g["betas"]), g["weight_decay"], g["eps"]) for g in groups]
-    assert told[0] == (rate, betas, decay, 1e-8)
-    assert told[1:] == ([] if gamma_rate is None else [(gamma_rate, betas, 0.0, 1e-8)])
+    found = [(g["initial_lr"], tuple(g["betas"]), g["weight_decay"], g["eps"]) for g in groups]
+    assert found[0] == (rate, betas, decay, 1e-8)
+    assert found[1:] == ([] if gamma_rate is None else [(gamma_rate, betas, 0.0, 1e-8)])
     if gamma_rate is not None:  # γ never decays
         assert {id(p) for p in groups[1]["params"]} == {id(p) for p in noise_schedule.parameters()}
     assert (run.global_rows, run.total, run.decays) == (batch, steps, [0.9999])
@@ -131,8 +131,8 @@ def test_a_preset_takes_the_images_that_it_is_named_after(preset, tmp_path):
 def test_a_preset_without_public_images_asks_for_them_by_name(preset, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         parse_options("", ["--preset", preset, "--output_dir", str(tmp_path / "out")])
-    told = capsys.readouterr().err
-    assert stop.value.code == 2 and "--dataset_name or --train_data_dir" in told and preset in told
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and "--dataset_name or --train_data_dir" in printed and preset in printed
     assert data_of("--preset", preset, "--dataset_name", "user/x")[0] == "user/x"
 
 

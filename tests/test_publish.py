@@ -145,14 +145,14 @@ def test_a_pull_request(hub: HubServer, tmp_path: Path):
 def test_what_is_refused_changes_nothing(hub: HubServer, tmp_path: Path):
     made().push_to_hub("user/vdm")
     before = files_at(hub)
-    for arguments, error, told in (
+    for arguments, error, message in (
         ({"safe_serialization": False}, ValueError, "safe_serialization must be True"),
         ({"subfolder": "older"}, ValueError, "subfolder must not be given"),
         ({"license": "My License!"}, ValueError, "license must be an identifier"),
         ({"token": "hf_wrong"}, OSError, "hf auth login"),
         ({"token": "hf_other"}, OSError, "cannot be written to"),
     ):
-        with pytest.raises(error, match=told):
+        with pytest.raises(error, match=message):
             another().push_to_hub("user/vdm", **arguments)
     with pytest.raises(ValueError, match="subfolder must not be given, got 'unet'"):
         VDMPipeline.from_pretrained("user/vdm", subfolder="unet")

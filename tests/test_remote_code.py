@@ -240,7 +240,7 @@ def test_the_package_was_out_of_reach_and_the_code_was_of_one_module(clean):
     assert ddim["unet"] == name and ddim["scheduler"].startswith("diffusers.")
     assert clean.report["not shared"] == [] and clean.report["changed by later loads"] == []
     assert clean.report["tables"] == [True, True]
-    # a component of a class that the pipeline does not expect is told, not refused
+    # a component of a class that the pipeline does not expect is named, not refused
     assert "Expected types" not in clean.log
 
 

@@ -258,8 +258,8 @@ def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path, options):
     # no file of that process may grow any more, as on a disk that is full
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (4096, 4096))
     assert ended(full, [process]) == [1]
-    told = full.with_suffix(".0.log").read_text().splitlines()[-1]
-    assert "train.py: " in told and ("could not be written" in told or "File too large" in told)
+    last = full.with_suffix(".0.log").read_text().splitlines()[-1]
+    assert "train.py: " in last and ("could not be written" in last or "File too large" in last)
     assert "Traceback" not in full.with_suffix(".0.log").read_text()
     assert not list(full.glob(".checkpoint-*")) and list_checkpoints(full)
     finish(full, options)
@@ -311,8 +311,10 @@ def test_a_run_whose_gradients_are_not_finite_stops_and_keeps_what_was_good(tmp_
     ):
         assert ended(out, start(out, arguments)) == [1]
         log = out.with_suffix(".0.log").read_text()
-        told = f"the gradients of 7 steps in a row, up to step {step}"
-        assert told in log.splitlines()[-1] and f"checkpoint-{step}" in log.splitlines()[-1] and "Traceback" not in log
+        message = f"the gradients of 7 steps in a row, up to step {step}"
+        assert (
+            message in log.splitlines()[-1] and f"checkpoint-{step}" in log.splitlines()[-1] and "Traceback" not in log
+        )
     assert read_metrics(out / "metrics.jsonl")[-1]["skipped_steps"] == 11
 
 
@@ -351,11 +353,11 @@ def test_other_threads_are_named_where_a_run_goes_on(tmp_path, options):
     recorded = json.loads((out / "options.json").read_text())
     assert recorded["machine"]["threads"] == 1 and recorded["machine"]["cpu_capability"]
     log = out.with_suffix(".0.log")
-    for threads, told in (("1", 0), ("2", 1)):
+    for threads, count in (("1", 0), ("2", 1)):
         shutil.rmtree(list_checkpoints(out)[-1])
         finish(out, [*few, "--num_threads", threads])
         text = log.read_text()
-        assert "going on from" in text and text.count("threads: 1 → 2: from here on") == told
+        assert "going on from" in text and text.count("threads: 1 → 2: from here on") == count
     # a checkpoint of an earlier version does not say where it was made, and goes on
     for folder in list_checkpoints(out):
         state = json.loads((folder / "state.json").read_text())

@@ -164,7 +164,7 @@ def test_a_table_without_a_folder_writes_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("identity", "told"),
+    ("identity", "named"),
     [
         (IDENTITY | {"seed": 4}, ["seed was 3 and is 4"]),
         (IDENTITY | {"seed": 4, "weights": None}, ["seed was 3 and is 4", "weights was 'abc' and is None"]),
@@ -174,14 +174,14 @@ def test_a_table_without_a_folder_writes_nothing(tmp_path, monkeypatch):
         (None, ["seed was 3 and is None", "steps was [1, 2] and is None", "weights was 'abc' and is None"]),
     ],
 )
-def test_numbers_of_another_evaluation_are_refused(tmp_path, identity, told):
+def test_numbers_of_another_evaluation_are_refused(tmp_path, identity, named):
     table(tmp_path, [(1, 2)])
     before = (tmp_path / "rows-0.safetensors").read_bytes()
     with pytest.raises(ValueError, match="another evaluation") as error:
         Rows(2, resume_dir=tmp_path, identity=identity)
     assert str(tmp_path) in str(error.value)
-    assert all(text in str(error.value) for text in told)
-    same_names = set(IDENTITY) - {text.split()[0] for text in told}
+    assert all(text in str(error.value) for text in named)
+    same_names = set(IDENTITY) - {text.split()[0] for text in named}
     assert not any(f"{name} was" in str(error.value) for name in same_names)
     assert (tmp_path / "rows-0.safetensors").read_bytes() == before
 

@@ -124,7 +124,7 @@ def test_the_sampler_is_right_on_gaussian_data(generator):
     ids=["right", "one_minus_alpha", "rand_for_randn"],
 )
 def test_the_published_mistakes_would_not_pass(step, uniform, mean, variance):
-    # the three samplers in numpy: the tolerances of the test above tell them apart
+    # the three samplers in numpy: the tolerances of the test above separate them
     generator = np.random.default_rng(0)
     gammas = np.linspace(5, -13.3, 1001)
     data = GaussianData()

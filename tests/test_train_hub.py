@@ -157,14 +157,14 @@ def test_a_damaged_checkpoint_of_the_hub_is_not_taken(hub, run, tmp_path):
     out, other = tmp_path / "run", tmp_path / "other"
     assert ended(out, run(out, "checkpoint", "--max_train_steps", "3")) == [0], log_of(out)
     files = head(hub)
-    for damage, told in (
+    for damage, message in (
         ({"last-checkpoint/model.safetensors": files["last-checkpoint/model.safetensors"][:-9]}, "its content is not"),
         ({"last-checkpoint/state.json": b"[]"}, "JSON object"),
     ):
         hub.create(REPO, files | damage)
         resumed = run(other, "checkpoint", "--resume_from_checkpoint", "last-checkpoint", "--max_train_steps", "3")
         assert ended(other, resumed) == [1]
-        assert told in log_of(other).splitlines()[-1] and "Traceback" not in log_of(other), log_of(other)
+        assert message in log_of(other).splitlines()[-1] and "Traceback" not in log_of(other), log_of(other)
         assert not other.exists(), "nothing of it may be left"
     # a Hub that cannot be asked: a new run would take the other one's place
     hub.fault("GET", "/api/models/", times=10**9, status=503, headers={"Retry-After": "0"})
@@ -208,14 +208,14 @@ def test_a_hub_that_is_ill_changes_nothing_and_nothing_is_lost(hub, run, tmp_pat
 @pytest.mark.timeout(300)
 def test_who_may_not_write_is_told_before_any_work(hub, run, tmp_path):
     out = tmp_path / "run"
-    for more, told in (
+    for more, message in (
         (["--hub_token", "hf_wrong"], "hf auth login"),
         (["--hub_model_id", "somebody/else"], "somebody/else cannot be written to"),
         (["--hub_model_id", "a/b/c"], "a/b/c"),
     ):
         assert ended(out, run(out, "end", *more)) == [1]
         last = log_of(out).splitlines()[-1]
-        assert told in last and "train.py: " in last and "Traceback" not in log_of(out), log_of(out)
+        assert message in last and "train.py: " in last and "Traceback" not in log_of(out), log_of(out)
         assert not (out / "metrics.jsonl").exists() and "hf_wrong" not in log_of(out)
     assert ended(out, run(out, "end", "--hub_license", "The MIT License")) == [2]
     assert "license must be an identifier" in log_of(out).splitlines()[-1]

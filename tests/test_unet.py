@@ -304,7 +304,7 @@ def test_blind_group_norm_warns_at_the_caller():
     with pytest.warns(UserWarning, match="cannot see the noise level") as record:
         net = VDMUNet2DModel(**{**OFFICIAL, "norm_num_groups": 16})
     assert [w.filename for w in record] == [__file__]
-    # and the warning tells the truth
+    # and the warning is right
     net = perturbed(net.double())
     out = output(net, latents(1, 3, 8, 8, dtype=torch.float64).expand(2, -1, -1, -1), torch.tensor([10.0, 990.0]))
     torch.testing.assert_close(out[0], out[1], rtol=0, atol=1e-6)

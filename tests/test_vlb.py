@@ -300,7 +300,7 @@ def marginal_prior_kl_bpd(gamma_1: float) -> float:
 def test_continuous_bound_of_discrete_data_is_the_entropy(schedule):
     schedule = SCHEDULES[schedule]()
     bound = bound_by_quadrature(schedule, None)
-    # where γ_0 tells all levels apart, what is left above the entropy is the mismatch of q(z_1) and the prior
+    # where γ_0 separates all levels, what is left above the entropy is the mismatch of q(z_1) and the prior
     assert bound["total"] == pytest.approx(ENTROPY_BPD + marginal_prior_kl_bpd(4.0), abs=2e-7)
     assert bound["reconstruction"] < 1e-9
     assert bound["total"] > ENTROPY_BPD
@@ -690,7 +690,7 @@ def test_training_with_a_learned_schedule(num_timesteps):
     after = schedule.table(257)
     assert (after - start).abs().max() > 0.1  # it did learn
     assert (after[1:] > after[:-1]).all()
-    # the ends are fixed, to the last bit, and so is what the network is told
+    # the ends are fixed, to the last bit, and so is what the network gets
     assert after[0] == -6.0 and after[-1] == 4.0
     assert [float(end) for end in schedule.ends()] == [-6.0, 4.0]
 
@@ -857,7 +857,7 @@ def test_labels_go_with_their_images():
 
 
 class Breaks(TinyNet):
-    """NaN for images of zeros, at any noise level: z_t of the image in hand is told by its mean."""
+    """NaN for images of zeros, at any noise level: z_t of the image in hand is known by its mean."""
 
     def forward(self, sample, timestep, **kwargs):
         out = super().forward(sample, timestep, **kwargs)[0]

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from ..console import tolerate_any_encoding
 from .evaluate_options import load_data, load_model, parse_options
-from .evaluate_report import check_partial, curve, draw, partial_folder, tell
+from .evaluate_report import check_partial, curve, draw, partial_folder, print_report
 from .processes import check_processes, only_run, set_threads
 
 DECODERS = {"vdm": "softmax over the levels at γ_0", "ddpm": "discretized Gaussian at index 0"}
@@ -271,7 +271,7 @@ def run_evaluation(args: argparse.Namespace, accelerator) -> None:
     write_atomically(output, json.dumps(report, indent=1))
     draw(output, evaluation, result, parts)
     evaluation.tidy()
-    tell(args, evaluation, report, parts)
+    print_report(args, evaluation, report, parts)
 
 
 def main(arguments: list[str] | None = None) -> None:

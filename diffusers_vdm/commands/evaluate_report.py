@@ -26,7 +26,7 @@ def check_partial(args: argparse.Namespace) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def tell(args: argparse.Namespace, evaluation, report: dict, parts: list[str]) -> None:
+def print_report(args: argparse.Namespace, evaluation, report: dict, parts: list[str]) -> None:
     """The table in the end."""
 
     def value(row: dict) -> str:

@@ -13,7 +13,7 @@ _HELD = []  # of [`hold_process_group`]
 
 
 def check_processes(accelerator) -> None:
-    """`SystemExit` where a launcher started independent copies, or silently fewer processes than it was told to."""
+    """`SystemExit` where a launcher started independent copies, or silently fewer processes than it was asked for."""
     world, advice = accelerator.num_processes, "set ACCELERATE_USE_CPU=1 and launch with --multi_gpu --num_processes N"
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != world:
@@ -89,7 +89,10 @@ def check_sharding(accelerator) -> None:
 
 
 def set_threads(accelerator, num_threads: int | None) -> None:
-    """`accelerate launch` leaves a process on a CPU one thread; all cores, shared alike, unless told otherwise."""
+    """Set the threads of a process on a CPU to `num_threads`, by default its share of the cores.
+
+    `accelerate launch` leaves each of them one thread.
+    """
     import torch
 
     if accelerator.device.type == "cpu":

@@ -94,5 +94,7 @@ def _load(args: argparse.Namespace, progress_bar: bool):
     if count == math.inf:
         raise ValueError(f"--max_eval_images must say how many of {held_out.name} to take: nobody declared its number")
     if not stream.num_images and (args.num_epochs or args.save_images_epochs or args.save_model_epochs):
-        raise ValueError(f"--num_train_images must tell the length of an epoch of {stream.name}: nobody declared it")
+        raise ValueError(
+            f"--num_train_images must give the length of an epoch of {stream.name}, which does not declare it"
+        )
     return stream, held_out.take(count)

@@ -53,7 +53,7 @@ def parse_options(description: str, arguments: list[str] | None = None) -> argpa
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Everything that can be told before any work starts; fills in what depends on other options."""
+    """Checks all that can be checked before any work starts; fills in what depends on other options."""
     from diffusers.optimization import SchedulerType
 
     from .. import UNET_PRESETS

@@ -1,4 +1,4 @@
-"""What train.py tells: the plan, the numbers, samples and pictures."""
+"""What train.py reports: the plan, the numbers, samples and pictures."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def check_image_mode(image_mode: str | None) -> None:
 
 
 def row_name(row: dict[str, Any] | None) -> str:
-    """', file NAME' where the row of an undecoded image column tells it, for error messages."""
+    """', file NAME' where the row of an undecoded image column has it, for error messages."""
     name = (row or {}).get("path")
     return f", file {name}" if name else ""
 
@@ -63,10 +63,10 @@ def decode(
 ) -> np.ndarray:
     """The image in one row of a column cast to `datasets.Image(decode=False)`, uint8 `(C, H, W)`.
 
-    Taken are 8-bit grayscale and RGB. Always refused are more than 8 bits a value, as far as the file tells it (all of
-    Pillow's deep modes; 16-bit colors in PNG, TIFF, PPM and SGI, but not in JPEG 2000 or AVIF), and images with
-    transparent pixels: what lies under them is whatever the program that wrote the file left there. The image is
-    turned as its EXIF orientation says, as `datasets` does.
+    8-bit grayscale and RGB images are accepted. Images of more than 8 bits per value are refused as far as the file
+    declares them (all of Pillow's deep modes; 16-bit colors in PNG, TIFF, PPM and SGI, but not in JPEG 2000 or AVIF).
+    Images with transparent pixels are refused, too: what lies under such a pixel depends on the program that wrote the
+    file. The image is turned as its EXIF orientation says, as `datasets` does.
 
     Args:
         row (`dict`): `bytes` of the file, or else the `path` of it.

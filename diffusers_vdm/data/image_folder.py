@@ -75,7 +75,7 @@ class ImageFolder:
     """What a folder of image files holds; see [`read_image_folder`].
 
     `class_names` are those of all splits together, sorted, so that an index means the same class in each. `stamps` are
-    what tells one state of a file from another: size, times of change, device and inode.
+    what changes with a file: size, times of change, device and inode.
     """
 
     path: str
@@ -109,7 +109,7 @@ class ImageFolder:
         data = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
         real = os.path.realpath(self.path)
         state = json.dumps([real, columns, list(map(str, features.values())), stamps], default=str)
-        # of the files as they are now, which their paths do not tell
+        # of the files as they are now, and not of their paths alone
         data._fingerprint = hashlib.blake2b(state.encode(), digest_size=16).hexdigest()
         return data
 
@@ -394,7 +394,7 @@ def _check_for_hidden_splits(images: list[str], tops: list[str], path: str) -> N
 
 
 def _add_classes(splits: dict[str, FolderSplit], has_splits: bool) -> tuple[str, ...] | None:
-    """Adds the column "label" where the folders tell the classes; returns the names of all of them."""
+    """Adds the column "label" where the folders are the classes; returns the names of all of them."""
     names_of: dict[str, list[str]] = {}
     if any("label" in part.columns for part in splits.values()):  # the metadata have their own
         return None

@@ -44,10 +44,10 @@ class ImageSource:
 
     `data` is a `datasets.Dataset`, or an `IterableDataset` where it is streamed. `label_column` and `class_names` are
     `None` where there are no classes or no names for them. `num_classes` counts the classes of the whole data set, as
-    far as its declaration or a column of labels tells, also those that no row of this split has. `files` says in one
+    far as they are declared or in a column of labels, also those that no row of this split has. `files` says in one
     line which files are used, `parts` which rows of which splits (name, start, stop), `classes_in_split` which classes
     the whole split holds, `num_rows` how many rows there are, `listing` is a digest of the files of a folder and their
-    classes, where these are known. `state` tells one state of a local data set from another.
+    classes, where these are known. `state` is another one whenever a file of a local data set changes.
     """
 
     data: Any
@@ -320,7 +320,7 @@ def _check_whole(files: list[str], path: str) -> None:
 
 
 def _short(file: str, root: str | None = None) -> str:
-    """A file's path within its data set, as far as it can be told from where the data set lies."""
+    """A file's path within its data set, as far as it follows from where the data set lies."""
     if "://" in file:
         return re.sub(r"^hf://datasets/[^/]+/[^/@]+@[^/]+/", "", file)
     return os.path.relpath(os.path.realpath(file), os.path.realpath(root)).replace(os.sep, "/") if root else file

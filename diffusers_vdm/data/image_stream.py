@@ -57,7 +57,7 @@ class ImageStream:
         num_workers (`int`, defaults to 2): decoding threads.
         buffer_size (`int`, defaults to 1000): images of a block.
         num_images (`int`, *optional*): images of the split. Without it what the data set declares is taken, and else
-            it is counted in the first epoch; a wrong number is told when the first epoch ends.
+            it is counted in the first epoch; a wrong number is an error when the first epoch ends.
 
     Raises: `ValueError` as [`load_images`], here for the first image and in `batch` for those it is asked for.
     """
@@ -174,7 +174,7 @@ class ImageStream:
     def fingerprint(self) -> str:
         """Hash of the first image as it is given, the number of shards, the columns, and the names of the classes.
 
-        Of a folder of images also of the names and sizes of all files. It tells other data and other settings apart,
+        Of a folder of images also of the names and sizes of all files. It differs for other data and other settings,
         but not a data set of another kind that changed after its first image: to see every pixel is to read all of it,
         which [`ImageSet.fingerprint`] does.
         """

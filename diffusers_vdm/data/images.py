@@ -93,7 +93,7 @@ class ImageSet:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of every pixel in order, so that a number can be told to be of the same data; taken once."""
+        """Hash of every pixel in order, by which numbers of the same data are known; taken once."""
         digest = _new_digest(tuple(self.images.shape))
         digest.update(self.images.contiguous().numpy())
         return digest.hexdigest()

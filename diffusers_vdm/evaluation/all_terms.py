@@ -208,7 +208,7 @@ def best_timesteps(result: BpdEvaluation, num_steps: int) -> tuple[list[float], 
         num_steps (`int`): T, the network calls, at most those of `result`.
 
     Returns: decreasing timesteps for `evaluate_bpd`, `set_timesteps` and `VDMPipeline`, and the bound with them as far
-        as these measurements tell, bits/dim.
+        as these measurements show, in bits/dim.
     Raises: `ValueError` for T out of range, and where p(z_s|z_t) has not the variance of the posterior: the terms are
         functions of both levels then.
     """

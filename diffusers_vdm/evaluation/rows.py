@@ -165,7 +165,7 @@ class Rows:
         if self._folder is not None:
             for path in sorted(self._folder.glob("rows-*.safetensors")):
                 self._take_over(path)
-            self._resumed = self.values.isfinite().all(1)  # what is infinite is worked out, and told, again
+            self._resumed = self.values.isfinite().all(1)  # what is infinite is worked out, and reported, again
             if self.world > 1:
                 accelerator.wait_for_everyone()  # none may write before all have read
 

@@ -124,11 +124,11 @@ def use_section(run: RunRecord) -> str:
         '    picture.save(f"sample-{i}.png")',
     ]
     parts = ["## Use", fenced("pip install diffusers_vdm", "sh"), fenced("\n".join(code), "python")]
-    told = ["" if run.repo_id else "To be run in this folder.", '`pipe.to("cuda")` draws on a GPU.']
+    hints = ["" if run.repo_id else "To be run in this folder.", '`pipe.to("cuda")` draws on a GPU.']
     if classes is not None:
         null = "no `class_labels` draw of all classes" if has_null else "`class_labels` must be given"
-        told.append(f"`class_labels` are classes in [0, {classes}), one or one for each image; {null}.")
-    parts.append(" ".join(text for text in told if text))
+        hints.append(f"`class_labels` are classes in [0, {classes}), one or one for each image; {null}.")
+    parts.append(" ".join(text for text in hints if text))
     if run.has_code:
         short = ["from diffusers import DiffusionPipeline", ""]
         short.append(f"pipe = DiffusionPipeline.from_pretrained({loaded}, trust_remote_code=True)")
@@ -193,8 +193,8 @@ def _headline(m: Measurement, run: RunRecord) -> str:
         parts.append("No error of it is known.")
     details = {k: v for k, v in m.details.items() if k not in ("clip_sample", "dequantization")}
     if details:
-        told = ", ".join(k.replace("_", " ") + ("" if v is True else f" {_short(v)}") for k, v in details.items())
-        parts.append(f"Also: {escaped(told)}.")
+        listed = ", ".join(k.replace("_", " ") + ("" if v is True else f" {_short(v)}") for k, v in details.items())
+        parts.append(f"Also: {escaped(listed)}.")
     fingerprints = [f"images {m.data_fingerprint}"] if m.data_fingerprint else []
     fingerprints += [f"weights {run.report['weights_fingerprint']}"] if m.step is None else []
     if fingerprints:
@@ -332,7 +332,7 @@ def training_command(description: dict[str, Any]) -> str:
     """The command that made a run, of its options.json; `output_dir` and the like are the reader's own.
 
     With a list `"given"` of the names of those that were given; else of all options, since their defaults are not
-    known here. Of paths only the last part is told, of tokens nothing.
+    known here. Of paths only the last part is shown, of tokens nothing.
     """
     options = mapping(description.get("options"))
     given = description.get("given")
@@ -363,11 +363,11 @@ def training_command(description: dict[str, Any]) -> str:
 def _arguments(name: str, value: object) -> list[str]:
     if isinstance(value, bool):
         return []
-    told = []
+    words = []
     for v in value if isinstance(value, list) else [value]:
         if name == "model_config_name_or_path" and isinstance(v, str) and ("/" in v or "\\" in v):
             v = "unet"  # of this repository: a path of the author's is of no use
         elif isinstance(v, str):
             v = base_name(v) if name.endswith("_dir") else last_part(v)
-        told.append(shlex.quote(one_line(repr(v) if isinstance(v, float) else v)))
-    return told
+        words.append(shlex.quote(one_line(repr(v) if isinstance(v, float) else v)))
+    return words

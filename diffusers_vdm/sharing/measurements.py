@@ -36,7 +36,7 @@ class DataName:
     Attributes:
         name (`str`): repository, or the last part of a folder's path: where it lies is nobody's business.
         split (`str`, *optional*): split, with the slice of it.
-        is_repository (`bool`): whether `name` is one of the Hub, as far as its form tells.
+        is_repository (`bool`): whether `name` is one of the Hub, by its form.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Measurement:
     is_final: bool = True
 
     def is_of_data_of(self, other: Measurement) -> bool:
-        """Whether another one is of the same images, as far as their names tell."""
+        """Whether another one is of the same images, by their names."""
         return (self.data and (self.data.name, self.data.split)) == (
             other.data and (other.data.name, other.data.split)
         )
@@ -99,7 +99,7 @@ class Measurement:
 
     @property
     def value(self) -> str:
-        """The number and its error with as many digits as the error has to tell."""
+        """The number and its error with as many digits as the error warrants."""
         if self.stderr_bpd is None:
             return f"{self.bpd:.4f}"
         digits = 4 if self.stderr_bpd <= 0 else min(8, max(4, 1 - math.floor(math.log10(self.stderr_bpd))))

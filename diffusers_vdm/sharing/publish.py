@@ -38,7 +38,7 @@ def publish(
     token: str | None = None,
     create_pr: bool = False,
 ) -> Any:
-    """[`VDMPipeline.push_to_hub`], which tells of the arguments; everything is made before anything is sent."""
+    """[`VDMPipeline.push_to_hub`], which describes the arguments; everything is made before anything is sent."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "pipeline"
         if run_dir is None:

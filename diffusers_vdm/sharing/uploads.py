@@ -131,7 +131,7 @@ def refusals(repo_id: str) -> Iterator[None]:
 class Uploads:
     """Folders that go to one repository, one after another, while the program does something else.
 
-    Of several that wait only the newest goes. What fails is told and not repeated: the next folder holds it too.
+    Of several that wait only the newest goes. What fails is reported and not repeated: the next folder holds it too.
 
     Args:
         repo_id (`str`): `"user/name"`, or a name in the user's own space.
@@ -240,9 +240,9 @@ class Uploads:
 
 def reason_of(error: BaseException) -> str:
     """An error of the Hub's client in one line."""
-    told = getattr(error, "server_message", None) if isinstance(error, HfHubHTTPError) else None
-    told = str(told or error).strip().split("\n")[0]
-    return f"{status_of(error) or type(error).__name__}: {told}"
+    message = getattr(error, "server_message", None) if isinstance(error, HfHubHTTPError) else None
+    reason = str(message or error).strip().split("\n")[0]
+    return f"{status_of(error) or type(error).__name__}: {reason}"
 
 
 # ---- and back ----------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def keyed_batch(
     """Rows `rows` of the global batch of `step`: images in keyed order, and all that is drawn for each of them.
 
     t_i = (u + i/B) mod 1 over the whole global batch, whoever computes its rows [VDM app. I.1]. `augmented` is 1 where
-    an image was flipped or turned by a multiple of 90°, which the network must be told [VDM app. B], and `withheld` is
+    an image was flipped or turned by a multiple of 90°, which the network needs to know [VDM app. B]. `withheld` is
     true for a share `label_dropout` of the labels.
     """
     positions = [step * global_batch_size + i for i in rows]

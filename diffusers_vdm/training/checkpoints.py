@@ -191,7 +191,7 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any], allowed: Collect
     A description holds `"options"`, `"data"`, `"global_batch_size"` and `"num_processes"`. `allowed` names options, or
     `"data"`, that may differ nevertheless; options whose row says `may_change` always may.
 
-    Returns: what is to be told of a global batch that is split in another way, `None` if it is not.
+    Returns: a message about a global batch that is split in another way, `None` if it is not.
     """
     fixed = (set(now["options"]) & set(before["options"])) - option_names(may_change=True)
     if str(now["options"].get("lr_scheduler")).startswith("constant"):  # else the rates depend on where they end
@@ -205,10 +205,10 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any], allowed: Collect
         for k, v in sorted(pairs.items())
         if _plain(v[0]) != _plain(v[1]) and k not in set(allowed) - {"global_batch_size"}
     }
-    told = [f"{name}: {a!r} → {b!r}" for name, (a, b) in differ.items()]
-    if told:
+    changes = [f"{name}: {a!r} → {b!r}" for name, (a, b) in differ.items()]
+    if changes:
         raise ValueError(
-            f"this is not the same run: {'; '.join(told)}. Start a new one in another output_dir, or name what may "
+            f"this is not the same run: {'; '.join(changes)}. Start a new one in another output_dir, or name what may "
             "differ by allow_changed."
         )
     splits = [

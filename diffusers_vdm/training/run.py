@@ -298,11 +298,11 @@ class Run:
             return self.accelerator.print(f"there is no checkpoint in {self.out} yet: a new run")
         tensors, state = found[0][1:] if found[0] else checkpoints.load_checkpoint(folder)
         now = self.description()
-        told = (
+        notices = (
             checkpoints.check_same_run(state["run"], now, allowed),
             checkpoints.rounding_changes(state["run"], now),
         )
-        self.accelerator.print("\n".join([f"going on from {folder}", *(line for line in told if line)]))
+        self.accelerator.print("\n".join([f"going on from {folder}", *(line for line in notices if line)]))
         try:
             here = self.objective.state_dict()
             model = {name: sharded_like(t, here.get(name, t)) for name, t in tensors["model"].items()}
