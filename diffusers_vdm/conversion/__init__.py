@@ -1,9 +1,9 @@
-"""Other formats in and out: the official JAX checkpoints, addtt's PyTorch checkpoints, diffusers' DDPM pipelines."""
+"""Convert official JAX checkpoints, addtt's PyTorch checkpoints and diffusers' DDPM pipelines."""
 
 from importlib import import_module
 from typing import Any
 
-# γ(0) and γ(1) of the paper, which the files do not hold
+# γ(0) and γ(1) of the paper, which the checkpoints do not store
 PAPER_ENDS = (-13.3, 5.0)
 
 _MODULE_OF = {

@@ -1,4 +1,4 @@
-"""`python -m diffusers_vdm.conversion`: the same as `diffusers-vdm convert`."""
+"""`python -m diffusers_vdm.conversion`: same as `diffusers-vdm convert`."""
 
 from ..commands.convert import main
 

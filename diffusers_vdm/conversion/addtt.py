@@ -1,4 +1,4 @@
-"""Checkpoints of github.com/addtt/variational-diffusion-models as pipelines, and back."""
+"""Convert checkpoints of github.com/addtt/variational-diffusion-models to pipelines and back."""
 
 from __future__ import annotations
 
@@ -42,19 +42,21 @@ def load_addtt(
     num_heads: int | None = None,
     norm_num_groups: int | None = None,
 ) -> VDMPipeline:
-    """A `model.pt` of github.com/addtt/variational-diffusion-models as a pipeline with the same outputs, in float32.
+    """Load a `model.pt` of github.com/addtt/variational-diffusion-models as an equivalent pipeline in float32.
 
-    Layouts are PyTorch's; q, k and v are one 1×1 convolution there, `(3C, C, 1, 1)`, and conv_in takes the Fourier
-    features (exponents 5 and 6) by frequency and then color, where ours come by color and then frequency.
+    The weights have PyTorch's layouts. There, q, k and v are one 1×1 convolution, `(3C, C, 1, 1)`, and conv_in orders
+    the Fourier features (exponents 5 and 6) by frequency and then color; here they are ordered by color and then
+    frequency.
 
     Args:
-        path (`str` or `PathLike`): the file. A `config.yaml` beside it is read, for what no weight says.
+        path (`str` or `PathLike`): the file. A `config.yaml` beside it is read for values that the weights do not
+            determine.
         weights (`"ema"` or `"model"`): the averaged weights or the raw ones.
-        gamma_min, gamma_max (`float`, *optional*): the configured ends; else the config's, else −13.3 and 5.0.
-        sample_size (`int`, defaults to 32): height and width of the images; no file says it.
-        num_heads, norm_num_groups (`int`, *optional*): else the config's, else 1 and 32.
+        gamma_min, gamma_max (`float`, *optional*): the configured ends; default to the config's, or to −13.3 and 5.0.
+        sample_size (`int`, defaults to 32): height and width of the images, which neither file stores.
+        num_heads, norm_num_groups (`int`, *optional*): default to the config's, or to 1 and 32.
 
-    Raises: `ValueError` for files of another kind and tensors that are missing, left over or of another shape.
+    Raises: `ValueError` for files of another kind and tensors that are missing, unexpected or of another shape.
     """
     if weights not in ("ema", "model"):
         raise ValueError(f"weights must be 'ema' or 'model', got {weights!r}.")
@@ -68,19 +70,21 @@ def load_addtt(
         "use_fourier_features": network.inputs != network.colors, "attention_everywhere": network.attention,
         "noise_schedule": "learned_linear" if gamma else "fixed_linear",
     }  # fmt: skip
-    wrong = [f"{k} is {config[k]!r} there, {v!r} here" for k, v in inferred.items() if config.get(k, v) != v]
+    wrong = [f"{k} is {config[k]!r}, not {v!r}" for k, v in inferred.items() if config.get(k, v) != v]
     refuse(f"{path} does not belong to the config.yaml beside it", wrong)
     given = {"gamma_min": gamma_min, "gamma_max": gamma_max, "n_attention_heads": num_heads}
     given |= {"norm_groups": norm_num_groups, "dropout_prob": None}
     for (name, value), default in zip([*given.items()], (*PAPER_ENDS, 1, 32, 0.0), strict=True):
         if value is None and name not in config:
-            print(f"assumed, as nothing says it: {name} {default}")
+            print(f"assumed, not in any file: {name} {default}")
         given[name] = config.get(name, default) if value is None else value
         if type(given[name]) not in ((int,) if isinstance(default, int) else (int, float)):
-            raise ValueError(f"{name} must be a number, got {given[name]!r}; correct config.yaml or give the option.")
+            raise ValueError(f"{name} must be a number, got {given[name]!r}; correct config.yaml or set the option.")
     heads, groups, channels = given["n_attention_heads"], given["norm_groups"], network.channels
     if heads < 1 or channels % heads or groups < 1 or channels % groups:
-        raise ValueError(f"heads and groups must divide the {channels} channels, got {heads} and {groups}.")
+        raise ValueError(
+            f"num_heads and norm_num_groups must divide the {channels} channels, got {heads} and {groups}."
+        )
     unet = network.unet(
         (5, 6), sample_size=sample_size, norm_eps=1e-5, norm_num_groups=groups, attention_head_dim=channels // heads,
         dropout=float(given["dropout_prob"]),
@@ -95,15 +99,17 @@ def load_addtt(
     ends = (float(given["gamma_min"]), float(given["gamma_max"]))
     schedule = gamma_from_official(gamma, *ends).float()
     print(f"read {weights}: {network}; γ: {type(schedule).__name__}, configured from {ends[0]} to {ends[1]}")
-    print(f"assumed, as no file says it: images of {sample_size}×{sample_size} in 256 levels")
+    print(f"assumed, not in any file: images of {sample_size}×{sample_size} in 256 levels")
     return filled_pipeline(unet, state, schedule)
 
 
 def save_addtt(pipe: VDMPipeline, folder: str | os.PathLike) -> None:
-    """A pipeline as `model.pt` and `config.yaml` of github.com/addtt/variational-diffusion-models, in a new `folder`.
+    """Save a pipeline as `model.pt` and `config.yaml` of github.com/addtt/variational-diffusion-models in `folder`.
 
-    The raw and the averaged weights are the same, "opt" is empty. The bias of our time_emb_proj is added to that of
-    conv1, where it has the same effect. Raises: `ValueError` with the list of all that its network cannot do.
+    The raw and the averaged weights are equal, and "opt" is empty. The bias of our time_emb_proj is added to that of
+    conv1, where it has the same effect.
+
+    Raises: `ValueError` with a list of everything that addtt's network does not support.
     """
     import yaml
 
@@ -141,17 +147,17 @@ def save_addtt(pipe: VDMPipeline, folder: str | os.PathLike) -> None:
         content = {"step": 0, "model": tensors, "opt": {}, "ema": average}
         torch.save(content, new / "model.pt")  # noqa: TID251  their format
         write_atomically(new / "config.yaml", yaml.safe_dump(written, sort_keys=False))
-    print("made up, as a pipeline does not say it: batch_size, antithetic times, lr, weight_decay, clip_grad_norm")
+    print("defaults, not in the pipeline: batch_size, antithetic times, lr, weight_decay, clip_grad_norm")
 
 
 def _addtt_tensors(path: Path, weights: str) -> dict[str, torch.Tensor]:
-    """The state dict of one set of weights, with q, k and v apart, and one name for the last layer of net2."""
-    try:  # mapped, the optimizer's state is never read
+    """The state dict of one set of weights, with q, k and v split and a single name for the last layer of net2."""
+    try:  # memory-mapped, so the optimizer state is never read
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))  # noqa: TID251
     except OSError:
         raise
-    except Exception as error:  # whatever a broken pickle raises
-        raise ValueError(f"{path} is not a file of weights that can be read safely: {str(error)[:300]}") from error
+    except Exception as error:  # a damaged pickle can raise any exception
+        raise ValueError(f"{path} is not a weights file that can be read safely: {str(error)[:300]}") from error
     part = content.get(weights) if isinstance(content, dict) else None
     if not isinstance(part, dict) or not all(isinstance(key, str) for key in part):
         there = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
@@ -164,7 +170,7 @@ def _addtt_tensors(path: Path, weights: str) -> dict[str, torch.Tensor]:
             key = key.removeprefix("module.").removeprefix("ema_model.")
         key = re.sub(r"(\.net2)\.[23]\.", r"\1.last.", key.removeprefix("module."))
         if key in tensors or not torch.is_tensor(value):
-            raise ValueError(f"{path}: {key} is there twice, or is no tensor.")
+            raise ValueError(f"{path}: {key} is a duplicate, or not a tensor.")
         value = value.detach()
         qkv = re.fullmatch(r"(model\..*\.layers\.1)\.(weight|bias)", key)
         if qkv and value.ndim and value.shape[0] % 3 == 0:
@@ -183,9 +189,9 @@ def _addtt_config(file: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no YAML file: {error}") from error
+        raise ValueError(f"{file} is not a YAML file: {error}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{file} is no list of settings, but a {type(config).__name__}.")
+        raise ValueError(f"{file} must be a mapping of settings, got a {type(config).__name__}.")
     return config
 
 
@@ -194,6 +200,6 @@ def _addtt_shape(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _fourier_order(colors: int, exponents: int) -> np.ndarray:
-    """Where in addtt's conv_in each of our input channels is: by color then frequency, and the other way round."""
+    """Index in addtt's conv_in of each of our input channels: ours go by color, then frequency; addtt's vice versa."""
     index = np.arange(2 * exponents * colors).reshape(2, exponents, colors).transpose(0, 2, 1)
     return np.concatenate([np.arange(colors), colors + index.reshape(-1)])

@@ -1,4 +1,4 @@
-"""Pipelines of diffusers with betas as pipelines of ours."""
+"""Convert diffusers pipelines with betas to VDM pipelines."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from .foreign_networks import (
 
 
 def load_diffusers(path: str | os.PathLike, scheduler: str | os.PathLike | None = None) -> VDMPipeline:
-    """A `DDPMPipeline`, or a `UNet2DModel` and a scheduler, as a pipeline with the same network and the same betas.
+    """Load a `DDPMPipeline`, or a `UNet2DModel` and a scheduler, as a pipeline with the same network and betas.
 
-    `path` and `scheduler` are folders or repositories on the Hub; a pipeline brings its own scheduler.
+    `path` and `scheduler` are folders or Hub repositories; a pipeline contains its own scheduler.
 
-    Raises: `ValueError` for latent and conditional pipelines and for betas that no scheduler of ours has.
+    Raises: `ValueError` for latent and conditional pipelines and for betas that our schedulers do not support.
     """
     path, theirs = str(path), None
     for place in (path, scheduler):
@@ -35,57 +35,59 @@ def load_diffusers(path: str | os.PathLike, scheduler: str | os.PathLike | None 
         network = _loaded(path, UNet2DModel, UNet2DModel)
     else:
         if index.get("_class_name") == "VDMPipeline":
-            raise ValueError(f"{path} is a VDMPipeline already.")
+            raise ValueError(f"{path} is already a VDMPipeline.")
         parts = {name: value for name, value in index.items() if isinstance(value, list | tuple) and value[0]}
         if set(parts) != {"unet", "scheduler"} or parts["unet"][1] not in ("UNet2DModel", "VDMUNet2DModel"):
             raise ValueError(
-                f"{path} is a {index.get('_class_name')} of {sorted(parts)}; only a UNet2DModel and a scheduler are "
-                "converted: latent models have no likelihood of pixels, and conditional ones are other networks."
+                f"{path} must consist of a UNet2DModel and a scheduler, got a {index.get('_class_name')} of "
+                f"{sorted(parts)}; latent models have no pixel likelihood, and conditional ones use other networks."
             )
         pipe = DiffusionPipeline.from_pretrained(path)
         network, theirs = pipe.unet, pipe.scheduler
     if scheduler is not None:
         theirs = _loaded(str(scheduler), diffusers.DDPMScheduler, diffusers.SchedulerMixin)
     if theirs is None:
-        raise ValueError(f"{path} is a network alone; give the scheduler that it was trained with (--scheduler).")
+        raise ValueError(f"{path} has no scheduler; set scheduler (--scheduler) to the one that it was trained with.")
     _check_channels(path, network, theirs)
     refuse(
         f"{path}: weights",
         [f"{n} holds NaN or infinity" for n, p in network.state_dict().items() if not p.isfinite().all()],
     )
     ours = scheduler_of(theirs)
-    with torch.random.fork_rng(devices=[]):  # the fresh weights are replaced at once
+    with torch.random.fork_rng(devices=[]):  # random initialization must not change the global state
         unet = VDMUNet2DModel.from_config(dict(network.config))
     unet.load_state_dict(network.state_dict())
     return VDMPipeline(unet.eval(), ours)
 
 
 def _check_channels(path: str, network: UNet2DModel, scheduler) -> None:
-    """`ValueError` unless the network predicts variances where the scheduler has a learned `variance_type` alone."""
+    """Raises `ValueError` unless the network predicts variances if and only if `variance_type` is a learned one."""
     inputs, outputs = network.config.in_channels, network.config.out_channels
     variance_type = scheduler.config.get("variance_type")
     expected = 2 * inputs if is_learned(variance_type) else inputs
     if outputs != expected:
         raise ValueError(
-            f"{path} must have {expected} output channels for its {inputs} input channels where its scheduler has "
-            f"variance_type={variance_type!r}, got {outputs}; give the scheduler that it was trained with "
-            "(--scheduler), 'learned_range' or 'learned' where the network also predicts variances."
+            f"{path} must have {expected} output channels for its {inputs} input channels if its scheduler has "
+            f"variance_type={variance_type!r}, got {outputs}; set scheduler (--scheduler) to the one that it was "
+            "trained with, with 'learned_range' or 'learned' if the network also predicts variances."
         )
 
 
 def _loaded(path: str, reader: type, base: type):
-    """A component alone, of the class that its config names."""
+    """A single component, of the class that its config names."""
     name = reader.load_config(path).get("_class_name")
     kind = getattr(diffusers, str(name), None)
     if not (isinstance(kind, type) and issubclass(kind, base)):
-        raise ValueError(f"{path} is a {name}, and not one of diffusers' {base.__name__}.")
+        raise ValueError(f"{path} must be one of diffusers' {base.__name__} classes, got {name}.")
     return kind.from_pretrained(path)
 
 
 def scheduler_of(theirs) -> LinearBetaScheduler | VDMScheduler:
-    """Our scheduler with the betas of one of diffusers': [`LinearBetaScheduler`], or [`VDMScheduler.from_diffusers`].
+    """A [`LinearBetaScheduler`], or a scheduler from [`VDMScheduler.from_diffusers`], with the betas of `theirs`.
 
-    What has no counterpart is printed. Raises: `ValueError` where it has no usable table of betas, or thresholds x̂.
+    Settings without a counterpart are printed.
+
+    Raises: `ValueError` if the scheduler has no usable table of betas, or if it thresholds x̂.
     """
     config, kept = theirs.config, {}
     plain = config.get("beta_schedule") == "linear" and config.get("trained_betas") is None
@@ -96,15 +98,15 @@ def scheduler_of(theirs) -> LinearBetaScheduler | VDMScheduler:
         if is_learned(config.get("variance_type")):
             kept["variance_type"] = config["variance_type"]
         ours = LinearBetaScheduler(**kept, rescale_betas=False)
-        said = f"LinearBetaScheduler with {kept}, rescale_betas False"
+        description = f"LinearBetaScheduler with {kept}, rescale_betas False"
     else:
         ours = VDMScheduler.from_diffusers(theirs)
-        said = f"VDMScheduler with the {len(ours)} levels of {type(theirs).__name__}, timestep_type index"
+        description = f"VDMScheduler with the {len(ours)} levels of {type(theirs).__name__}, timestep_type index"
     same = {
         "variance_type": ("fixed_small", "fixed_small_log", "learned", "learned_range"),
         "steps_offset": (0,),
         "eta": (None,),
     }
-    behind = {name: config[name] for name, values in same.items() if name in config and config[name] not in values}
-    print(f"scheduler: {said}" + (f"; left behind: {behind}" * bool(behind)))
+    ignored = {name: config[name] for name, values in same.items() if name in config and config[name] not in values}
+    print(f"scheduler: {description}" + (f"; ignored: {ignored}" * bool(ignored)))
     return ours

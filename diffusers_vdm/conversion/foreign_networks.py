@@ -1,4 +1,4 @@
-"""What all conversions share: networks as foreign tensors describe them, what fits, and folders that appear whole."""
+"""Shared by all conversions: networks inferred from foreign tensors, compatibility checks, atomic output folders."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from ..schedulers import VDMScheduler
 from ..unet import VDMUNet2DModel
 from .official_checkpoint import tensor_names
 
-# ---- what the formats share ----------------------------------------------------------------------------------------
+# ---- networks from foreign tensors ---------------------------------------------------------------------------------
 
 
 class ForeignNetwork:
-    """A network as its foreign tensors describe it; `axes` are those of input and output in a convolution."""
+    """A network inferred from foreign tensors; `axes` are the input and output axes of a convolution weight."""
 
     def __init__(self, path, tensors: dict[str, Any], conv_in: str, conv_out: str, axes: tuple[int, int]):
         for name in (conv_in, conv_out):
@@ -35,7 +35,7 @@ class ForeignNetwork:
         self.colors = int(tensors[conv_out].shape[axes[1]])
 
     def count(self, block: str, attention: str) -> None:
-        """Counts the blocks by a pattern of their names; attention is everywhere where its pattern is anywhere."""
+        """Counts the blocks by a name pattern; attention is in all blocks if any name matches its pattern."""
         self.num_blocks = len({m[1] for name in self.tensors if (m := re.match(block, name))})
         self.attention = any(re.match(attention, name) for name in self.tensors)
 
@@ -46,16 +46,16 @@ class ForeignNetwork:
         return f"{counts}, attention {where}, {fourier}Fourier features"
 
     def unet(self, exponents: tuple[int, ...], **more) -> VDMUNet2DModel:
-        """The network without memory for its weights, which are put in as they are."""
+        """The network on the meta device; [`filled_pipeline`] assigns its weights without a copy."""
         with_features = self.colors * (1 + 2 * len(exponents))
         size = more.get("sample_size", 32)
         if not isinstance(size, int) or not 1 <= size <= 2**14:
             raise ValueError(f"sample_size must be an integer within [1, {2**14}], got {size!r}.")
         if self.inputs not in (self.colors, with_features) or self.num_blocks < 1:
             raise ValueError(
-                f"{self.path}: of {self.colors} colors, conv_in must take {self.colors} channels, or "
-                f"{with_features} with Fourier features {exponents}, before at least one block; got {self.inputs} and "
-                f"{self.num_blocks}."
+                f"{self.path}: with {self.colors} colors, conv_in must take {self.colors} channels, or "
+                f"{with_features} with Fourier features {exponents}, and at least one block must follow; got "
+                f"{self.inputs} channels and {self.num_blocks} blocks."
             )
         kind = "Attn" if self.attention else ""
         with torch.device("meta"):
@@ -68,12 +68,12 @@ class ForeignNetwork:
             )  # fmt: skip
 
     def state(self, which: str, unet, shape_of: Callable, convert: Callable) -> dict[str, torch.Tensor]:
-        """The state dict of `unet`; `ValueError` with all tensors that are missing, left over or of another shape."""
+        """The state dict of `unet`; `ValueError` with all tensors that are missing, unexpected or of another shape."""
         shapes = {key: tuple(tensor.shape) for key, tensor in unet.state_dict().items()}
         state, wrong = {}, []
         for ours, theirs in tensor_names(self.num_blocks, self.attention, which):
             if ours not in shapes:
-                continue  # 1×1 convolutions are only where the number of channels changes
+                continue  # our network has 1×1 convolutions only where the number of channels changes
             tensor, expected = self.tensors.pop(theirs, None), shape_of(ours, shapes[ours])
             if tensor is not None and tuple(tensor.shape) == (1, 1, 1, *expected) and "norm" in ours:
                 tensor = tensor.reshape(expected)  # flax up to 0.3.4
@@ -85,7 +85,7 @@ class ForeignNetwork:
                 state[ours] = convert(ours, tensor, shapes[ours])
                 if not bool(state[ours].isfinite().all()):
                     wrong.append(f"{theirs} holds NaN or infinity")
-        refuse(f"{self.path}: not this network ({self})", wrong + [f"{name} has no place" for name in self.tensors])
+        refuse(f"{self.path}: not this network ({self})", wrong + [f"{name} is unexpected" for name in self.tensors])
         return state
 
 
@@ -101,15 +101,15 @@ def some(items: list[str], separator: str = ", ") -> str:
 def filled_pipeline(unet: VDMUNet2DModel, state: dict, schedule: NoiseSchedule) -> VDMPipeline:
     ends = [float(end.detach()) for end in schedule.ends()]
     if max(map(abs, ends)) > 100:
-        raise ValueError(f"γ from {ends[0]:.6g} to {ends[1]:.6g} is no noise schedule: log SNR is within ±100.")
+        raise ValueError(f"γ must be within ±100 to be a noise schedule, got {ends[0]:.6g} to {ends[1]:.6g}.")
     for key, parameter in unet.named_parameters():
-        if key.endswith("time_emb_proj.bias"):  # theirs has none
+        if key.endswith("time_emb_proj.bias"):  # the foreign layer has no bias
             state[key] = torch.zeros(parameter.shape)
     unet.load_state_dict(state, assign=True)
     return VDMPipeline(unet.eval(), VDMScheduler.from_noise_schedule(schedule), noise_schedule=schedule.eval())
 
 
-# ---- what fits ----------------------------------------------------------------------------------------------------
+# ---- compatibility checks -----------------------------------------------------------------------------------------
 
 
 def schedule_of(pipe: VDMPipeline) -> NoiseSchedule:
@@ -121,7 +121,7 @@ def has_attention(unet: VDMUNet2DModel) -> bool:
 
 
 def folded(state: dict[str, torch.Tensor], key: str) -> torch.Tensor:
-    """A tensor in float64; conv1's bias takes that of time_emb_proj, which is added at the same place."""
+    """A tensor in float64; the bias of time_emb_proj is added to that of conv1, which has the same effect."""
     tensor = state[key].detach().cpu().double()
     if key.endswith("conv1.bias"):
         tensor = tensor + state[key.replace("conv1", "time_emb_proj")].detach().cpu().double()
@@ -129,7 +129,7 @@ def folded(state: dict[str, torch.Tensor], key: str) -> torch.Tensor:
 
 
 def unfit(pipe: VDMPipeline, allowed: dict[str, tuple], heads: int | None = None) -> list[str]:
-    """All that keeps a pipeline from being a VDM of one level with timestep 1000 (γ − γ_min)/(γ_max − γ_min)."""
+    """Everything that differs from a one-level VDM with timestep 1000 (γ − γ_min)/(γ_max − γ_min)."""
     unet, scheduler, wrong = pipe.unet, pipe.scheduler, []
     if not isinstance(unet, VDMUNet2DModel):
         return [f"unet is a {type(unet).__name__}, which does not add its input to its output"]
@@ -165,22 +165,22 @@ def unfit(pipe: VDMPipeline, allowed: dict[str, tuple], heads: int | None = None
     table = schedule.table()
     t = torch.linspace(0, 1, len(table), dtype=torch.float64)
     if isinstance(schedule, TableGamma) and float((table - torch.lerp(table[0], table[-1], t)).abs().max()) > 1e-9:
-        wrong.append("γ is a table that is no straight line, and the pipeline has no noise_schedule")
+        wrong.append("γ is a table that is not a straight line, and the pipeline has no noise_schedule")
     elif float((scheduler.noise_schedule()(t) - table).abs().max()) > 1e-4:
-        wrong.append("γ of the scheduler is not that of noise_schedule")
+        wrong.append("γ of the scheduler differs from that of noise_schedule")
     return wrong
 
 
 def check_new(folder: str | os.PathLike) -> Path:
     folder = Path(folder).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already and not an empty folder; give another, or remove it.")
+        raise ValueError(f"{folder} exists and is not an empty folder; choose another one, or remove it.")
     return folder
 
 
 @contextmanager
 def whole_folder(folder: str | os.PathLike) -> Iterator[Path]:
-    """A folder to write into, which gets its name when everything is in it."""
+    """A temporary folder to write into, renamed to `folder` when it is complete."""
     folder = check_new(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))

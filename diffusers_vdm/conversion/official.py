@@ -1,4 +1,4 @@
-"""Checkpoints of the official JAX code (google-research/vdm) as pipelines, and back."""
+"""Convert checkpoints of the official JAX code (google-research/vdm) to pipelines and back."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ def load_official(
     gamma_max: float = PAPER_ENDS[1],
     sample_size: int = 32,
 ) -> VDMPipeline:
-    """A checkpoint of the official JAX code as a pipeline with the same outputs, in float32.
+    """Load a checkpoint of the official JAX code as an equivalent pipeline in float32.
 
-    Convolutions `(H, W, in, out)` become `(out, in, H, W)`, dense kernels `(in, out)` are transposed; the input of the
-    time embedding keeps its last column, the flag for augmented images. γ: see [`gamma_from_official`].
+    Convolutions `(H, W, in, out)` become `(out, in, H, W)`, and dense kernels `(in, out)` are transposed. The input of
+    the time embedding keeps its last column, the flag for augmented images. For γ see [`gamma_from_official`].
 
     Args:
-        path (`str` or `PathLike`): the folder that clu wrote, or its `.flax` file.
+        path (`str` or `PathLike`): the folder written by clu, or its `.flax` file.
         weights (`"ema_params"` or `"params"`): the averaged weights, which the paper evaluates, or the raw ones.
         gamma_min, gamma_max (`float`, default to −13.3 and 5.0): the *configured* ends, which scale the network's
-            timestep. The file does not say them.
-        sample_size (`int`, defaults to 32): height and width of the images. The file does not say it.
+            timestep. The file does not store them.
+        sample_size (`int`, defaults to 32): height and width of the images. The file does not store it.
 
-    Raises: `ValueError` for files of another kind and tensors that are missing, left over or of another shape.
+    Raises: `ValueError` for files of another kind and tensors that are missing, unexpected or of another shape.
     """
     if weights not in ("ema_params", "params"):
         raise ValueError(f"weights must be 'ema_params' or 'params', got {weights!r}.")
@@ -71,19 +71,19 @@ def load_official(
     schedule = gamma_from_official(gamma, gamma_min, gamma_max).float()
     print(f"read {weights} of step {step}: {network}, {'with' if flag else 'no'} flag for augmented images")
     print(f"γ: {type(schedule).__name__} from {schedule.ends()[0]:.4f} to {schedule.ends()[1]:.4f}")
-    print(f"assumed, as the file does not say it: gamma_min {gamma_min} and gamma_max {gamma_max} (scale of the")
+    print(f"assumed, not in the file: gamma_min {gamma_min} and gamma_max {gamma_max} (scale of the")
     print(f"timestep), images of {sample_size}×{sample_size} in 256 levels, dropout 0")
     return filled_pipeline(unet, state, schedule)
 
 
 def save_official(pipe: VDMPipeline, folder: str | os.PathLike, step: int = 0) -> None:
-    """A pipeline as a checkpoint of the official JAX code: `checkpoint` and `ckpt-1.flax` in a new `folder`.
+    """Save a pipeline as a checkpoint of the official JAX code: `checkpoint` and `ckpt-1.flax` in a new `folder`.
 
-    params and ema_params are the same weights, the optimizer's moments are zero, its counter is `step`. The bias of
-    our time_emb_proj is added to that of conv1, where it has the same effect, and a network without the flag for
-    augmented images gets a column of zeros for it. TensorFlow's files, which hold a counter of saves, are not written.
+    params and ema_params are the same weights, the optimizer's moments are zero, and its counter is `step`. The bias
+    of our time_emb_proj is added to that of conv1, where it has the same effect. A network without the flag for
+    augmented images gets a column of zeros for it. TensorFlow's files, which store a save counter, are not written.
 
-    Raises: `ValueError` with the list of all that the official network cannot do.
+    Raises: `ValueError` with a list of everything that the official network does not support.
     """
     if not 0 <= step < 2**31:
         raise ValueError(f"step must be within [0, 2^31), got {step}.")
@@ -110,6 +110,6 @@ def save_official(pipe: VDMPipeline, folder: str | os.PathLike, step: int = 0) -
         write_checkpoint(new / "ckpt-1.flax", shapes, array_of, step)
         text = 'model_checkpoint_path: "ckpt-1"\nall_model_checkpoint_paths: "ckpt-1"\n'
         write_atomically(new / "checkpoint", text)
-    print(f"the files do not say it, the config must: gamma_min {schedule.config.gamma_min}, gamma_max "
+    print(f"set in the config, not in the files: gamma_min {schedule.config.gamma_min}, gamma_max "
           f"{schedule.config.gamma_max}, sm_n_embd {config.block_out_channels[0]}, sm_n_layer "
           f"{config.layers_per_block}, with_attention {has_attention(unet)}, dropout {config.dropout}")  # fmt: skip

@@ -1,13 +1,13 @@
-"""The file format of the official JAX checkpoints: a folder of `clu` with one msgpack file of `flax`, without either.
+"""Read and write official JAX checkpoints, a `clu` folder with a `flax` msgpack file, without installing clu or flax.
 
-A folder holds `checkpoint`, a text that names the newest `ckpt-N`, and `ckpt-N.flax`, one msgpack map
+The folder holds `checkpoint`, a text file that names the newest `ckpt-N`, and `ckpt-N.flax`, one msgpack map
 
     {step, params, ema_params, opt_state}
 
 whose arrays are extension 1 (scalars: 3) around a msgpack list [shape, name of the dtype, bytes in C order, little
-endian]. Files come from elsewhere: nothing in one is trusted, and no length is believed before the bytes are there.
+endian]. Files are untrusted: every length is checked against the available bytes before memory is allocated.
 
-Below it, the layout of the weights and of the learned γ(t) in these files, and the names of the network's layers.
+The second part maps the layout of the weights, the learned γ(t) and the layer names to ours and back.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ import torch
 
 from ..noise_schedules import FixedLinearGamma, LearnedLinearGamma, MonotoneGammaNetwork, NoiseSchedule
 
-# what flax writes of it: arrays above this many bytes are cut into pieces, so no longer piece is needed at once
+# flax splits arrays of more than this many bytes into pieces, so no valid piece is longer
 MAX_PIECE = 2**30
 MAX_ENTRIES = 20_000  # of all maps of one tree; the largest published network has 1,600
 MAX_NAME, MAX_DEPTH, MAX_NDIM = 256, 6, 8
 DTYPES = {"float16": "<f2", "float32": "<f4", "float64": "<f8", "int32": "<i4", "int64": "<i8", "uint32": "<u4"}
-# what people take for a checkpoint, by its first bytes
+# other formats, by their first bytes, for a clear error message
 FOREIGN = {
     b"PK\x03\x04": "a zip archive (PyTorch's format?)", b"{": "a JSON file", b"\x1f\x8b": "packed with gzip",
     b"\xfd7zXZ": "packed with xz", b"\x80\x02": "a pickle", b"\x80\x03": "a pickle", b"\x80\x04": "a pickle",
@@ -39,16 +39,18 @@ _CHUNKED = "__msgpack_chunked_array__"
 
 
 def checkpoint_file(path: str | os.PathLike) -> Path:
-    """The `.flax` file of a checkpoint: `path` itself, or the newest in the folder `path` that clu wrote.
+    """The `.flax` file of a checkpoint: `path` itself, or the newest one in the clu folder `path`.
 
-    That is the one that the text file `checkpoint` names, by its base name (the path in there is that of another
-    machine), or without that file the largest N of `ckpt-N.flax`. Raises: `ValueError`, `FileNotFoundError`.
+    The newest is the file named in the text file `checkpoint`, of which only the base name is used because the path
+    may be of another machine. Without that text file it is the `ckpt-N.flax` with the largest N.
+
+    Raises: `ValueError`, `FileNotFoundError`.
     """
     path = Path(path)
     if path.is_file():
         return checkpoint_file(path.parent) if path.name == "checkpoint" else path
     if not path.is_dir():
-        raise FileNotFoundError(f"{path} does not exist; give the folder that holds ckpt-N.flax, on this machine.")
+        raise FileNotFoundError(f"{path} does not exist; give a local folder that holds ckpt-N.flax.")
     found = {int(m[1]): file for file in path.iterdir() if (m := re.fullmatch(r"ckpt-(\d{1,18})\.flax", file.name))}
     text = path / "checkpoint"
     if text.is_file():
@@ -60,7 +62,7 @@ def checkpoint_file(path: str | os.PathLike) -> Path:
         base = re.split(r"[/\\]", named[1])[-1]
         if not re.fullmatch(r"[\w-][\w.-]{0,200}", base):
             raise ValueError(
-                f"{text} names {named[1][:200]!r}, which is no file name; give the path of the .flax file."
+                f"{text} names {named[1][:200]!r}, which is not a file name; give the path of the .flax file."
             )
         file = path / f"{base.removesuffix('.flax')}.flax"
         if not file.is_file():
@@ -69,19 +71,18 @@ def checkpoint_file(path: str | os.PathLike) -> Path:
         return file
     if not found:
         inside = next((f.parent for f in sorted(path.glob("*/ckpt-*.flax"))), None)
-        hint = f"did you mean {inside}?" if inside else "give the folder that clu wrote, checkpoints-0 for instance."
+        hint = f"did you mean {inside}?" if inside else "give the folder written by clu, such as checkpoints-0."
         raise ValueError(f"{path} holds no ckpt-N.flax; {hint}")
     return found[max(found)]
 
 
 def read_checkpoint(path: str | os.PathLike, weights: str = "ema_params") -> tuple[dict[str, np.ndarray], int]:
-    """One set of weights of a checkpoint (`"ema_params"` or `"params"`), and the number of its training step.
+    """One set of weights of a checkpoint (`"ema_params"` or `"params"`), and its training step.
 
-    The file is read as a stream: the optimizer's moments and the other set of weights are passed over.
+    The file is read as a stream; the optimizer's moments and the other set of weights are skipped.
 
     Returns: `{"a/b/c": array}`, read-only arrays by their path in the tree, and the step (0 if the file has none).
-    Raises: `ValueError` with the file and the reason for anything that is not such a file, `ImportError` without
-        msgpack.
+    Raises: `ValueError` with the file and the reason if it is not such a checkpoint, `ImportError` without msgpack.
     """
     file = checkpoint_file(path)
     msgpack = _msgpack()
@@ -94,7 +95,7 @@ def read_checkpoint(path: str | os.PathLike, weights: str = "ema_params") -> tup
             tree, step = _read_map(msgpack, stream, size, weights)
         return _flattened(tree), step
     except msgpack.OutOfData as error:
-        raise ValueError(f"{file} is not a whole checkpoint of the official code: it ends too early.") from error
+        raise ValueError(f"{file} is not a complete checkpoint of the official code: it ends too early.") from error
     except errors as error:
         reason = str(error) or type(error).__name__
         raise ValueError(f"{file} is not a checkpoint of the official code: {reason}") from error
@@ -106,10 +107,10 @@ def write_checkpoint(
     array_of: Callable[[str], np.ndarray],
     step: int = 0,
 ) -> None:
-    """Writes `ckpt-N.flax` as a stream, one array in memory at a time: params, the same as ema_params, zero moments.
+    """Writes `ckpt-N.flax` as a stream, one array in memory at a time: params, equal ema_params, zero moments.
 
-    `shapes` has the shape of every weight by its path `a/b/c`, and `array_of` gives the weight of a path; all are
-    written in float32. Write to a place where half a file does no harm.
+    `shapes` maps the path `a/b/c` of every weight to its shape, and `array_of` returns the weight of a path; all are
+    written in float32. The write is not atomic: an error leaves an incomplete file.
 
     Raises: `ValueError` for arrays of another shape or of more than 2^30 bytes, `ImportError` without msgpack.
     """
@@ -129,12 +130,14 @@ def write_checkpoint(
             for key, value in node.items():
                 yield packer.pack(key)
                 yield from pieces(value, make)
-        elif isinstance(node, tuple):  # the same tree, made of something else
+        elif isinstance(node, tuple):  # the same tree with other arrays
             yield from pieces(*node)
         else:
             array = np.array(node, dtype="<i4") if isinstance(node, int) else make(node).astype("<f4", order="C")
             if array.shape != (() if isinstance(node, int) else shapes[node]) or array.nbytes > MAX_PIECE:
-                raise ValueError(f"{node} has shape {array.shape}, not {shapes[node]} or more than 2^30 bytes.")
+                raise ValueError(
+                    f"{node} must have shape {shapes[node]} and at most 2^30 bytes, got shape {array.shape}."
+                )
             content = packer.pack((array.shape, array.dtype.name, array.tobytes()))
             yield packer.pack(msgpack.ExtType(1, content))  # `pack_ext_type` of msgpack 1.0 returns None
 
@@ -155,7 +158,7 @@ def _msgpack():
     try:
         import msgpack
     except ImportError as error:
-        raise ImportError("the official checkpoints are msgpack files; `pip install msgpack` reads them.") from error
+        raise ImportError("official checkpoints are msgpack files; run `pip install msgpack` to read them.") from error
     return msgpack
 
 
@@ -166,11 +169,11 @@ def _refuse_foreign(start: bytes) -> None:
     if not start:
         raise ValueError("it is empty.")
     if not (0x80 <= start[0] <= 0x8F or start[0] in (0xDE, 0xDF)):
-        raise ValueError(f"it is no msgpack map: it starts with {start!r}.")
+        raise ValueError(f"it is not a msgpack map: it starts with {start!r}.")
 
 
 def _read_map(msgpack, stream: BinaryIO, size: int, wanted: str) -> tuple[dict, int]:
-    """The entries `wanted` and `step` of the map that the file is; whatever else it holds is not kept."""
+    """The entries `wanted` and `step` of the top-level map; other entries are skipped."""
     budget = [MAX_ENTRIES]
 
     def pairs(items: list[tuple[Any, Any]]) -> dict:
@@ -181,11 +184,11 @@ def _read_map(msgpack, stream: BinaryIO, size: int, wanted: str) -> tuple[dict, 
         for key, value in items:
             _check_name(key)
             if key in found:
-                raise ValueError(f"the key {key!r} is there twice.")
+                raise ValueError(f"the key {key!r} occurs twice.")
             found[key] = value
         return _joined(found) if _CHUNKED in found else found
 
-    # Lists only stand inside of arrays. Their lengths would be believed, and room be made for them, level by level.
+    # Lists occur only inside arrays; max_array_len=0 keeps msgpack from allocating memory for claimed lengths.
     unpacker = msgpack.Unpacker(
         stream, read_size=min(2**20, size + 1), max_buffer_size=min(size, MAX_PIECE) + 2**20, raw=False,
         strict_map_key=True, object_pairs_hook=pairs, ext_hook=lambda code, data: _array(msgpack, code, data),
@@ -196,19 +199,19 @@ def _read_map(msgpack, stream: BinaryIO, size: int, wanted: str) -> tuple[dict, 
     kept: dict[str, Any] = {}
     seen: list[str] = []
     if count > 64:
-        raise ValueError(f"its map has {count} entries, and not step, params, ema_params and opt_state.")
+        raise ValueError(f"its map must have step, params, ema_params and opt_state, got {count} entries.")
     for _ in range(count):
         key = unpacker.unpack()
         _check_name(key)
         if key in seen:
-            raise ValueError(f"the key {key!r} is there twice.")
+            raise ValueError(f"the key {key!r} occurs twice.")
         seen.append(key)
         if key in (wanted, "step"):
             kept[key] = unpacker.unpack()
         else:
             unpacker.skip()
     if unpacker.tell() != size:
-        raise ValueError(f"{size - unpacker.tell()} bytes follow after its end.")
+        raise ValueError(f"{size - unpacker.tell()} bytes follow its end.")
     if not isinstance(kept.get(wanted), dict):
         raise ValueError(f"it has no map {wanted!r}, but {seen}.")
     step = kept.get("step", 0)
@@ -225,18 +228,18 @@ def _check_name(key: Any) -> None:
 
 
 def _array(msgpack, code: int, data: bytes) -> np.ndarray:
-    """[shape, dtype, bytes] to an array that shares the bytes, once all three agree."""
+    """[shape, dtype, bytes] as an array that shares the bytes, after a check that all three agree."""
     if code not in (1, 3):
         raise ValueError(f"it holds the unknown msgpack extension {code}; arrays are 1 or 3.")
     content = msgpack.unpackb(
         data, raw=False, max_array_len=2 * MAX_NDIM, max_map_len=0, max_ext_len=0, max_str_len=MAX_NAME
     )
     if not (isinstance(content, list) and len(content) == 3 and isinstance(content[0], list)):
-        raise ValueError("an array of it is not [shape, dtype, bytes].")
+        raise ValueError("one of its arrays is not [shape, dtype, bytes].")
     shape, name, raw = content
     _check_shape(shape)
     if not isinstance(name, str) or name not in DTYPES:
-        raise ValueError(f"an array of it has the type {str(name)[:40]!r}; known are {', '.join(DTYPES)}.")
+        raise ValueError(f"one of its arrays has the type {str(name)[:40]!r}; known are {', '.join(DTYPES)}.")
     dtype = np.dtype(DTYPES[name])
     if not isinstance(raw, bytes) or math.prod(shape) * dtype.itemsize != len(raw):
         length = len(raw) if isinstance(raw, bytes) else "no"
@@ -247,29 +250,29 @@ def _array(msgpack, code: int, data: bytes) -> np.ndarray:
 def _check_shape(shape: list) -> None:
     ok = len(shape) <= MAX_NDIM and all(type(length) is int and 0 < length <= 2**40 for length in shape)
     if not ok:
-        raise ValueError(f"an array of it has the shape {str(shape)[:80]}: lengths must be positive integers.")
+        raise ValueError(f"one of its arrays has the shape {str(shape)[:80]}: lengths must be positive integers.")
 
 
 def _joined(entry: dict[str, Any]) -> np.ndarray:
-    """An array that flax has cut into flat pieces."""
+    """An array that flax has split into flat pieces."""
     shape, chunks = ([*_numbered(entry.get(key))] for key in ("shape", "chunks"))
     _check_shape(shape)
     flat = all(isinstance(chunk, np.ndarray) and chunk.ndim == 1 for chunk in chunks)
     if not chunks or not flat or len({chunk.dtype for chunk in chunks}) > 1:
-        raise ValueError("an array in pieces has pieces that are not flat arrays of one type.")
+        raise ValueError("the pieces of an array are not flat arrays of one type.")
     if math.prod(shape) != sum(chunk.size for chunk in chunks):
-        raise ValueError(f"an array in pieces, of shape {tuple(shape)}, has {sum(c.size for c in chunks)} numbers.")
+        raise ValueError(f"the pieces of an array of shape {tuple(shape)} have {sum(c.size for c in chunks)} numbers.")
     return np.concatenate(chunks).reshape(shape)
 
 
 def _numbered(entry: Any) -> list:
     if not isinstance(entry, dict) or set(entry) != {str(i) for i in range(len(entry))}:
-        raise ValueError("an array in pieces lacks some of them.")
+        raise ValueError("an array lacks some of its pieces.")
     return [entry[str(i)] for i in range(len(entry))]
 
 
 def _flattened(tree: dict) -> dict[str, np.ndarray]:
-    """`{"a": {"b": array}}` to `{"a/b": array}`, without recursion: the depth of the file is not ours."""
+    """`{"a": {"b": array}}` as `{"a/b": array}`, without recursion because the nesting depth is untrusted."""
     found: dict[str, np.ndarray] = {}
     level = {"": tree}
     for _ in range(MAX_DEPTH):
@@ -289,11 +292,11 @@ def _flattened(tree: dict) -> dict[str, np.ndarray]:
     return found
 
 
-# ---- what the weights mean --------------------------------------------------------------------------------------
+# ---- the layout of the weights ----------------------------------------------------------------------------------
 
 
 class _Layer(NamedTuple):
-    """One layer by its three names: ours, that of the official code, and that of addtt's."""
+    """The names of one layer: ours, the official one and addtt's."""
 
     ours: str
     official: str
@@ -306,13 +309,13 @@ _TOP = [
     _Layer("conv_in", "conv_in", "conv_in"), _Layer("conv_norm_out", "GroupNorm_0", "conv_out.0"),
     _Layer("conv_out", "conv_out", "conv_out.2"),
 ]  # fmt: skip
-# in addtt's code `last` is 2, or 3 behind a dropout layer
+# in addtt's code `last` is 2, or 3 after a dropout layer
 _RESNET = [
     _Layer("norm1", "GroupNorm_0", "net1.0"), _Layer("conv1", "conv1", "net1.2"),
     _Layer("time_emb_proj", "cond_proj", "cond_proj"), _Layer("norm2", "GroupNorm_1", "net2.0"),
     _Layer("conv2", "conv2", "net2.last"), _Layer("conv_shortcut", "nin_shortcut", "skip_conv"),
 ]  # fmt: skip
-# and its layer 1 makes q, k and v in one
+# addtt's layer 1 computes q, k and v together
 _ATTENTION = [
     _Layer("group_norm", "GroupNorm_0", "0"), _Layer("to_q", "q", "1.q"), _Layer("to_k", "k", "1.k"),
     _Layer("to_v", "v", "1.v"), _Layer("to_out.0", "proj_out", "3"),
@@ -327,7 +330,7 @@ def _layers(num_blocks: int, attention: bool) -> Iterator[_Layer]:
     for way, count in (("down", num_blocks), ("up", num_blocks + 1)):
         for i in range(count):
             ours, official, addtt = f"{way}_blocks.0.", f"{way}.", f"{way}_blocks.{i}."
-            resnet = _RESNET if way == "up" else _RESNET[:-1]  # only those on a skip change the number of channels
+            resnet = _RESNET if way == "up" else _RESNET[:-1]  # only up blocks change the number of channels
             places.append((resnet, f"{ours}resnets.{i}.", f"{official}block_{i}/", f"{addtt}resnet_block."))
             if attention:
                 names = (f"{ours}attentions.{i}.", f"{official}attn_{i}/", f"{addtt}attention_block.layers.")
@@ -343,7 +346,7 @@ def tensor_names(num_blocks: int, attention: bool, which: str) -> Iterator[tuple
         norm = "norm" in layer.ours
         for leaf in ("weight", "bias"):
             if layer.ours.endswith("time_emb_proj") and leaf == "bias":
-                continue  # theirs has none
+                continue  # the foreign layer has no bias
             if which == "official":
                 name = "bias" if leaf == "bias" else "scale" if norm else "kernel"
                 yield f"{layer.ours}.{leaf}", f"score_model/{layer.official}/{name}"
@@ -371,10 +374,10 @@ def to_official(key: str, array: np.ndarray) -> np.ndarray:
 
 
 def gamma_from_official(arrays: dict[str, np.ndarray], gamma_min: float, gamma_max: float) -> NoiseSchedule:
-    """The schedule of the tensors `w`, `b` or `l1/kernel`, …, `l3/kernel` (or none of them), in float64.
+    """The schedule, in float64, from the tensors `w`, `b` or `l1/kernel`, …, `l3/kernel`, or from none (fixed linear).
 
-    The official network γ(t) = b₁ + |w₁| t + (1/n) Σ_j |w₃_j| (2σ(|w₂_j| (2t − 1) + b₂_j) − 1) is not normalized; ours
-    is, and has a straight part of weight one: a = w₃/|w₁|, and the ends are γ(0) and γ(1).
+    The official network γ(t) = b₁ + |w₁| t + (1/n) Σ_j |w₃_j| (2σ(|w₂_j| (2t − 1) + b₂_j) − 1) is not normalized. Ours
+    is, and its linear term has weight one: a = w₃/|w₁|, and the ends are γ(0) and γ(1).
 
     Raises: `ValueError` for other names or shapes, numbers that are not finite, and |w| or |w₁| of zero.
     """
@@ -384,15 +387,15 @@ def gamma_from_official(arrays: dict[str, np.ndarray], gamma_min: float, gamma_m
     if not arrays:
         return FixedLinearGamma(gamma_min, gamma_max)
     if set(arrays) != set(shapes):
-        raise ValueError(f"gamma has {sorted(arrays)}; known are w and b, or those of the network, {sorted(network)}.")
+        raise ValueError(f"gamma must have w and b, or those of the network, {sorted(network)}; got {sorted(arrays)}.")
     for name, array in arrays.items():
         scalar = array.shape == () and shapes[name] == (1,)  # w and b may have no axis
         if not (scalar or array.shape == shapes[name]) or not np.isfinite(array).all():
-            raise ValueError(f"gamma/{name} has shape {array.shape} and not {shapes[name]}, or is not finite.")
+            raise ValueError(f"gamma/{name} has shape {array.shape}, not {shapes[name]}, or is not finite.")
     given = {name: array.astype(np.float64).reshape(-1) for name, array in arrays.items()}
     straight = "w" if "w" in given else "l1/kernel"
     if given[straight][0] == 0:
-        raise ValueError(f"gamma/{straight} is 0: γ has no straight part, and that of ours cannot vanish.")
+        raise ValueError(f"gamma/{straight} must not be 0: the linear term of our γ cannot vanish.")
     if straight == "w":
         schedule: NoiseSchedule = LearnedLinearGamma(gamma_min, gamma_max)
         values = {"weight": given["w"], "bias": given["b"]}
@@ -409,7 +412,7 @@ def gamma_from_official(arrays: dict[str, np.ndarray], gamma_min: float, gamma_m
 
 
 def gamma_to_official(schedule: NoiseSchedule) -> dict[str, np.ndarray]:
-    """The other way, in float64: `{}` for a fixed γ, w and b of another straight line, or l1, l2 and l3."""
+    """Inverse of [`gamma_from_official`], in float64: `{}` for a fixed γ, else w and b of a line, or l1, l2 and l3."""
     gamma_0, gamma_1 = (float(end.detach()) for end in schedule.ends())
     if isinstance(schedule, MonotoneGammaNetwork):
         parameters = (schedule.hidden_weight, schedule.hidden_bias, schedule.output_weight)
@@ -418,7 +421,7 @@ def gamma_to_official(schedule: NoiseSchedule) -> dict[str, np.ndarray]:
         scale = (gamma_1 - gamma_0) / (1 + at_1 - at_0)
         first = {"l1/kernel": np.array([[scale]]), "l1/bias": np.array([gamma_0 - scale * at_0])}
         return {**first, "l2/kernel": w2[None], "l2/bias": b2, "l3/kernel": (scale * a)[:, None]}
-    if isinstance(schedule, LearnedLinearGamma):  # raw and signed, as it was read
+    if isinstance(schedule, LearnedLinearGamma):  # signed, as in the checkpoint
         return {"w": schedule.weight.detach().cpu().numpy(), "b": schedule.bias.detach().cpu().numpy()}
     if (gamma_0, gamma_1) == (schedule.config.gamma_min, schedule.config.gamma_max):
         return {}

@@ -1,1 +1,1 @@
-"""Images as integers: folders, data sets of the Hub, streams; every image once, or a refusal that says why."""
+"""Images as integers from folders, Hub data sets and streams: each image is used once or rejected with a reason."""

@@ -1,6 +1,7 @@
-"""What an image file must be to be data: opened, refused with a reason, made into the integers that it holds.
+"""Decode an image file into the integers it stores, or reject it with a reason.
 
-Bits/dim are of integers. So nothing is changed in silence: what Pillow would clip, round or blend is an error.
+Bits/dim are defined for integers, so no pixel is changed silently: where Pillow would clip, round or blend, an error
+is raised.
 """
 
 from __future__ import annotations
@@ -18,36 +19,36 @@ from PIL import Image, ImageOps
 from ..randomness import keyed_generator
 
 MODES = ("L", "RGB")
-# Pillow's names of layouts that it reduces to 8 bits without a word; not 'RGB;16', which is 5-6-5 bits
+# Pillow's names for layouts that it silently reduces to 8 bits; not 'RGB;16', which is 5-6-5 bits
 _DEEP = re.compile(r"^L;16|;(16[BLNS]|32|64)")
 _ORIENTATION = 0x0112
 
 
 class DamagedImage(ValueError):
-    """A file that is damaged, missing or no image at all; one that is whole but refused is a plain `ValueError`."""
+    """A file that is damaged, missing or not an image; an intact file that is rejected raises a plain `ValueError`."""
 
 
 def check_image_mode(image_mode: str | None) -> None:
-    """`ValueError` for anything but `"L"`, `"RGB"` and `None`."""
+    """Raises `ValueError` for anything but `"L"`, `"RGB"` and `None`."""
     if image_mode is not None and image_mode not in MODES:
         raise ValueError(f"image_mode must be one of {MODES} or None, got {image_mode!r}.")
 
 
 def row_name(row: dict[str, Any] | None) -> str:
-    """', file NAME' where the row of an undecoded image column has it, for error messages."""
+    """For error messages: ", file NAME" if the row of an undecoded image column has a path, else an empty string."""
     name = (row or {}).get("path")
     return f", file {name}" if name else ""
 
 
 def check_frames(frames: str | None) -> None:
-    """`ValueError` for anything but `"first"`, `"all"` and `None`."""
+    """Raises `ValueError` for anything but `"first"`, `"all"` and `None`."""
     if frames not in (None, "first", "all"):
         raise ValueError(f"frames must be 'first', 'all' or None, got {frames!r}.")
 
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """An image as it is trained on, uint8 `(C, H, W)`, and a digest of all its pixels before any crop."""
+    """An image ready for training, uint8 `(C, H, W)`, and a digest of all its pixels before cropping."""
 
     pixels: np.ndarray
     digest: int
@@ -63,21 +64,21 @@ def decode(
 ) -> np.ndarray:
     """The image in one row of a column cast to `datasets.Image(decode=False)`, uint8 `(C, H, W)`.
 
-    8-bit grayscale and RGB images are accepted. Images of more than 8 bits per value are refused as far as the file
-    declares them (all of Pillow's deep modes; 16-bit colors in PNG, TIFF, PPM and SGI, but not in JPEG 2000 or AVIF).
-    Images with transparent pixels are refused, too: what lies under such a pixel depends on the program that wrote the
-    file. The image is turned as its EXIF orientation says, as `datasets` does.
+    8-bit grayscale and RGB images are accepted. Images with more than 8 bits per value are rejected where the file
+    declares its depth (all of Pillow's deep modes; 16-bit colors in PNG, TIFF, PPM and SGI, but not in JPEG 2000 or
+    AVIF). Images with transparent pixels are rejected because the color of such a pixel depends on the program that
+    wrote the file. The EXIF orientation is applied, as in `datasets`.
 
     Args:
-        row (`dict`): `bytes` of the file, or else the `path` of it.
-        mode (`"L"` or `"RGB"`, *optional*): what the image must be, either of the two if not given.
-        convert (`bool`): convert to `mode` what is 8-bit and opaque: palettes, CMYK, black and white, ….
-        resolution (`int`, *optional*): side of the square that is resized and cropped to.
-        crop_key (`tuple`, *optional*): key of the place of the crop; without it the middle is cropped.
-        frame (`int`, *optional*): which frame of a file with several (TIFF, GIF, APNG, WebP) is taken; without it such
-            a file is refused.
+        row (`dict`): holds the `bytes` of the file, or its `path`.
+        mode (`"L"` or `"RGB"`, *optional*): the required mode; either of the two if not given.
+        convert (`bool`): convert other 8-bit opaque images (palette, CMYK, black and white, …) to `mode`.
+        resolution (`int`, *optional*): resize the shorter side to it and crop a square.
+        crop_key (`tuple`, *optional*): key of the random crop position; without it the crop is centered.
+        frame (`int`, *optional*): frame to take from a file with several (TIFF, GIF, APNG, WebP); without it such a
+            file is rejected.
 
-    Raises: `ValueError` that says what came and why it is no data; it does not name the image, which the caller knows.
+    Raises: `ValueError` with the reason for the rejection. It does not name the image; the caller adds the name.
     """
     return _pixels(_opened(row, mode, convert, frame), resolution, crop_key)
 
@@ -90,7 +91,7 @@ def decode_image(
     crop_key: tuple[int | str, ...] | None = None,
     frame: int | None = None,
 ) -> DecodedImage:
-    """As [`decode`], with a digest of all pixels before any crop."""
+    """Like [`decode`], with a digest of all pixels before cropping."""
     image = _opened(row, mode, convert, frame)
     content = f"{image.mode} {image.size}".encode() + image.tobytes()
     digest = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
@@ -98,7 +99,7 @@ def decode_image(
 
 
 def _opened(row: dict[str, Any] | None, mode: str | None, convert: bool, frame: int | None) -> Image.Image:
-    """A whole image in `"L"` or `"RGB"`; arguments and errors are those of [`decode`]."""
+    """The uncropped image in `"L"` or `"RGB"`; arguments and errors as in [`decode`]."""
     if mode is not None:
         check_image_mode(mode)
     content = read_content(row)
@@ -107,7 +108,7 @@ def _opened(row: dict[str, Any] | None, mode: str | None, convert: bool, frame: 
         count = _num_frames(image)
         if frame:
             image.seek(frame)
-        depth = _deep_layout(image)  # known until the pixels are loaded
+        depth = _deep_layout(image)  # Pillow drops the layout when it loads the pixels
         image.load()
         if image.getexif().get(_ORIENTATION) is not None:
             image = ImageOps.exif_transpose(image)
@@ -116,7 +117,7 @@ def _opened(row: dict[str, Any] | None, mode: str | None, convert: bool, frame: 
             f"has too many pixels for Pillow ({one_line(error)}); if the file can be trusted, raise "
             "PIL.Image.MAX_IMAGE_PIXELS."
         ) from error
-    except Exception as error:  # Pillow raises whatever a damaged file leads it to
+    except Exception as error:  # a damaged file can raise any exception in Pillow
         raise DamagedImage(
             f"cannot be decoded ({one_line(error)}); the file is damaged, replace it or leave it out."
         ) from error
@@ -127,36 +128,36 @@ def _opened(row: dict[str, Any] | None, mode: str | None, convert: bool, frame: 
         )
     if depth is not None:
         raise ValueError(
-            f"{depth!r} holds more than 8 bits a value, or another range than 0 to 255. Pillow would clip, round or "
-            "rescale them in silence, and bits/dim would be of other data; convert the files to 8-bit 'L' or 'RGB' "
-            "yourself, and say so with every number."
+            f"{depth!r} holds more than 8 bits per value, or a range other than 0 to 255. Pillow would silently clip, "
+            "round or rescale the values, and bits/dim would be those of other data; convert the files to 8-bit 'L' "
+            "or 'RGB' yourself, and report the conversion with every number."
         )
     if image.has_transparency_data and (convert or image.mode in MODES):
         alpha = image.convert("RGBA").getchannel("A").getextrema()[0]
         if alpha < 255:
             raise ValueError(
-                f"mode {image.mode!r} with transparent pixels (alpha {alpha}): what lies under them is arbitrary; "
-                "composite the files on a background of your choice."
+                f"mode {image.mode!r} with transparent pixels (alpha {alpha}): their color is arbitrary; composite "
+                "the files on a background of your choice."
             )
     return _converted(image, mode or image.mode, convert)
 
 
 def num_frames(row: dict[str, Any] | None) -> int:
-    """How many images a file holds; 1 for a file that cannot be opened, which [`decode`] then says."""
+    """Number of frames in a file; 1 for a file that cannot be opened, so that [`decode`] reports the error."""
     try:
         return _num_frames(Image.open(BytesIO(read_content(row))))
-    except Exception:  # Pillow raises whatever a damaged file leads it to
+    except Exception:  # a damaged file can raise any exception in Pillow
         return 1
 
 
 def _num_frames(image: Image.Image) -> int:
-    if image.format == "MPO":  # a photo with a preview or a depth map behind it
+    if image.format == "MPO":  # the other frames are a preview or a depth map
         return 1
     return getattr(image, "n_frames", 1)
 
 
 def read_content(row: dict[str, Any] | None) -> bytes:
-    """The bytes of the file; `DamagedImage` where there are none, or something else than an image."""
+    """The bytes of the file; raises `DamagedImage` if it is missing, empty or evidently not an image."""
     if row is None or (row.get("bytes") is None and not row.get("path")):
         raise DamagedImage("cannot be decoded: the row holds no image.")
     content = row.get("bytes")
@@ -167,28 +168,28 @@ def read_content(row: dict[str, Any] | None) -> bytes:
         elif content is None:
             import fsspec
 
-            with fsspec.open(row["path"], "rb") as file:  # 'hf://…', 'zip://…::…': what streaming does not download
+            with fsspec.open(row["path"], "rb") as file:  # 'hf://…', 'zip://…::…': streaming does not download them
                 content = file.read()
     except FileNotFoundError as error:
-        raise DamagedImage("cannot be decoded: the file is missing, or a link that leads nowhere.") from error
+        raise DamagedImage("cannot be decoded: the file is missing, or it is a broken link.") from error
     start = content[:512].lstrip().lower()
     if not content:
-        raise DamagedImage("cannot be decoded: the file is empty, it has 0 bytes.")
+        raise DamagedImage("cannot be decoded: the file is empty (0 bytes).")
     if start.startswith(b"version https://git-lfs"):
-        raise DamagedImage("cannot be decoded: the file is a pointer of Git LFS; run `git lfs pull` for its content.")
+        raise DamagedImage("cannot be decoded: the file is a Git LFS pointer; run `git lfs pull` to fetch its data.")
     if start.startswith((b"<!doctype html", b"<html")):
-        raise DamagedImage("cannot be decoded: the file is a web page (HTML), as a download that failed leaves it.")
+        raise DamagedImage("cannot be decoded: the file is a web page (HTML), probably left by a failed download.")
     return content
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error, of Pillow or of datasets, without line breaks and addresses in memory."""
+    """The message of an error from Pillow or datasets, without line breaks and memory addresses."""
     text = re.sub(r"<_io\.BytesIO object at 0x[0-9a-f]+>", "its content", str(error))
     return " ".join(text.split())[:500] or type(error).__name__
 
 
 def _deep_layout(image: Image.Image) -> str | None:
-    """Pillow's name of what is stored, if that is not 0 to 255; of an image that is not loaded yet."""
+    """Pillow's name for the stored layout if its values are not 0 to 255; the image must not be loaded yet."""
     if image.mode in ("F", "I") or image.mode.startswith("I;"):
         return image.mode
     for codec, _, _, layout in getattr(image, "tile", []):
@@ -201,16 +202,16 @@ def _deep_layout(image: Image.Image) -> str | None:
 
 
 def _converted(image: Image.Image, mode: str, convert: bool) -> Image.Image:
-    """A PIL image in a mode; `ValueError` where it has another one and must not be converted."""
+    """The image in `mode`; raises `ValueError` if it has another mode and `convert` is false."""
     if mode not in MODES:
         raise ValueError(
-            f"images must be 8-bit grayscale ('L') or RGB, got mode {mode!r}; set image_mode to convert them, knowing "
-            "that bits/dim are then of the converted images."
+            f"images must be 8-bit grayscale ('L') or RGB, got mode {mode!r}; set image_mode to convert them, which "
+            "makes bits/dim those of the converted images."
         )
     if image.mode != mode:
         if not convert:
             raise ValueError(f"mode {image.mode!r}, but the first image has {mode!r}; set image_mode to convert all.")
-        if image.has_transparency_data:  # opaque, as was checked; Pillow warns of some direct ways
+        if image.has_transparency_data:  # checked to be opaque; Pillow warns about some direct conversions
             image = image.convert("RGBA")
         image = image.convert(mode)
     return image

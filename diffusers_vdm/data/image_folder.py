@@ -1,8 +1,8 @@
-"""A folder of image files as a data set: its splits, its classes and its metadata, with every file accounted for.
+"""A folder of image files as a data set: its splits, classes and metadata, with every file accounted for.
 
-Only the names of the folders at the top level make splits, and only the names of folders make classes. `datasets`'
-`imagefolder` builder looks for words such as "train" and "test" anywhere in a path instead, so that an image can be in
-two splits or in none (datasets issues 4015 and 5021). What has no clear meaning here is an error that names it.
+Splits come only from the names of top-level folders, and classes only from the names of folders. The `imagefolder`
+builder of `datasets` looks for words such as "train" and "test" anywhere in a path instead, so an image can end up in
+two splits or in none (datasets issues 4015 and 5021). An ambiguous layout is an error that names the folders.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 # formats that Pillow identifies but does not decode
 _STUBS = {"HDF5", "GRIB", "BUFR", "MPEG", "WMF"}
-# hidden files, and thumbnails that Synology's systems leave
+# hidden files, and the thumbnails of Synology systems
 _HIDDEN = (".", "__", "@eaDir")
-_NOWHERE = (0,) * 5  # the stamp of a link that leads nowhere
-# more names than this are left out of a message
+_NOWHERE = (0,) * 5  # the stamp of a broken link
+# a message lists at most this many names
 _NAMES_SHOWN = 3
 
 
 @cache
 def image_suffixes() -> frozenset[str]:
-    """The suffixes of the image files that Pillow decodes, lower case and with the dot."""
+    """The suffixes of the image files that Pillow decodes, in lower case and with the dot."""
     Image.init()
     return frozenset(suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN and kind not in _STUBS)
 
 
 @dataclass
 class FolderSplit:
-    """The rows of one split, column by column, and what of its files is left out.
+    """The rows of one split, column by column, and the files that are left out.
 
-    `columns` holds lists of one length. Columns of images (`image_columns`) hold paths relative to the root.
-    `num_files` counts the files that stand in the split, `left_out` the reasons for those that are in no row.
+    `columns` holds lists of equal length. Image columns (`image_columns`) hold paths relative to the root. `num_files`
+    counts the files in the split, and `left_out` counts those that are in no row, by reason.
     """
 
     columns: dict[str, list] = field(default_factory=dict)
@@ -66,16 +66,16 @@ class FolderSplit:
         return len(next(iter(self.columns.values()), ()))
 
     def column(self, name: str) -> list:
-        """A value for each row, `None` where this split lacks the column."""
+        """One value per row; `None` in each row if this split lacks the column."""
         return self.columns.get(name) or [None] * self.num_rows
 
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """What a folder of image files holds; see [`read_image_folder`].
+    """The contents of a folder of image files; see [`read_image_folder`].
 
-    `class_names` are those of all splits together, sorted, so that an index means the same class in each. `stamps` are
-    what changes with a file: size, times of change, device and inode.
+    `class_names` are those of all splits together, sorted, so that an index means the same class in every split.
+    `stamps` maps each file to what changes with it: size, modification times, device and inode.
     """
 
     path: str
@@ -86,12 +86,12 @@ class ImageFolder:
     def dataset(self, split: str) -> Any:
         """The `datasets.Dataset` of a split or a slice of it, such as `"train[:100]"`, with paths for images.
 
-        Raises: `ValueError` for a split that is not there and for slices that overlap.
+        Raises: `ValueError` for an unknown split and for overlapping slices.
         """
         import datasets
 
         parts = [(self.splits[name], slice(start, stop)) for name, start, stop in self._parts(split) if start < stop]
-        # all columns for a slice without an image
+        # an empty slice keeps all columns
         used = [part for part, _ in parts] or self.splits.values()
         names = dict.fromkeys(column for part in used for column in part.columns)
         images = {column for part in self.splits.values() for column in part.image_columns}
@@ -109,12 +109,12 @@ class ImageFolder:
         data = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
         real = os.path.realpath(self.path)
         state = json.dumps([real, columns, list(map(str, features.values())), stamps], default=str)
-        # of the files as they are now, and not of their paths alone
+        # hash the current state of the files, not only their paths
         data._fingerprint = hashlib.blake2b(state.encode(), digest_size=16).hexdigest()
         return data
 
     def summary(self, split: str) -> str:
-        """One line: how many of the files that stand in the splits are used, and why others are not."""
+        """One line: how many of the files in the splits are used, and why the others are not."""
         parts = self._parts(split)
         names = list(dict.fromkeys(name for name, _, _ in parts))
         used = sum(stop - start for _, start, stop in parts)
@@ -127,7 +127,7 @@ class ImageFolder:
         return f"{used} of {total} files of {self.path} ({split}) are used" + (f"; {'; '.join(why)}" if why else "")
 
     def listing(self, split: str) -> str:
-        """Digest of the names, sizes and classes of the files of whole splits, wherever the folder lies."""
+        """Digest of the names, sizes and classes of the files of whole splits, wherever the folder is."""
         parts = [self.splits[name] for name, _, _ in self._parts(split)]
         files = [file for part in parts for column in part.image_columns for file in part.columns[column]]
         sizes = [[file, self.stamps[file][0] if file else None] for file in files]
@@ -135,13 +135,13 @@ class ImageFolder:
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def classes_in(self, split: str) -> set[int] | None:
-        """The indices of the classes that a whole split holds, slices aside; `None` without classes."""
+        """The class indices in a whole split, ignoring slices; `None` without classes."""
         names = [name for name, _, _ in self._parts(split)]
         labels = [self.splits[name].columns.get("label") for name in names]
         return {label for values in labels for label in values} if self.class_names and all(labels) else None
 
     def shared_files(self, column: str = "image") -> list[tuple[str, str]]:
-        """Pairs of files in a column of two splits that are one file, also by a link, or hold the same bytes."""
+        """Pairs of files from two splits that are the same file, also through a link, or have equal bytes."""
         split_of: dict[str, str] = {}
         pairs = []
         for name, part in self.splits.items():
@@ -152,16 +152,16 @@ class ImageFolder:
         return pairs + equal_files({file: size for file, size in sizes.items() if size}, self.path, split_of)
 
     def _parts(self, split: str) -> list[tuple[str, int, int]]:
-        """(name, start, stop) of what a split such as `"train[:100]+test"` means."""
+        """(name, start, stop) of each part of a split such as `"train[:100]+test"`."""
         lengths = {name: part.num_rows for name, part in self.splits.items()}
         return split_parts(split, lengths, self.path, ", by the names of the folders at its top level")
 
 
 def split_parts(split: str, lengths: dict[str, int], path: str, why: str = "") -> list[tuple[str, int, int]]:
-    """(name, start, stop) of each part of a split such as `"train[:100]+test"`, of data with these lengths.
+    """(name, start, stop) of each part of a split such as `"train[:100]+test"`, for splits of these lengths.
 
-    Raises: `ValueError` for an unknown split, with `why` there are no others, for what is no split or slice, and for
-        parts that take an image twice.
+    Raises: `ValueError` for an unknown split (`why` is appended to the list of known ones), for an invalid
+        specification, and for parts that overlap.
     """
     import datasets
 
@@ -189,7 +189,7 @@ def split_names(split: str) -> list[str]:
 
 
 def has_image_files(files: Iterable[str]) -> bool:
-    """Whether they are loose image files, and not parquet, Arrow or tar files."""
+    """Whether the files are loose image files rather than parquet, Arrow or tar files."""
     found = False
     for file in files:
         suffix = posixpath.splitext(file)[1].lower()
@@ -202,24 +202,24 @@ def has_image_files(files: Iterable[str]) -> bool:
 def read_image_folder(path: str | os.PathLike, stamps: dict[str, tuple[int, ...]] | None = None) -> ImageFolder:
     """The splits, classes, metadata and files of a folder of images.
 
-    - A folder at the top level with the name of a split ("train", "val", "test", …) holds that split. Without any, all
-      images are of the split "train".
-    - The images of a split have classes if all of them stand in folders of one depth below it: the name of the last
-      folder. Folders that are named like splits are no classes.
-    - Where a split has a metadata.csv, metadata.jsonl or metadata.parquet, the images that it lists are taken, in its
+    - A top-level folder named like a split ("train", "val", "test", …) holds that split. Without such a folder, all
+      images belong to the split "train".
+    - The images of a split have classes if all of them are in folders at the same depth below it; the class is the
+      name of the innermost folder. Folders named like splits are not classes.
+    - If a split has a metadata.csv, metadata.jsonl or metadata.parquet, the images that it lists are used, in its
       order, with its columns. `file_name` and `…_file_name` are paths relative to the metadata file.
-    - Symbolic links are followed. Hidden files, and other files than images, are left out and counted.
+    - Symbolic links are followed. Hidden files and files other than images are left out and counted.
 
     Args:
         path (`str` or `PathLike`): the folder.
-        stamps (`dict`, *optional*): what [`walk`] found there, if it was walked already.
+        stamps (`dict`, *optional*): result of [`walk`] for this folder, if it is known already.
 
-    Raises: `ValueError` where the meaning of a folder is not clear, and where metadata cannot be read, lists an image
-        twice or lists one that is not there.
+    Raises: `ValueError` if the layout is ambiguous, and if the metadata cannot be read, list an image twice or list a
+        missing image.
     """
     root = Path(path)
     if not root.is_dir():
-        raise ValueError(f"{str(path)!r} has no data files: there is no such folder.")
+        raise ValueError(f"{str(path)!r} has no data files: the folder does not exist.")
     stamps = walk(root) if stamps is None else stamps
     seen = [file for file in stamps if not any(part.startswith(_HIDDEN) for part in file.split("/"))]
     metadata = [file for file in seen if posixpath.basename(file) in METADATA_NAMES]
@@ -257,7 +257,7 @@ def read_image_folder(path: str | os.PathLike, stamps: dict[str, tuple[int, ...]
             if name in splits:
                 splits[name].num_files += 1
                 splits[name].left_out[reason] += 1
-    for part in splits.values():  # those at the top level could be of any split
+    for part in splits.values():  # files at the top level could belong to any split
         part.left_out += beside
         part.num_files += sum(beside.values())
     for name, part in splits.items():
@@ -275,7 +275,7 @@ def read_image_folder(path: str | os.PathLike, stamps: dict[str, tuple[int, ...]
 
 
 def walk(root: str | os.PathLike) -> dict[str, tuple[int, ...]]:
-    """The stamp of every file by its path with "/" relative to `root`, sorted; follows links."""
+    """The stamp of every file, by its path relative to `root` (with "/"), sorted; follows links."""
     found = []
     real_root = os.path.realpath(root)
     # path, prefix of the names in it, real path, and the real paths of the root and the links above
@@ -295,25 +295,25 @@ def walk(root: str | os.PathLike) -> dict[str, tuple[int, ...]]:
                         continue
                     target = os.path.realpath(entry.path)
                     leads_back = target in above or f"{real}{os.sep}".startswith(f"{target}{os.sep}")
-                    if not leads_back:  # to a folder that holds it, it would never end
+                    if not leads_back:  # a link to a folder above it would never end
                         folders.append((entry.path, f"{name}/", target, (*above, target)))
                     continue
                 try:
                     stat = entry.stat()
                     stamp = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_dev, stat.st_ino)
                     found.append((name, stamp))
-                except OSError:  # a link that leads nowhere
+                except OSError:  # a broken link
                     found.append((name, _NOWHERE))
     return dict(sorted(found))
 
 
 def _check_links(files: list[str], stamps: dict[str, tuple[int, ...]], path: str) -> None:
-    """`ValueError` where two names in a split lead to one file, by a symbolic or a hard link."""
+    """Raises `ValueError` if two names in a split are the same file through a symbolic or hard link."""
     first_at: dict[tuple[int, ...], str] = {}
     for file in files:
         first = first_at.setdefault(stamps[file], file)
         if first != file and stamps[file] != _NOWHERE:
-            raise ValueError(f"{path!r} holds one image twice, {first} and {file} by a link; remove one of the names.")
+            raise ValueError(f"{path!r} has one image under two names, {first} and {file} (a link); remove one.")
 
 
 def _is_image(file: str) -> bool:
@@ -323,9 +323,9 @@ def _is_image(file: str) -> bool:
 def equal_files(
     sizes: dict[str, int], root: str | os.PathLike = "", split_of: dict[str, str] | None = None
 ) -> list[tuple[str, str]]:
-    """Pairs (first, other) of files below `root` that hold the same bytes; with `split_of` only of two splits.
+    """Pairs (first, other) of files below `root` with equal bytes; with `split_of`, only pairs from two splits.
 
-    Files are read only where another one, of another split, has the same size. `sizes` are in bytes.
+    A file is read only if a file of another split has the same size. `sizes` are in bytes.
     """
     split_of = {file: file for file in sizes} if split_of is None else split_of
     by_size: dict[int, list[str]] = {}
@@ -337,7 +337,7 @@ def equal_files(
         for file in files if len({split_of[file] for file in files}) > 1 else ():
             try:
                 first = first_with.setdefault(file_digest(os.path.join(root, file)), file)
-            except OSError:  # what cannot be read is like nothing else; to decode it says so
+            except OSError:  # an unreadable file matches no other; decoding reports it
                 continue
             if split_of[first] != split_of[file]:
                 pairs.append((first, file))
@@ -348,7 +348,7 @@ def equal_files(
 
 
 def _splits_of(images: list[str], path: str) -> dict[str, str]:
-    """The split of each folder at the top level, empty where none has the name of one; `ValueError` if unclear."""
+    """The split of each top-level folder, empty if none is named like a split; `ValueError` if ambiguous."""
     tops = sorted({file.split("/")[0] for file in images if "/" in file})
     named = {top: SPLIT_WORDS[top.lower()] for top in tops if top.lower() in SPLIT_WORDS}
     if not named:
@@ -357,18 +357,18 @@ def _splits_of(images: list[str], path: str) -> dict[str, str]:
     for split, count in Counter(named.values()).items():
         if count > 1:
             folders = [top for top in named if named[top] == split]
-            raise ValueError(f"{path!r} has several folders of the split {split!r}: {folders}; keep one of them.")
+            raise ValueError(f"{path!r} has several folders for the split {split!r}: {folders}; keep one of them.")
     rest = [top for top in tops if top not in named]
     if rest:
         raise ValueError(
             f"{path!r} has folders that name splits ({_some(list(named))}) beside others with images ({_some(rest)}). "
-            f"If all of them are classes, move them into one folder 'train'; else move {_some(rest)} elsewhere."
+            f"If all of them are classes, move them into one folder 'train'; if not, move {_some(rest)} elsewhere."
         )
     return named
 
 
 def _check_for_hidden_splits(images: list[str], tops: list[str], path: str) -> None:
-    """`ValueError` where folders look like splits that are not at the top level, or not named as splits are."""
+    """Raises `ValueError` if folders look like splits but are not at the top level or not named like splits."""
     words = {}
     for top in tops:
         found = [SPLIT_WORDS.get(part.lower()) for part in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", top)]
@@ -383,7 +383,7 @@ def _check_for_hidden_splits(images: list[str], tops: list[str], path: str) -> N
     inner = [name for name in inner if name.lower() in SPLIT_WORDS]
     if len(tops) == 1 and inner:
         raise ValueError(
-            f"{path!r} has the splits {_some(inner)} one folder deeper; name {os.path.join(path, tops[0])!r} instead."
+            f"{path!r} has the splits {_some(inner)} one folder deeper; use {os.path.join(path, tops[0])!r} instead."
         )
     parents = sorted({file.split("/")[-2] for file in images if "/" in file})
     if parents and all(parent.lower() in SPLIT_WORDS for parent in parents):
@@ -394,9 +394,9 @@ def _check_for_hidden_splits(images: list[str], tops: list[str], path: str) -> N
 
 
 def _add_classes(splits: dict[str, FolderSplit], has_splits: bool) -> tuple[str, ...] | None:
-    """Adds the column "label" where the folders are the classes; returns the names of all of them."""
+    """Adds the column "label" where folders are classes; returns the names of all classes, or `None`."""
     names_of: dict[str, list[str]] = {}
-    if any("label" in part.columns for part in splits.values()):  # the metadata have their own
+    if any("label" in part.columns for part in splits.values()):  # the metadata define the labels
         return None
     for name, part in splits.items():
         files = part.columns[part.image_columns[0]]
@@ -425,7 +425,7 @@ def _add_classes(splits: dict[str, FolderSplit], has_splits: bool) -> tuple[str,
 
 
 def _metadata_rows(root: Path, files: Iterable[str], known: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of all metadata files, with the paths in them made relative to the root; "" stands for no file."""
+    """The rows of all metadata files, with paths made relative to the root."""
     rows = []
     for file in files:
         where, folder = str(root / file), posixpath.dirname(file)
@@ -436,8 +436,8 @@ def _metadata_rows(root: Path, files: Iterable[str], known: dict[str, Any]) -> l
             row = {str(name).strip(): value for name, value in row.items()}
             if not isinstance(row.get("file_name"), str):
                 raise ValueError(
-                    f"{where} must have a file_name in each row, row {number} has {row.get('file_name')!r} among "
-                    f"{sorted(row)}."
+                    f"{where} must have a file_name in each row, row {number} has {row.get('file_name')!r} among the "
+                    f"columns {sorted(row)}."
                 )
             for column in [column for column in row if column == "file_name" or column.endswith("_file_name")]:
                 value = row[column]
@@ -447,7 +447,7 @@ def _metadata_rows(root: Path, files: Iterable[str], known: dict[str, Any]) -> l
                 if "://" in str(value) or posixpath.isabs(str(value)) or target.startswith("../"):
                     raise ValueError(f"{where} must name files within {str(root)!r}, row {number} has {value!r}.")
                 if target not in known:
-                    raise ValueError(f"{where} lists {value!r} in row {number}, and there is no such file.")
+                    raise ValueError(f"{where} lists {value!r} in row {number}, but that file does not exist.")
                 row[column] = target
             rows.append(row)
     return rows
@@ -480,17 +480,17 @@ def _read_metadata(path: Path) -> list[dict[str, Any]]:
             f"{path} must be UTF-8, but its byte {error.start} is {error.object[error.start]:#04x} ({error.reason}); "
             "save it as UTF-8."
         ) from error
-    except Exception as error:  # whatever pandas, JSON or Arrow make of a damaged file
+    except Exception as error:  # a damaged file can raise any exception in pandas, JSON or Arrow
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())[:300]}") from error
 
 
 def _fill_from_metadata(part: FolderSplit, rows: list[dict[str, Any]], files: list[str], path: str) -> None:
-    """The columns of a split whose images are those that metadata lists."""
+    """Fills the columns of a split from the metadata rows that list its images."""
     counts = Counter(row["file_name"] for row in rows)
     twice = [file for file, count in counts.items() if count > 1]
     if twice:
         raise ValueError(
-            f"the metadata of {path!r} list some images more than once ({_some(twice)}); an image is one row."
+            f"the metadata of {path!r} list some images more than once ({_some(twice)}); list each image in one row."
         )
     names = dict.fromkeys(name for row in rows for name in row)
     for name in names:
@@ -498,8 +498,8 @@ def _fill_from_metadata(part: FolderSplit, rows: list[dict[str, Any]], files: li
         column = (name.removesuffix("file_name").removesuffix("_") or "image") if is_path else name
         if column in part.columns:
             raise ValueError(
-                f"the metadata of {path!r} have several columns that are called {column!r}, one of them {name!r} (the "
-                "files of file_name are the column 'image'); rename one."
+                f"the metadata of {path!r} have several columns named {column!r}, one of them {name!r} (file_name "
+                "becomes the column 'image'); rename one."
             )
         part.columns[column] = [row.get(name) for row in rows]
         if is_path:
@@ -512,7 +512,7 @@ def _fill_from_metadata(part: FolderSplit, rows: list[dict[str, Any]], files: li
 
 
 def _of_one_type(values: list) -> tuple[list, Any]:
-    """A column and its feature; of mixed types, as text."""
+    """A column and its feature; a column of mixed types becomes text."""
     import datasets
     import pyarrow as pa
 

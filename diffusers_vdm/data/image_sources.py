@@ -1,4 +1,4 @@
-"""Where images come from: a split of a data set, opened; its columns and classes, found or refused by name."""
+"""Open a split of an image data set, and find its image column, its class column and its classes."""
 
 from __future__ import annotations
 
@@ -32,22 +32,26 @@ from .image_folder import (
 
 logger = logging.getLogger(__name__)
 
-# files of these kinds beside those that are read are data that somebody may miss
+# a file of these kinds that is in no split is probably data that was overlooked
 _DATA_SUFFIXES = image_suffixes() | {".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl", ".tar", ".zip"}
-# a column of whole numbers with larger ones is no column of classes
+# a column with larger integers is not a class column
 MAX_CLASSES = 100_000
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """A split of a data set: rows with images, and which of the columns are which.
+    """A split of an image data set and the roles of its columns.
 
-    `data` is a `datasets.Dataset`, or an `IterableDataset` where it is streamed. `label_column` and `class_names` are
-    `None` where there are no classes or no names for them. `num_classes` counts the classes of the whole data set, as
-    far as they are declared or in a column of labels, also those that no row of this split has. `files` says in one
-    line which files are used, `parts` which rows of which splits (name, start, stop), `classes_in_split` which classes
-    the whole split holds, `num_rows` how many rows there are, `listing` is a digest of the files of a folder and their
-    classes, where these are known. `state` is another one whenever a file of a local data set changes.
+    - `data`: a `datasets.Dataset`, or an `IterableDataset` if it is streamed.
+    - `label_column`, `class_names`: `None` if the data set has no classes or no names for them.
+    - `num_classes`: the classes of the whole data set, as declared or found in the label column, including those that
+      this split lacks.
+    - `files`: one line that says which files are used.
+    - `parts`: the rows that are used, as (split, start, stop).
+    - `classes_in_split`: the classes that the whole split contains, if known.
+    - `num_rows`: the number of rows, if known.
+    - `listing`: digest of the files of a folder and their classes, if known.
+    - `state`: digest of a local data set that changes with any of its files.
     """
 
     data: Any
@@ -78,9 +82,8 @@ def open_source(
 ) -> ImageSource:
     """Opens a split of a data set of images; the arguments are those of [`load_images`].
 
-    Raises: `ValueError` where there are no data, the split is unknown, the files cannot be read, a file is in two
-        splits, or it is not clear which column holds the images or the classes; `OSError` for what the network or the
-        disk reports.
+    Raises: `ValueError` if the data are missing, the split is unknown, the files cannot be read, a file is in two
+        splits, or the image or class column is ambiguous; `OSError` for errors of the network or the disk.
     """
     stamps = _stamps_of(path)
     state, folder = _state_of(path, stamps), None
@@ -104,7 +107,7 @@ def open_source(
     num_rows = len(data) if hasattr(data, "__len__") else None
     count = "all" if num_rows is None else num_rows
     files = folder.summary(split) if folder is not None else f"{count} images of {path} ({split}) are used"
-    # what a stream declares may be nothing, or wrong
+    # the lengths that a stream declares may be missing or wrong
     own_splits = list(dict.fromkeys(split_names(split)))
     parts: list[tuple[str, int, float]] = [(name, 0, math.inf) for name in own_splits]
     if lengths and (folder is not None or not streaming or all(lengths.values())):
@@ -114,7 +117,7 @@ def open_source(
     if shared:
         raise ValueError(
             f"{path!r} has {len(shared)} images in two splits, the first {shared[0][0]} and {shared[0][1]}; remove "
-            "them from one, or set allow_shared to count them in both."
+            "them from one split, or set allow_shared to use them in both."
         )
     names = class_names_of(data, label_column)
     classes = folder.classes_in(split) if folder is not None and label_column == "label" and names else None
@@ -140,7 +143,7 @@ def open_source(
 
 
 def overlap(parts: Iterable[tuple[str, int, float]], others: Iterable[tuple[str, int, float]]) -> float:
-    """How many rows two selections of one data set have in common; see [`ImageSource.parts`]."""
+    """Number of rows that two selections of one data set have in common; see [`ImageSource`] for `parts`."""
     return sum(
         max(0, min(stop, end) - max(start, begin))
         for name, start, stop in parts
@@ -155,12 +158,12 @@ def _stamps_of(path: str) -> dict[str, tuple[int, ...]] | None:
 
 
 def _is_image_folder(path: str, stamps: dict[str, tuple[int, ...]] | None) -> bool:
-    """Whether the copy of a data set is a folder of image files."""
+    """Whether a local data set is a folder of image files."""
     return stamps is not None and not _declares_files(path) and has_image_files(stamps)
 
 
 def _declares_files(path: str | os.PathLike) -> bool:
-    """Whether the README.md of a local data set says which files make which split."""
+    """Whether the README.md of a local data set declares the files of each split."""
     try:
         text = (Path(path) / "README.md").read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError):
@@ -173,13 +176,13 @@ def _declares_files(path: str | os.PathLike) -> bool:
 
 
 def _open_dataset(path: str, split: str, *, config_name: str | None, cache: str | None, streaming: bool) -> Any:
-    """The `datasets.Dataset`, or `IterableDataset` if `streaming`, of a name on the Hub or a folder of data files."""
+    """The `datasets.Dataset`, or `IterableDataset` if `streaming`, of a Hub data set or a folder of data files."""
     import datasets
 
     where = f"{path!r} ({split})"
     options: dict[str, Any] = {"cache_dir": cache}
     if int(datasets.__version__.split(".")[0]) < 4:
-        options["trust_remote_code"] = False  # later versions run none
+        options["trust_remote_code"] = False  # later versions never run remote code
     try:
         check_data_files(datasets.load_dataset_builder(path, config_name, **options), path)
         return datasets.load_dataset(path, config_name, split=split, streaming=streaming, **options)
@@ -195,7 +198,7 @@ def _open_dataset(path: str, split: str, *, config_name: str | None, cache: str 
     except ValueError as error:
         if "corresponds to no data" in str(error):
             raise ValueError(f"{where} has no data: an empty split, or a folder without image files.") from error
-        if str(error).startswith("Bad split"):  # what streaming calls it
+        if str(error).startswith("Bad split"):  # the wording of the streaming code
             raise ValueError(
                 f"Unknown split {split!r} of {path!r}.{str(error)[len(f'Bad split: {split}.') :]}"
             ) from error
@@ -203,7 +206,7 @@ def _open_dataset(path: str, split: str, *, config_name: str | None, cache: str 
 
 
 def _cache_of(state: str | None, cache_dir: str | None) -> str | None:
-    """A cache of its own for each state of a local data set, which `datasets` may know by its last folder alone."""
+    """A separate cache for each state of a local data set, because `datasets` may key it by the last folder only."""
     if state is None:
         return cache_dir
     import datasets
@@ -212,7 +215,7 @@ def _cache_of(state: str | None, cache_dir: str | None) -> str | None:
 
 
 def _state_of(path: str, stamps: dict[str, tuple[int, ...]] | None) -> str | None:
-    """Digest of where a local data set lies, and of the names, sizes and times of all its files."""
+    """Digest of the location of a local data set and of the names, sizes and times of all its files."""
     if stamps is None:
         return None
     text = json.dumps([os.path.realpath(path), [[name, *stamp] for name, stamp in stamps.items()]])
@@ -224,15 +227,15 @@ def _is_saved_to_disk(path: str) -> bool:
 
 
 def _saved_to_disk(path: str) -> dict[str, Any]:
-    """The splits of what `save_to_disk` wrote.
+    """The splits of a data set written by `save_to_disk`.
 
-    `datasets.load_dataset` would take every Arrow file in the folder, those that `map` has cached there included.
+    `datasets.load_dataset` would read every Arrow file in the folder, including those that `map` has cached there.
     """
     import datasets
 
     try:
         loaded = datasets.load_from_disk(path)
-    except Exception as error:  # whatever Arrow makes of a damaged file
+    except Exception as error:  # a damaged file can raise any exception in Arrow
         raise ValueError(f"{path!r} cannot be read: {one_line(error)}") from error
     if isinstance(loaded, datasets.Dataset):
         return {str(loaded.split or "train"): loaded}
@@ -247,14 +250,14 @@ def _rows_on_disk(splits: dict[str, Any], path: str, split: str) -> Any:
 
 
 class _SplitError(ValueError):
-    """Files that `datasets` has put into two splits, or into none, by words in their paths."""
+    """`datasets` has put files into two splits, or into none, because of words in their paths."""
 
 
 def check_data_files(builder: Any, path: str) -> None:
-    """Raises `ValueError` where a file of a data set is in two splits, or in none, by a guess of `datasets`.
+    """Raises `ValueError` if `datasets` has put a file of a data set into two splits, or into none.
 
-    `datasets` takes any word such as "train" or "test" in a path for a split. A file that is in no split is noticed in
-    a local folder without declared files, and in a data set on the Hub that consists of image files.
+    `datasets` takes any word such as "train" or "test" in a path for a split. Files in no split are detected in a
+    local folder without declared files, and in a Hub data set that consists of image files.
     """
     from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder as ImageFolderBuilder
 
@@ -266,7 +269,7 @@ def check_data_files(builder: Any, path: str) -> None:
             if other != name:
                 raise _SplitError(
                     f"the file {_short(file)!r} of {path!r} is in the splits {other!r} and {name!r}, by words in its "
-                    "path. Put it below a folder that is named by its split alone, or declare data_files in the "
+                    "path. Put it below a folder that is named by its split only, or declare data_files in the "
                     "README.md of the data set."
                 )
     is_local = os.path.isdir(path)
@@ -295,13 +298,13 @@ def check_data_files(builder: Any, path: str) -> None:
     if unused:
         raise _SplitError(
             f"{len(unused)} files of {path!r} are in no split, the first {unused[0]!r}: words in the paths of others "
-            f"were taken for the splits {sorted(splits)}. Name files and folders by their split alone, or declare "
+            f"were taken for the splits {sorted(splits)}. Name files and folders by their split only, or declare "
             "data_files in the README.md of the data set."
         )
 
 
 def _check_whole(files: list[str], path: str) -> None:
-    """`ValueError` where a file is there twice, or a numbered set of files is not complete."""
+    """Raises `ValueError` if the data set has a file twice, or if a numbered set of files is incomplete."""
     numbered: dict[tuple[str, int], list[int]] = {}
     for file in files:
         found = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})(.*)", _short(file, path))
@@ -310,17 +313,17 @@ def _check_whole(files: list[str], path: str) -> None:
     for (name, total), numbers in numbered.items():
         missing = sorted(set(range(total)) - set(numbers))
         if missing:
-            raise _SplitError(f"{path!r} lacks file {missing[0]} of the {total} that make up {name!r}; fetch it.")
+            raise _SplitError(f"{path!r} lacks file {missing[0]} of the {total} that make up {name!r}; download it.")
         if len(numbers) > total:
-            raise _SplitError(f"{path!r} has {len(numbers)} files of {name!r}, which are {total}; remove the others.")
+            raise _SplitError(f"{path!r} has {len(numbers)} files of {name!r} instead of {total}; remove the others.")
     for first, file in equal_files({file: os.path.getsize(file) for file in files}):
         raise _SplitError(
-            f"{path!r} holds one file twice, {_short(first, path)!r} and {_short(file, path)!r}; remove one."
+            f"{path!r} contains one file twice, {_short(first, path)!r} and {_short(file, path)!r}; remove one."
         )
 
 
 def _short(file: str, root: str | None = None) -> str:
-    """A file's path within its data set, as far as it follows from where the data set lies."""
+    """A file's path within its data set, where it can be derived from the location of the data set."""
     if "://" in file:
         return re.sub(r"^hf://datasets/[^/]+/[^/@]+@[^/]+/", "", file)
     return os.path.relpath(os.path.realpath(file), os.path.realpath(root)).replace(os.sep, "/") if root else file
@@ -333,7 +336,7 @@ def _files_on_the_hub(builder: Any) -> list[str]:
         base = builder.base_path
         system, folder = fsspec.core.url_to_fs(base)
         return [f"hf://{name}" if str(base).startswith("hf://") else name for name in system.find(folder)]
-    except Exception as error:  # a Hub that cannot be asked, or a data set in the cache alone
+    except Exception as error:  # the Hub is unreachable, or the data set is only in the cache
         logger.info(f"the files of {getattr(builder, 'repo_id', None)} cannot be listed: {one_line(error)}")
         return []
 
@@ -342,32 +345,31 @@ def _files_on_the_hub(builder: Any) -> list[str]:
 
 
 def find_columns(data: Any, image_column: str | None, label_column: str | None) -> tuple[str, str | None, str | None]:
-    """Names of the columns of images and classes (`None` without classes), and the mode that the data set declares.
+    """Names of the image column and the class column (`None` without classes), and the declared image mode.
 
-    A column that is not named is found by its type; `label_column=""` takes no classes. `ClassLabel`s whose names are
-    all words for splits are no classes: `datasets` makes them of folders named "train" and "test" (its issue 7880).
+    A column that is not given is found by its type; `label_column=""` disables classes. A `ClassLabel` whose names are
+    all split words is not a class column: `datasets` creates it from folders named "train" and "test" (issue 7880).
 
-    Raises: `ValueError` for a column that is not there or holds no images, naming those that do, and where several
-        columns of one type leave the choice open.
+    Raises: `ValueError` for a missing column or one without images, and if several columns have the right type.
     """
     import datasets
 
     features = data.features or {}
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     if image_column is None and len(images) > 1:
-        raise ValueError(f"image_column must name one of the columns of images, of which there are {images}.")
+        raise ValueError(f"image_column must name one of the image columns, which are {images}.")
     if (image_column or next(iter(images), None)) not in images:
         raise ValueError(
-            f"image_column must name a column of images, got {image_column!r}; there are {images or 'none'} among "
-            f"{list(features)}."
+            f"image_column must name an image column, got {image_column!r}; the image columns are {images or 'none'} "
+            f"of {list(features)}."
         )
     image_column = image_column or images[0]
     if label_column is None:
         classes = [name for name, f in features.items() if isinstance(f, datasets.ClassLabel) and not _are_splits(f)]
         if len(classes) > 1:
             raise ValueError(
-                f"label_column must name one of the columns of classes, of which there are {classes}; label_column='' "
-                "takes no classes."
+                f"label_column must name one of the class columns, which are {classes}; label_column='' disables "
+                "classes."
             )
         label_column = next(iter(classes), None)
     elif label_column and label_column not in features:
@@ -375,7 +377,7 @@ def find_columns(data: Any, image_column: str | None, label_column: str | None) 
     elif label_column and _are_splits(features[label_column]):
         raise ValueError(
             f"label_column {label_column!r} has the classes {features[label_column].names}, which are the names of "
-            "splits; set label_column='' to take no classes."
+            "splits; set label_column='' to disable classes."
         )
     mode = getattr(features[image_column], "mode", None)
     return image_column, label_column or None, mode if mode in MODES else None
@@ -387,31 +389,31 @@ def _are_splits(feature: Any) -> bool:
 
 
 def class_names_of(data: Any, label_column: str | None) -> tuple[str, ...] | None:
-    """The names of the classes, where the column is a `ClassLabel`."""
+    """The names of the classes if the column is a `ClassLabel`, else `None`."""
     names = getattr((data.features or {}).get(label_column), "names", None) if label_column else None
     return tuple(names) if names else None
 
 
 def _count_classes(data: Any, column: str) -> int | None:
-    """One more than the largest class, for classes without names."""
+    """The number of classes without names: one more than the largest label."""
     labels = [label for label in data[column][:] if isinstance(label, int)]
     return max(labels) + 1 if labels and max(labels) >= 0 else None
 
 
 def check_label(label: Any, column: str, num_classes: int | None = None) -> int:
-    """The class as it stands in the row, -1 where there is none; `ValueError` if it is no index of a class."""
+    """The class index of a row, -1 if it has no class; raises `ValueError` if the value is not a class index."""
     if label is None:
         return -1
     if not isinstance(label, int) or isinstance(label, bool):
         raise ValueError(
-            f"label_column {column!r} must hold whole numbers, the indices of the classes, got {label!r}; cast it to "
-            "datasets.ClassLabel, or take another column."
+            f"label_column {column!r} must hold integers, the indices of the classes, got {label!r}; cast it to "
+            "datasets.ClassLabel, or choose another column."
         )
     limit = MAX_CLASSES if num_classes is None else num_classes
     if label >= limit:
         raise ValueError(
-            f"label_column {column!r} must hold indices of classes from 0 to {limit - 1}, got {label}; cast it to "
-            "datasets.ClassLabel, which numbers the values, or take another column."
+            f"label_column {column!r} must hold class indices from 0 to {limit - 1}, got {label}; cast it to "
+            "datasets.ClassLabel, which numbers the values, or choose another column."
         )
     return max(label, -1)
 
@@ -419,8 +421,8 @@ def check_label(label: Any, column: str, num_classes: int | None = None) -> int:
 def missing_label(column: str) -> ValueError:
     """The error for a row without a class."""
     return ValueError(
-        f"label_column {column!r} holds no class (none, or -1) here; leave such images out, or set label_column='' to "
-        "take all images without classes."
+        f"label_column {column!r} holds no class (None or -1) here; leave such images out, or set label_column='' to "
+        "use all images without classes."
     )
 
 
@@ -428,10 +430,10 @@ def missing_label(column: str) -> ValueError:
 
 
 def shared_with_other_splits(path: str, split: str, *, progress_bar: bool = True, **options: Any) -> dict[str, int]:
-    """How many image files of a split each other split holds as well, byte for byte.
+    """For each other split, the number of image files that it shares with `split`, byte for byte.
 
-    Splits without such files are left out. A folder of images is compared when it is opened, and not here. `options`
-    are those of [`open_source`].
+    Splits without shared files are left out. A folder of images gives `{}`, because [`open_source`] compares its
+    splits. `options` are those of [`open_source`].
     """
     if options.get("is_folder") or _is_image_folder(path, _stamps_of(path)):
         return {}
@@ -455,6 +457,6 @@ def _file_digests(source: ImageSource, title: str, progress_bar: bool) -> Iterat
     for row in tqdm(rows, desc=title, disable=not progress_bar):
         try:
             content = read_content(row[column])
-        except (ValueError, OSError):  # a damaged image is none of two; decoding it will name it
+        except (ValueError, OSError):  # a damaged image matches no other; decoding reports it
             continue
         yield hashlib.blake2b(content, digest_size=16).digest()

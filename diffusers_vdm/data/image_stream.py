@@ -1,7 +1,7 @@
-"""Images read as they are needed, for data that fit neither in memory nor on the disk, in an order that is a key's.
+"""Images streamed as they are needed, for data that fit neither in memory nor on disk, in a keyed random order.
 
-The order of an epoch is a function of (seed, epoch): the shards (files) in keyed order, and the rows that follow from
-them in blocks of `buffer_size`, each block in keyed order. To go on anywhere, only the block of that place is needed.
+The order of an epoch is a function of (seed, epoch): the shards (files) are permuted, their rows are concatenated and
+cut into blocks of `buffer_size`, and each block is permuted. Resuming at any position needs only its block.
 """
 
 from __future__ import annotations
@@ -24,42 +24,43 @@ from .images import ImageSet
 
 logger = logging.getLogger(__name__)
 
-# files are gathered into so many shards at most: the state holds a number for each
+# upper limit on the number of shards, because the state holds one number per shard
 MAX_SHARDS = 1024
 
 
 class ImageStream:
-    """A data set of images that is read while it is trained on, by the streaming of `datasets`.
+    """An image data set that is streamed with `datasets` while a model trains on it.
 
-    `batch(positions)` gives the images at any places of the endless order of training, one epoch after another. Each
-    epoch holds every image once. What stands at a place is a function of the data, `seed`, `buffer_size` and the place
-    alone: not of how places are asked for, of the number of processes, or of where a run was stopped.
+    `batch(positions)` returns the images at any positions of the endless training order, which is one epoch after
+    another. Each epoch contains every image once. The image at a position depends only on the data, `seed`,
+    `buffer_size` and the position: not on the order of the requests, the number of processes, or where a run stopped.
 
-    - Places are meant to be asked for in increasing order, by one caller at a time, such as one background thread.
-      What lies between them is read, but not decoded: each of several processes reads all and decodes its own rows.
-      Do not call it in the workers of a `DataLoader`: `datasets` would give each a part of the shards.
-    - A jump back, and the first call of a resumed run, starts at the shard of that place if the lengths of those
-      before it are known, which [`state_dict`] keeps. Else what is before it in its epoch is read again, undecoded.
-    - Images are shuffled within blocks and blocks across shards: well if the files are many and each mixed. Files that
-      are sorted by class want a block as large as several files. A folder of loose image files is one shard in the
-      order of its names: give a `buffer_size` of all of them, of which only the paths are held. About `buffer_size`
-      encoded images are held otherwise.
+    - Request positions in increasing order and from one caller at a time, such as one background thread. Rows between
+      them are read but not decoded, so each of several processes reads all rows and decodes its own. Do not call it
+      in the workers of a `DataLoader`: `datasets` would give each worker only a part of the shards.
+    - A jump back, and the first call of a resumed run, starts at the shard of that position if the lengths of the
+      shards before it are known; [`state_dict`] keeps them. Otherwise the rows before it in its epoch are read again
+      without decoding.
+    - Rows are permuted within blocks, and blocks span shards, which shuffles well if the data have many files of mixed
+      content. Files that are sorted by class need a block as large as several files. A folder of loose image files is
+      one shard in the order of the file names: set `buffer_size` to the number of files, of which only the paths are
+      held in memory. For other data, about `buffer_size` encoded images are held in memory.
 
     Args:
-        path, split, config_name, is_folder (`str`, `str`, `str`, `bool`): as for [`load_images`], but that slices of a
-            split cannot be streamed.
+        path, split, config_name, is_folder (`str`, `str`, `str`, `bool`): as for [`load_images`], except that slices
+            of a split cannot be streamed.
         resolution, center_crop, image_mode, image_column, label_column, allow_shared, cache_dir: as for
-            [`load_images`]; the place of a crop is drawn once for each image.
-        frames (`"first"`, *optional*): take the first frame of files with several, which are refused else.
-        skip_damaged (`int`, defaults to 0): go on in spite of up to so many files that are damaged or missing. The
-            image that follows in the order takes the place of such a one; [`ImageStream.damaged`] lists them.
+            [`load_images`]; the crop position is drawn once for each image.
+        frames (`"first"`, *optional*): take the first frame of files with several; without it they are rejected.
+        skip_damaged (`int`, defaults to 0): tolerate up to this many damaged or missing files. The next image in the
+            order replaces such a file; [`ImageStream.damaged`] lists them.
         seed (`int`, defaults to 0): key of the order and of the crops.
         num_workers (`int`, defaults to 2): decoding threads.
-        buffer_size (`int`, defaults to 1000): images of a block.
-        num_images (`int`, *optional*): images of the split. Without it what the data set declares is taken, and else
-            it is counted in the first epoch; a wrong number is an error when the first epoch ends.
+        buffer_size (`int`, defaults to 1000): images per block.
+        num_images (`int`, *optional*): images in the split. Without it, the number that the data set declares is used,
+            or else the images are counted in the first epoch. A wrong number is an error at the end of that epoch.
 
-    Raises: `ValueError` as [`load_images`], here for the first image and in `batch` for those it is asked for.
+    Raises: `ValueError` as [`load_images`], in the constructor for the first image and in `batch` for the others.
     """
 
     num_levels = 256
@@ -91,7 +92,7 @@ class ImageStream:
         if frames not in (None, "first"):
             raise ValueError(f"frames must be 'first' or None in a stream, got {frames!r}; load_images takes 'all'.")
         if "[" in split:
-            raise ValueError(f"slices of a split cannot be streamed, got split={split!r}; name a whole one.")
+            raise ValueError(f"slices of a split cannot be streamed, got split={split!r}; use the whole split.")
         for name, value in (("buffer_size", buffer_size), ("num_images", num_images)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
@@ -112,7 +113,7 @@ class ImageStream:
         self.classes_in_split, self.parts = source.classes_in_split, source.parts
         declared = (data.info.splits or {}).get(split)
         self._declared = num_images or source.num_rows or getattr(declared, "num_examples", None) or None
-        # image files on the Hub are read and decoded as soon as a row is, whatever type the column is cast to
+        # otherwise image files on the Hub are decoded when the row is read, whatever type the column is cast to
         data = data.decode(False) if hasattr(data, "decode") else data
         self._rows = data.cast_column(self._image_column, datasets.Image(decode=False))
         self._num_shards = min(data.num_shards, MAX_SHARDS)
@@ -147,42 +148,41 @@ class ImageStream:
         digest.update(pixels)
         self._fingerprint = digest.hexdigest()
 
-        self._following: Iterator[tuple[int, int, dict[str, Any]]] | None = None  # rows of an epoch, from a place on
-        self._epoch = self._offset = 0  # the place of the next of them
+        self._following: Iterator[tuple[int, int, dict[str, Any]]] | None = None  # the next rows of the epoch
+        self._epoch = self._offset = 0  # the position of the first of them
 
     @property
     def damaged(self) -> tuple[str, ...]:
-        """The files that were left out so far, and why."""
+        """The files left out so far, with the reasons."""
         return tuple(self._damaged.values())
 
     @property
     def image_column(self) -> str:
-        """The column of the images."""
+        """The image column."""
         return self._image_column
 
     @property
     def label_column(self) -> str | None:
-        """The column of the classes, `None` without classes."""
+        """The class column, `None` without classes."""
         return self._label_column
 
     @property
     def has_labels(self) -> bool:
-        """Whether `batch` gives classes."""
+        """Whether `batch` returns classes."""
         return self._label_column is not None
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the first image as it is given, the number of shards, the columns, and the names of the classes.
+        """Hash of the first decoded image, the number of shards, the columns and the class names.
 
-        Of a folder of images also of the names and sizes of all files. It differs for other data and other settings,
-        but not a data set of another kind that changed after its first image: to see every pixel is to read all of it,
-        which [`ImageSet.fingerprint`] does.
+        For a folder of images it also covers the names and sizes of all files. For other data sets it does not detect
+        changes after the first image; that requires reading every pixel, as [`ImageSet.fingerprint`] does.
         """
         return self._fingerprint
 
     @property
     def num_images(self) -> int | None:
-        """Images of an epoch; `None` until the first one ended, if nobody declared it."""
+        """Images per epoch; if it is not declared, `None` until the end of the first epoch."""
         return self._declared or self._counted
 
     @property
@@ -190,22 +190,23 @@ class ImageStream:
         return sum(self._lengths.values()) if len(self._lengths) == self._num_shards else None
 
     def state_dict(self) -> dict[str, Any]:
-        """What lets another process go on at any place without reading what is before it; JSON holds it.
+        """The state, as JSON types, that lets another process resume at any position without reading earlier rows.
 
-        The lengths of the shards that were read, and what the order depends on; not the place, which the caller knows.
+        It holds the lengths of the shards that were read and what the order depends on, but not the position, which
+        the caller keeps.
         """
         lengths = [self._lengths.get(shard) for shard in range(self._num_shards)]
         return {**self._order_of_state(), "shard_lengths": lengths}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes the lengths of `state_dict`; `ValueError` if it is of other data or of another order."""
+        """Loads the shard lengths of a `state_dict`; raises `ValueError` if it is of other data or another order."""
         expected = self._order_of_state()
         wrong = {name: (state.get(name), value) for name, value in expected.items() if state.get(name) != value}
         lengths = state.get("shard_lengths", [])
         if wrong or len(lengths) != self._num_shards:
             raise ValueError(
                 f"the state must be of the same data and order, but (state, now) differ in {wrong or 'the shards'}; "
-                "name the data and the seed of the run that it is of."
+                "use the data, seed and buffer_size of the run that saved it."
             )
         self._lengths |= {shard: length for shard, length in enumerate(lengths) if length is not None}
         self._following = None
@@ -214,23 +215,23 @@ class ImageStream:
         return {"fingerprint": self.fingerprint, "seed": self._seed, "buffer_size": self._buffer_size}
 
     def batch(self, positions: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Images and classes at places of the endless order of training.
+        """Images and classes at positions of the endless training order.
 
         Args:
-            positions (iterable of `int`): places, from 0; best in increasing order.
+            positions (iterable of `int`): positions, from 0; fastest in increasing order.
 
-        Returns: uint8 `(B, C, H, W)`, and int64 `(B,)` or `None`.
-        Raises: `ValueError` that names the image that cannot be read, differs from the first one in size or mode, or
-            lacks a class; `OSError` for what the network reports. What is asked for next is then read afresh.
+        Returns: images, uint8 `(B, C, H, W)`, and classes, int64 `(B,)`, or `None` without classes.
+        Raises: `ValueError` that names the image if it cannot be read, differs from the first one in size or mode, or
+            lacks a class; `OSError` for network errors. The next call then reads its rows from the source again.
         """
         positions = list(positions)
         if not positions or min(positions) < 0:
-            raise ValueError(f"positions must be whole numbers from 0, at least one, got {positions[:5]}.")
+            raise ValueError(f"positions must be at least one integer, all of them at least 0, got {positions[:5]}.")
         rows = [self._row_at(position) for position in positions]
         with ThreadPoolExecutor(self._num_workers) as pool:
             decoded = list(pool.map(self._decode_or_note, rows))
         for k, position in enumerate(positions):
-            while decoded[k] is None:  # damaged: the next image in the order takes its place
+            while decoded[k] is None:  # damaged: the next image in the order replaces it
                 position += 1
                 decoded[k] = self._decode_or_note(self._row_at(position))
         pixels, labels = zip(*decoded, strict=True)
@@ -238,7 +239,7 @@ class ImageStream:
         return images, torch.tensor(labels, dtype=torch.int64) if self.has_labels else None
 
     def take(self, count: int) -> ImageSet:
-        """The first `count` images of the order, or all of a split that holds fewer, kept in memory."""
+        """The first `count` images of the order, or all images of a smaller split, kept in memory."""
         images, labels = self.batch(range(count))
         if self.num_images is not None and self.num_images < count:  # known once its end has been read
             count = self.num_images
@@ -256,21 +257,21 @@ class ImageStream:
             parts=self.parts,
         )
 
-    # ---- which row stands where ----------------------------------------------------------------------------------
+    # ---- the order of the rows -----------------------------------------------------------------------------------
 
     def _row_at(self, position: int) -> tuple[int, int, dict[str, Any]]:
-        """(shard, row in it, the row) at a place of the endless order."""
+        """(shard, index in the shard, row) at a position of the endless order."""
         length = self.num_images
         epoch, offset = divmod(position, length) if length else (0, position)
-        following, self._following = self._following, None  # none, if an error ends it
+        following, self._following = self._following, None  # stays None if an error is raised
         if following is not None and epoch != self._epoch and length - self._offset <= self._buffer_size:
             self._check_end(following, length - self._offset)
         if following is None or epoch != self._epoch or offset < self._offset:
             following, self._epoch, self._offset = self._ordered(epoch, offset), epoch, offset
         row = next(islice(following, offset - self._offset, None), None)
-        if row is None:  # the epoch ended before
+        if row is None:  # the epoch ended before this position, so its length is known now
             self._check_count()
-            return self._row_at(position)  # its length is known now
+            return self._row_at(position)
         self._following, self._offset = following, offset + 1
         return row
 
@@ -285,11 +286,11 @@ class ImageStream:
 
     def _wrong_number(self, counted: str) -> ValueError:
         return ValueError(
-            f"{self.name} was said to hold {self._declared} images, but has {counted}; set num_images to their number."
+            f"{self.name} was declared to have {self._declared} images, but has {counted}; set num_images to that."
         )
 
     def _ordered(self, epoch: int, start: int) -> Iterator[tuple[int, int, dict[str, Any]]]:
-        """Rows of an epoch from a place on: blocks of `_source`, each in keyed order; reads as it gives."""
+        """The rows of an epoch from `start` on: blocks of `_source`, each permuted by key; reads lazily."""
         number, offset = divmod(start, self._buffer_size)
         source = self._source(epoch, number * self._buffer_size)
         block: list = list(islice(source, self._buffer_size))
@@ -304,7 +305,7 @@ class ImageStream:
             block, number, offset = following, number + 1, 0
 
     def _source(self, epoch: int, start: int) -> Iterator[tuple[int, int, dict[str, Any]]]:
-        """Rows from a place on, shards in keyed order; those before it are not opened if their lengths are known."""
+        """The rows from `start` on, shards permuted by key; skips earlier shards if their lengths are known."""
         passed = 0
         order = torch.randperm(self._num_shards, generator=keyed_generator(self._seed, "stream shards", epoch))
         for shard in order.tolist():
@@ -318,7 +319,7 @@ class ImageStream:
                     yield shard, count - 1, row
             if length not in (None, count):
                 raise ValueError(
-                    f"shard {shard} of {self.name} had {length} images and now has {count}; start afresh."
+                    f"shard {shard} of {self.name} had {length} images and now has {count}; start a new run."
                 )
             self._lengths[shard] = count
             passed += count
@@ -326,7 +327,7 @@ class ImageStream:
     def _read_shard(self, shard: int) -> Iterator[dict[str, Any]]:
         try:
             yield from self._shard(shard)
-        except Exception as error:  # of the network, of Arrow, or of datasets
+        except Exception as error:  # from the network, Arrow or datasets
             kind = OSError if isinstance(error, OSError) else ValueError
             raise kind(f"shard {shard} of {self.name} cannot be read: {error}") from error
 
@@ -353,7 +354,7 @@ class ImageStream:
         return pixels, label
 
     def _decode_or_note(self, place: tuple[int, int, dict[str, Any]]) -> tuple[np.ndarray, int | None] | None:
-        """The image and its class; `None` for a damaged file, which is noted, while there are few enough of them."""
+        """The image and its class; for up to `skip_damaged` damaged files, records the file and returns `None`."""
         try:
             return self._decode(place)
         except DamagedImage as error:

@@ -1,4 +1,4 @@
-"""Images as integers: decoded once, kept with where they come from and a fingerprint of every pixel."""
+"""Images as integers: decoded once, kept with their source and a fingerprint of every pixel."""
 
 from __future__ import annotations
 
@@ -36,26 +36,30 @@ from .image_sources import MAX_CLASSES, ImageSource, check_label, missing_label,
 
 logger = logging.getLogger(__name__)
 
-# of the files of `decoded_cache`; a new number where the same arguments give other pixels
+# version of the `decoded_cache` files; increase it if the same arguments give different pixels
 CACHE_VERSION = 3
+DIGITS = "scikit-learn digits"
 MODE_OF = {1: "L", 3: "RGB"}  # by the number of channels
-# images a thread decodes ahead of the one that is waited for
+# images per thread that are decoded ahead of the consumer
 LOOK_AHEAD = 16
-# what is counted at a time: an index of eight bytes for each value is more than a mapped set should take
+# images per chunk of `histogram_bpd`, whose 8-byte index for each value must stay smaller than the data
 _IMAGES_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images as integers, decoded once and kept in memory, or in a file that is mapped into it.
+    """Images as integers, decoded once and kept in memory or in a memory-mapped file.
 
-    `images` are uint8 levels in [0, num_levels) of shape `(N, C, H, W)`, `labels` are int64 classes of shape `(N,)` or
-    `None`, `name` says where they come from, to be recorded with every number. `known_classes` is the number of
-    classes of the whole data set and `class_names` are their names, where the data set has them: this split need not
-    have an image of each. `classes_in_split` are those that the whole split has, of which this set may be a slice.
-    `image_column` and `label_column` are the columns that were read, `files` says in one line which files are used,
-    `damaged` names those that were left out for being damaged, `parts` are the rows of the data set, as (split, start,
-    stop), `digests` are int64 digests of shape `(N,)` of all pixels of each image before any crop.
+    - `images`: uint8 levels in [0, num_levels), shape `(N, C, H, W)`.
+    - `labels`: int64 classes, shape `(N,)`, or `None`.
+    - `name`: the source of the images, recorded with every number.
+    - `known_classes`, `class_names`: number and names of the classes of the whole data set, if known; this split may
+      lack some of them.
+    - `classes_in_split`: the classes in the whole split, of which this set may be a slice.
+    - `image_column`, `label_column`: the columns that were read.
+    - `files`: one line that says which files are used; `damaged` names the damaged ones that were left out.
+    - `parts`: the rows of the data set, as (split, start, stop).
+    - `digests`: int64 digests of all pixels of each image before cropping, shape `(N,)`.
     """
 
     images: torch.Tensor
@@ -86,14 +90,14 @@ class ImageSet:
 
     @property
     def num_classes(self) -> int | None:
-        """The classes of the data set, or one more than the largest label; `None` without labels."""
+        """Number of classes of the data set, or one more than the largest label; `None` without labels."""
         if self.labels is None:
             return None
         return self.known_classes or int(self.labels.max()) + 1
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of every pixel in order, by which numbers of the same data are known; taken once."""
+        """Hash of every pixel in order, which shows whether two numbers are of the same data; computed once."""
         digest = _new_digest(tuple(self.images.shape))
         digest.update(self.images.contiguous().numpy())
         return digest.hexdigest()
@@ -120,7 +124,7 @@ def load_digits_split() -> tuple[ImageSet, ImageSet]:
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))
     names = tuple(str(digit) for digit in range(10))
     return tuple(
-        ImageSet(images[part], labels[part], 17, f"scikit-learn digits, {name}", len(names), names)
+        ImageSet(images[part], labels[part], 17, f"{DIGITS}, {name}", len(names), names)
         for part, name in ((order[:1500], "1500 training"), (order[1500:], "297 held-out"))
     )
 
@@ -145,37 +149,38 @@ def load_images(
     progress_bar: bool = True,
     decoded_cache: bool = False,
 ) -> ImageSet:
-    """A data set of images, from the Hub, a local copy of one, or a folder of image files.
+    """An image data set from the Hub, a local copy of one, or a folder of image files.
 
     Args:
-        path (`str`): name on the Hub, or folder, of parquet files or of images; see [`read_image_folder`] for how the
-            folders of images make splits and classes.
+        path (`str`): name on the Hub, or a folder of parquet files or images; [`read_image_folder`] describes how
+            folders of images define splits and classes.
         split, config_name (`str`): split, slices allowed (`"train[:2000]"`), and configuration of the data set.
-        is_folder (`bool`, defaults to `False`): read `path` as a folder of image files, whatever else is in it.
-        resolution (`int`, *optional*): side of the square images; smaller sides are resized to it and the rest is
-            cropped. Without it images stay as they are and must all have one size.
-        center_crop (`bool`, defaults to `False`): crop the middle; else a place drawn once for each image.
-        image_mode (`"RGB"` or `"L"`, *optional*): convert to it; else all images must have the mode of the first one,
-            which must be one of these two. See [`image_files.decode`] for what is refused always.
-        image_column, label_column (`str`, *optional*): columns; found by their type if not given, which must leave no
-            choice. A class column that was found and holds no class at all is none; `label_column=""` takes no
-            classes.
-        frames (`"first"` or `"all"`, *optional*): which frames of files with several become images (TIFF, GIF, APNG,
-            WebP); without it such files are refused.
-        allow_shared (`bool`, defaults to `False`): take a folder of image files that has a file in two splits.
-        skip_damaged (`int`, defaults to 0): leave out up to so many files that are damaged or missing, each with a
-            warning in the log.
-        cache_dir (`str`, *optional*): datasets' cache.
+        is_folder (`bool`, defaults to `False`): read `path` as a folder of image files, whatever else it contains.
+        resolution (`int`, *optional*): side of the square images; the shorter side is resized to it and the longer
+            side is cropped. Without it, images keep their size and must all have the same one.
+        center_crop (`bool`, defaults to `False`): crop the center; otherwise at a position drawn once for each image.
+        image_mode (`"RGB"` or `"L"`, *optional*): convert images to it. Without it, all images must have the mode of
+            the first one, which must be one of these two. See [`image_files.decode`] for images that are always
+            rejected.
+        image_column, label_column (`str`, *optional*): columns; if not given, the only column of the right type. A
+            class column that was found this way but holds no classes is ignored; `label_column=""` disables classes.
+        frames (`"first"` or `"all"`, *optional*): frames to use from a file with several (TIFF, GIF, APNG, WebP);
+            without it such files are rejected.
+        allow_shared (`bool`, defaults to `False`): accept a folder of image files that has a file in two splits.
+        skip_damaged (`int`, defaults to 0): leave out up to this many damaged or missing files, each with a warning
+            in the log.
+        cache_dir (`str`, *optional*): cache of `datasets`.
         seed (`int`, defaults to 0): key of the crops.
         num_workers (`int`, defaults to 2): decoding threads.
         progress_bar (`bool`, defaults to `True`): show a tqdm bar while decoding.
-        decoded_cache (`bool`, defaults to `False`): decode into a file below `cache_dir`, or take the one that is
-            there, and map it into memory: decoded once, shared by all processes of a machine, no larger in memory than
-            what is in use. Its name is a hash of all that makes the pixels, of the files included.
+        decoded_cache (`bool`, defaults to `False`): decode into a file below `cache_dir`, or reuse an existing one,
+            and map it into memory. The images are then decoded once, shared by all processes of a machine, and only
+            the pages in use are in memory. The file name is a hash of everything that determines the pixels,
+            including the source files.
 
-    Returns: [`ImageSet`] with 256 levels. Writing to images of a decoded cache changes this process's copy alone.
-    Raises: `ValueError` for data that are not there, missing columns and classes, a file in two splits, images that
-        cannot be read, differ in size or mode, or are no 8-bit grayscale or RGB, naming the image.
+    Returns: [`ImageSet`] with 256 levels. Writing to images of a decoded cache changes only this process's copy.
+    Raises: `ValueError` for missing data, columns or classes, for a file in two splits, and for an image, which it
+        names, that cannot be read, differs in size or mode, or is not 8-bit grayscale or RGB.
     """
     import datasets
 
@@ -216,7 +221,7 @@ def load_images(
         return in_order(function, keys, workers, LOOK_AHEAD * workers - 1)
 
     def places(left_out: set[int]) -> list[tuple[int, int | None]]:
-        """(row, frame) of every image."""
+        """The (row, frame) pairs of all images."""
         kept = [i for i in range(len(data)) if i not in left_out]
         if frames != "all":
             return [(i, 0 if frames == "first" else None) for i in kept]
@@ -268,13 +273,13 @@ def load_images(
         digests=stored.digests,
     )
     if stored.fingerprint is not None:
-        vars(result)["fingerprint"] = stored.fingerprint  # a property that is taken once; never of a part of the set
+        vars(result)["fingerprint"] = stored.fingerprint  # fills the cached property
     return result
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """Decoded images in memory, or mapped into it: what an [`ImageSet`] has of them, and the hash if it is known."""
+    """Decoded images, in memory or memory-mapped: fields of [`ImageSet`], and the fingerprint if it is known."""
 
     images: torch.Tensor
     labels: torch.Tensor | None
@@ -285,7 +290,7 @@ class _Stored:
 
 @dataclass(frozen=True)
 class _Decoded:
-    """What is to be stored: the shape of all images, their classes, the images as they come, and what was left out."""
+    """Images to be stored: their total shape, their classes, an iterator of the images, and the files left out."""
 
     shape: tuple[int, ...]
     labels: torch.Tensor | None
@@ -294,9 +299,9 @@ class _Decoded:
 
 
 def _path_stamps(rows: Any, column: str) -> str:
-    """Digest of the state of the local files that rows name where they do not hold the bytes themselves."""
+    """Digest of the state of the local files behind rows that hold a path instead of the bytes."""
     digest = hashlib.blake2b(digest_size=8)
-    for chunk in rows.data.column(column).chunks:  # a view of each file, of which no byte is copied
+    for chunk in rows.data.column(column).chunks:  # Arrow views, so the image bytes are not copied
         for path in chunk.field("path").filter(chunk.field("bytes").is_null()).to_pylist():
             if path is not None and os.path.exists(path):
                 stat = os.stat(path)
@@ -315,14 +320,14 @@ def _in_memory(new: _Decoded) -> _Stored:
 def _find_damaged(
     count: int, read: Callable[[int], Any], in_threads: Callable, limit: int, progress_bar: bool
 ) -> dict[int, str]:
-    """The files that are damaged and why, by their rows; `ValueError` for more than `limit`. None without a limit."""
+    """The reasons of damaged files by row; `ValueError` for more than `limit` of them. With `limit` 0, checks none."""
 
     def reason(i: int) -> str | None:
         try:
             read(i)
         except DamagedImage as error:
             return str(error)
-        except ValueError:  # it is whole, and refused when it is decoded
+        except ValueError:  # the file is intact; decoding rejects it
             pass
         return None
 
@@ -335,12 +340,12 @@ def _find_damaged(
             if text is not None:
                 damaged[i] = text
             if len(damaged) > limit:
-                raise ValueError(f"more than skip_damaged={limit} images are damaged; the last one: {text}")
+                raise ValueError(f"more than skip_damaged={limit} images are damaged; the last of them: {text}")
     return damaged
 
 
 def _labels(source: ImageSource, found: bool, where: str, rows: list[int]) -> torch.Tensor | None:
-    """int64 classes `(N,)` of some rows; `None` without classes, or if a column that was found holds none at all."""
+    """int64 classes `(N,)` of `rows`; `None` without classes, or if the column found by type holds no class."""
     column = source.label_column
     if column is None:
         return None
@@ -367,7 +372,7 @@ def _stored(
     name: str,
     decoded: Callable[[], _Decoded],
 ) -> _Stored:
-    """The images of the file in `folder` that belongs to `pixels_of`; written first, by one process, if need be."""
+    """The images of the cache file in `folder` for `pixels_of`; one process writes the file if it does not exist."""
     from filelock import FileLock
 
     key = json.dumps(pixels_of, sort_keys=True)
@@ -375,22 +380,22 @@ def _stored(
     data = _read_cache(path, name)
     if data is None:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):  # a process that dies lets go of it
-            data = _read_cache(path, name, warn=False)  # what another process wrote while this one waited
+        with FileLock(f"{path}.lock"):  # released even if the process dies
+            data = _read_cache(path, name, warn=False)  # another process may have written it meanwhile
             if data is None:
                 _write_cache(path, decoded(), {"pixels_of": key})
                 data = _read_cache(path, name)
     if data is None:
-        raise OSError(f"the decoded images of {name} cannot be read from {path}, where they were written just now.")
+        raise OSError(f"the decoded images of {name} cannot be read from {path}, although they were just written.")
     return data
 
 
 def _read_cache(path: Path, name: str, warn: bool = True) -> _Stored | None:
-    """The images of a file, mapped into memory; `None` if there is none, or, with a warning, if it is damaged."""
+    """The images of a cache file, memory-mapped; `None` if it does not exist or, with a warning, if it is damaged."""
     if not path.exists():
         return None
     try:
-        with safe_open(path, "pt") as file:  # compares the size of the file with its header
+        with safe_open(path, "pt") as file:  # checks the size of the file against its header
             metadata, images = file.metadata(), file.get_tensor("images")
             digests = file.get_tensor("digests").clone()
             labels = file.get_tensor("labels").clone() if "labels" in file.keys() else None
@@ -406,13 +411,13 @@ def _write_cache(
     new: _Decoded,
     metadata: dict[str, str],
 ) -> None:
-    """Writes a safetensors file row by row, beside `path`, and renames it when it is whole."""
+    """Writes a temporary safetensors file row by row and renames it to `path` when it is complete."""
     shape, labels, metadata = new.shape, new.labels, metadata | {"damaged": json.dumps(new.damaged)}
     size, free = math.prod(shape), shutil.disk_usage(path.parent).free
     if size > free:
         raise OSError(
             f"the decoded images need {size / 1e9:.3g} GB, but {path.parent} has {free / 1e9:.3g} GB free; set "
-            "cache_dir to a larger disk, or do without decoded_cache."
+            "cache_dir to a folder on a larger disk, or turn decoded_cache off."
         )
     digest, digests = _new_digest(shape), np.zeros(shape[0], "<i8")
     with whole_file(path) as file:
@@ -432,7 +437,7 @@ def _write_cache(
 
 
 def _header(shape: tuple[int, ...], has_labels: bool, metadata: dict[str, str]) -> bytes:
-    """Of a safetensors file with `digests` and `labels`, first for their alignment, and `images`."""
+    """Header of a safetensors file with `digests`, `labels` and `images`; the int64 tensors go first for alignment."""
     header: dict[str, Any] = {"__metadata__": metadata}
     stop = 0
     for name in ("digests", *(("labels",) if has_labels else ())):
@@ -445,9 +450,9 @@ def _header(shape: tuple[int, ...], has_labels: bool, metadata: dict[str, str]) 
 
 
 def count_shared(train: ImageSet, test: ImageSet) -> int:
-    """How many images of `test` are, pixel for pixel, in `train` as well; bits/dim of those are not held out.
+    """Number of images of `test` that are also in `train`, pixel for pixel, and so are not held out.
 
-    Before any crop, where both sets know the digests of their images.
+    Compares the images before cropping if both sets have digests.
     """
     if train.digests is not None and test.digests is not None:
         return int(torch.isin(test.digests, train.digests).sum())
