@@ -1,23 +1,17 @@
 """Likelihood-based diffusion for Hugging Face Diffusers: Variational Diffusion Models and DDPM.
 
-Names are imported on first use, so that `import diffusers_vdm` costs neither torch nor diffusers.
+Names are imported on first use, so `import diffusers_vdm` imports neither torch nor diffusers.
 """
 
 from importlib import import_module
 
+from .components import MODULE_OF as _COMPONENTS
+
 __version__ = "0.1.0"
 
 _MODULE_OF = {
-    "FixedLinearGamma": "noise_schedules",
-    "LearnedLinearGamma": "noise_schedules",
-    "MonotoneGammaNetwork": "noise_schedules",
-    "LinearBetaGamma": "noise_schedules",
-    "BetaGamma": "noise_schedules",
-    "TableGamma": "noise_schedules",
+    **_COMPONENTS,
     "NoiseSchedule": "noise_schedules",
-    "VDMScheduler": "schedulers",
-    "LinearBetaScheduler": "schedulers",
-    "VDMUNet2DModel": "unet",
     "UNET_PRESETS": "unet",
     "VariationalBound": "objectives",
     "SimpleObjective": "objectives",

@@ -1,28 +1,26 @@
-"""Our classes made known to diffusers, for those who load by `DiffusionPipeline`."""
+"""Register our classes with diffusers, for loading with `DiffusionPipeline`."""
 
 import diffusers
 from diffusers.pipelines import pipeline_loading_utils
 
+from .components import MODULES
 from .pipeline import VDMPipeline
-
-_MODULES = ("noise_schedules", "schedulers", "unet")
 
 
 def register() -> None:
-    """Lets `DiffusionPipeline.from_pretrained` load our pipelines, until the process ends.
+    """Lets `DiffusionPipeline.from_pretrained` load our pipelines in this process.
 
-    Adds, and replaces nothing: the attribute `diffusers.VDMPipeline`, where diffusers looks pipelines up, and the
-    three modules of our components to the table of libraries that diffusers loads components from
-    (`LOADABLE_CLASSES`). The format of saved pipelines stays what it is; to call it twice is to call it once.
-    `VDMPipeline.from_pretrained` needs none of this, and refuses more: `DiffusionPipeline` fetches and loads as
-    diffusers does.
+    It adds two things and replaces nothing: the attribute `diffusers.VDMPipeline`, where diffusers looks up pipelines,
+    and the modules of our components in `LOADABLE_CLASSES`, the libraries from which diffusers loads components. The
+    format of saved pipelines does not change. Repeated calls have no further effect. `VDMPipeline.from_pretrained`
+    does not need it and has stricter checks: `DiffusionPipeline` downloads and loads as diffusers does.
 
-    Raises: `RuntimeError` if diffusers has another class of that name by now.
+    Raises: `RuntimeError` if diffusers defines another class of that name.
     """
     if getattr(diffusers, "VDMPipeline", VDMPipeline) is not VDMPipeline:
         raise RuntimeError(f"diffusers has a VDMPipeline of its own, {diffusers.VDMPipeline}: load by ours instead.")
     diffusers.VDMPipeline = VDMPipeline
     methods = ["save_pretrained", "from_pretrained"]
-    for module in _MODULES:
+    for module in MODULES:
         base = "SchedulerMixin" if module == "schedulers" else "ModelMixin"
         pipeline_loading_utils.LOADABLE_CLASSES.setdefault(f"{__package__}.{module}", {base: methods})

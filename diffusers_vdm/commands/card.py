@@ -26,11 +26,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--overwrite", action="store_true", help="also replace a card that was edited")
     options = parser.parse_args(arguments)
 
-    from ..sharing.model_card import save_model_card
+    from .. import VDMPipeline
+    from ..sharing.model_card import load_quietly, save_model_card
 
     names = ("repo_id", "license", "datasets", "report", "variant", "overwrite")
     try:
-        path = save_model_card(options.folder, **{name: getattr(options, name) for name in names})
+        pipe = load_quietly(VDMPipeline, options.folder, options.variant)
+        path = save_model_card(pipe, options.folder, **{name: getattr(options, name) for name in names})
         print(f"written: {path}")
         if options.report is None and not (path.parent / "report.json").is_file():
             print(f"without a report; `diffusers-vdm evaluate --output {path.parent / 'report.json'}` writes one")

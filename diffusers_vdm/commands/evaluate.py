@@ -15,13 +15,13 @@ with, and figures beside it. --resume goes on with what an interrupted run of th
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shutil
 import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from ..console import tolerate_any_encoding
 from .evaluate_options import load_data, load_model, parse_options
@@ -118,40 +118,42 @@ class Evaluation:
         )
 
 
-def measure(evaluation: Evaluation) -> tuple[object, dict]:
-    """The result of --method, and what a reader must know of it."""
+def measure(evaluation: Evaluation) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """The result of `--method`, the fields of the report that belong to the method, and its details."""
     from .. import best_timesteps
+    from ..evaluation.report import OF_THE_DRAWS, OF_THE_POPULATION
 
     args = evaluation.args
     if args.method == "mc":
         more = {"target_stderr_bpd": args.target_stderr, "max_samples": args.max_samples}
         more |= {"importance_sampling": args.importance_sampling}
         result = evaluation.mc(args.num_steps, args.num_samples, "mc", **more)
-        return result, {
-            "num_steps": result.num_timesteps,
-            "stderr_is_of": "the Monte-Carlo estimate for these images",
-            "num_samples": result.num_samples,
-            "target_stderr_bpd": args.target_stderr,
-            "clip_sample": False,
-            "importance_sampling": args.importance_sampling,
-            "variance_per_call": result.variance_per_call,
-            "plain_variance_per_call": result.plain_variance_per_call,
-            "convention": "vdm",
-            "decoder": DECODERS["vdm"],
-            **curve(result.gamma_t, result.mse),
-        }
+        how = {"num_steps": result.num_timesteps, "num_samples": result.num_samples, "convention": "vdm"}
+        return (
+            result,
+            how | {"stderr_is_of": OF_THE_DRAWS},
+            {
+                "target_stderr_bpd": args.target_stderr,
+                "importance_sampling": args.importance_sampling,
+                "variance_per_call": result.variance_per_call,
+                "plain_variance_per_call": result.plain_variance_per_call,
+                "decoder": DECODERS["vdm"],
+                **curve(result.gamma_t, result.mse),
+            },
+        )
     if args.method == "ode":
         result = evaluation.ode()
-        names = ("num_samples", "num_importance_samples", "dequantization", "divergence", "num_probes", "gamma_start",
+        names = ("num_importance_samples", "dequantization", "divergence", "num_probes", "gamma_start",
                  "gamma_end", "rtol", "atol", "draws_stderr_bpd")  # fmt: skip
-        return result, {
-            "num_steps": None,
-            "clip_sample": False,
-            "stderr_is_of": "the mean over the population of images",
-            "convention": "vdm",
-            **{name: getattr(result, name) for name in names},
-            "mean_num_calls": float(result.num_calls.mean()),
-        }
+        how = {"num_samples": result.num_samples, "convention": "vdm", "stderr_is_of": OF_THE_POPULATION}
+        return (
+            result,
+            how,
+            {
+                **{name: getattr(result, name) for name in names},
+                "mean_num_calls": float(result.num_calls.mean()),
+            },
+        )
     if args.best_steps and not str(evaluation.scheduler.config.get("variance_type", "fixed_small")).startswith(
         "fixed_small"
     ):
@@ -173,17 +175,18 @@ def measure(evaluation: Evaluation) -> tuple[object, dict]:
     if args.best_steps:
         found = {steps: best_timesteps(result, steps) for steps in sorted(args.best_steps)}
         best = {"best": [{"num_steps": n, "bpd": bpd, "timesteps": steps} for n, (steps, bpd) in found.items()]}
-    return result, {
-        "num_steps": result.num_steps,
-        "stderr_is_of": "the mean over the population of images",
-        "convention": result.convention,
-        "decoder": DECODERS[result.convention],
-        "clip_sample": result.clip_sample,
-        "variance_type": result.variance_type,
-        "terms": [{"gamma": gamma, "bpd": bpd, "stderr_bpd": error} for gamma, bpd, error in rows],
-        **curve(result.gammas.expand_as(result.mse), result.mse),
-        **best,
-    }
+    how = {"num_steps": result.num_steps, "convention": result.convention, "clip_sample": result.clip_sample}
+    return (
+        result,
+        how | {"stderr_is_of": OF_THE_POPULATION},
+        {
+            "decoder": DECODERS[result.convention],
+            "variance_type": result.variance_type,
+            "terms": [{"gamma": gamma, "bpd": bpd, "stderr_bpd": error} for gamma, bpd, error in rows],
+            **curve(result.gammas.expand_as(result.mse), result.mse),
+            **best,
+        },
+    )
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -213,65 +216,68 @@ def run_evaluation(args: argparse.Namespace, accelerator) -> None:
 
     import diffusers_vdm
 
-    from ..evaluation.rows import fingerprint
-    from ..files import write_atomically
-    from ..sharing.measurements import gammas_fingerprint
+    from ..data.images import DIGITS
+    from ..evaluation.report import TERMS, BoundAtSteps, MeasuredData, Report
+    from ..evaluation.rows import fingerprint, gammas_fingerprint
 
     evaluation = Evaluation(args, accelerator)
     start = time.perf_counter()
-    result, how = measure(evaluation)
+    result, how, details = measure(evaluation)
     seconds = time.perf_counter() - start
     table = []
     for num_steps in [*sorted(args.table), None] if args.table else []:
         row = evaluation.mc(num_steps, args.num_samples if args.method == "mc" else 20, f"table-{num_steps}")
-        table.append({"num_steps": num_steps, "bpd": row.bpd, "stderr_bpd": row.stderr_bpd})
-        table[-1] |= {"num_samples": row.num_samples, "stderr_is_of": "the Monte-Carlo estimate for these images"}
+        table.append(BoundAtSteps(num_steps, row.bpd, row.stderr_bpd, row.num_samples))
     if not accelerator.is_main_process:
         return
 
     modules = (torch, diffusers, accelerate, diffusers_vdm)
-    parts = [term for term in ("diffusion", "reconstruction", "prior") if hasattr(result, f"{term}_bpd")]
-    report = {
-        "model": args.model,
-        "method": args.method,
-        "bpd": result.bpd,
-        "stderr_bpd": result.stderr_bpd,
-        **{f"{term}_bpd": getattr(result, f"{term}_bpd") for term in parts},
-        "num_images": result.num_images,
-        "num_levels": evaluation.num_levels,
-        "prediction_type": evaluation.prediction_type,
-        "scheduler": type(evaluation.scheduler).__name__,
-        "weights": evaluation.weights,
-        "weights_fingerprint": fingerprint(evaluation.unet.state_dict().values()),
-        "gammas_fingerprint": gammas_fingerprint(evaluation.scheduler),
-        "class_conditional": evaluation.shared["class_labels"] is not None,
-        "dtype": "float32" + (", TF32 products" if args.allow_tf32 else ""),
-        "seed": args.seed,
-        "data": {
-            "name": evaluation.data.name,
-            "shape": list(evaluation.data.images.shape),
-            "fingerprint": evaluation.data.fingerprint,
-            "files": evaluation.data.files,
-            "image_column": evaluation.data.image_column,
-            "label_column": evaluation.data.label_column,
-            **{
-                name: getattr(args, name)
-                for name in ("resolution", "center_crop", "image_mode", "frames", "allow_shared")
-            },
-        },
-        "versions": {module.__name__: module.__version__ for module in modules},
-        "num_processes": accelerator.num_processes,
-        "seconds": seconds,
-        "table": table,
+    data = evaluation.data
+    report = Report(
+        model=args.model,
+        method=args.method,
+        bpd=result.bpd,
+        stderr_bpd=result.stderr_bpd,
+        terms_bpd={term: getattr(result, f"{term}_bpd") for term in TERMS if hasattr(result, f"{term}_bpd")},
+        num_images=result.num_images,
+        num_levels=evaluation.num_levels,
+        prediction_type=evaluation.prediction_type,
+        scheduler=type(evaluation.scheduler).__name__,
+        weights=evaluation.weights,
+        weights_fingerprint=fingerprint(evaluation.unet.state_dict().values()),
+        gammas_fingerprint=gammas_fingerprint(evaluation.scheduler),
+        class_conditional=evaluation.shared["class_labels"] is not None,
+        dtype="float32" + (", TF32 products" if args.allow_tf32 else ""),
+        seed=args.seed,
+        data=MeasuredData(
+            name=data.name,
+            dataset=args.dataset_name or args.data_dir or DIGITS,
+            split=args.split,
+            is_folder=args.data_dir is not None,
+            shape=list(data.images.shape),
+            fingerprint=data.fingerprint,
+            files=data.files,
+            image_column=data.image_column,
+            label_column=data.label_column,
+            resolution=args.resolution,
+            center_crop=args.center_crop,
+            image_mode=args.image_mode,
+            frames=args.frames,
+            allow_shared=args.allow_shared,
+        ),
+        versions={module.__name__: module.__version__ for module in modules},
+        num_processes=accelerator.num_processes,
+        seconds=seconds,
+        table=table,
+        details=details,
+        per_image_bpd=result.per_image_bpd.tolist(),
         **how,
-        "per_image_bpd": result.per_image_bpd.tolist(),
-    }
-    report = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in report.items()}  # NaN is no JSON
+    )
     output = Path(args.output)
-    write_atomically(output, json.dumps(report, indent=1))
-    draw(output, evaluation, result, parts)
+    report.save(output)
+    draw(output, evaluation, result, report.terms_bpd)
     evaluation.tidy()
-    print_report(args, evaluation, report, parts)
+    print_report(args, evaluation, report)
 
 
 def main(arguments: list[str] | None = None) -> None:

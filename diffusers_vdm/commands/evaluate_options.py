@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -128,6 +127,7 @@ def load_model(name: str):
     from diffusers import DiffusionPipeline
 
     from .. import VDMPipeline
+    from ..training.description import read_description
 
     try:
         index = VDMPipeline.load_config(name)
@@ -144,11 +144,10 @@ def load_model(name: str):
         raise SystemExit(f"{name} is a {index.get('_class_name')}, without a unet and a scheduler")
     cls = VDMPipeline if index["_class_name"] == "VDMPipeline" else DiffusionPipeline
     pipe = cls.from_pretrained(name)
-    weights, class_names, recorded = "as saved in the pipeline", None, Path(name) / "options.json"
-    if recorded.is_file():  # train.py's
-        run = json.loads(recorded.read_text(encoding="utf-8"))
-        averaged, class_names = run.get("options", {}).get("use_ema"), run.get("class_names")
-        weights = {True: "average (EMA)", False: "last step"}.get(averaged, weights)
+    weights, class_names, run = "as saved in the pipeline", None, read_description(name)
+    if run is not None:
+        weights = {True: "average (EMA)", False: "last step"}.get(run.options.get("use_ema"), weights)
+        class_names = run.class_names
     return pipe.unet, pipe.scheduler, pipe.config.get("num_levels", 256), weights, class_names
 
 

@@ -6,6 +6,10 @@ import argparse
 import math
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..evaluation.report import Report
 
 
 def partial_folder(args: argparse.Namespace) -> Path:
@@ -26,37 +30,38 @@ def check_partial(args: argparse.Namespace) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def print_report(args: argparse.Namespace, evaluation, report: dict, parts: list[str]) -> None:
-    """The table in the end."""
+def print_report(args: argparse.Namespace, evaluation, report: Report) -> None:
+    """Prints the table of the numbers, and what they must be quoted with."""
 
-    def value(row: dict) -> str:
-        error = row.get("stderr_bpd")
-        return f"{row['bpd']:.4f}" + ("" if error is None or math.isnan(error) else f" ± {error:.4f}")
+    def value(bpd: float | None, error: float | None) -> str:
+        return f"{bpd:.4f}" + ("" if error is None or math.isnan(error) else f" ± {error:.4f}")
 
     name = {"ode": "probability-flow ODE", "mc": "continuous time"}.get(args.method)
-    if report["num_steps"] is not None:
-        name = f"T = {report['num_steps']}"
-    print(f"\n{args.model} on {evaluation.data.name}: {report['num_images']} images, {report['seconds']:.0f} s")
-    rows = [(f"bits/dim, {name}", value(report))]
-    rows += [(f"  {term}", f"{report[f'{term}_bpd']:.4f}") for term in parts]
-    rows += [(f"bound at T = {row['num_steps'] or '∞'}", value(row)) for row in report["table"]]
-    rows += [(f"bound with the best {row['num_steps']} timesteps", value(row)) for row in report.get("best", [])]
-    if report.get("variance_per_call") is not None:
-        rows.append(("variance per network call", f"{report['variance_per_call']:.3g}"))
-        rows.append(("  of plain uniform t", f"{report['plain_variance_per_call']:.3g}"))
-    if "mean_num_calls" in report:
-        rows.append(("network calls of a solve", f"{report['mean_num_calls']:.0f}"))
+    if report.num_steps is not None:
+        name = f"T = {report.num_steps}"
+    best = report.details.get("best", [])
+    print(f"\n{args.model} on {report.data.name}: {report.num_images} images, {report.seconds:.0f} s")
+    rows = [(f"bits/dim, {name}", value(report.bpd, report.stderr_bpd))]
+    rows += [(f"  {term}", f"{bpd:.4f}") for term, bpd in report.terms_bpd.items()]
+    rows += [(f"bound at T = {row.num_steps or '∞'}", value(row.bpd, row.stderr_bpd)) for row in report.table]
+    rows += [(f"bound with the best {row['num_steps']} timesteps", value(row["bpd"], None)) for row in best]
+    if report.details.get("variance_per_call") is not None:
+        rows.append(("variance per network call", f"{report.details['variance_per_call']:.3g}"))
+        rows.append(("  of plain uniform t", f"{report.details['plain_variance_per_call']:.3g}"))
+    if "mean_num_calls" in report.details:
+        rows.append(("network calls of a solve", f"{report.details['mean_num_calls']:.0f}"))
     for label, text in rows:
         print(f"  {label:<36}{text:>18}")
     output = Path(args.output)
-    if report["stderr_bpd"] is not None:
-        also = "; in the rows of the table, of the draws" if report["table"] and args.method != "mc" else ""
-        print(f"± is the standard error of {report['stderr_is_of']}{also}")
-    if args.target_stderr and report["stderr_bpd"] > args.target_stderr:
+    has_error = report.stderr_bpd is not None and not math.isnan(report.stderr_bpd)
+    if has_error:
+        also = "; in the rows of the table, of the draws" if report.table and args.method != "mc" else ""
+        print(f"± is the standard error of {report.stderr_is_of}{also}")
+    if args.target_stderr and has_error and report.stderr_bpd > args.target_stderr:
         print(f"the target of {args.target_stderr} was not reached with --max_samples {args.max_samples}")
-    if evaluation.scheduler.config.get("clip_sample", False) and (args.method != "vlb" or report["table"]):
+    if evaluation.scheduler.config.get("clip_sample", False) and (args.method != "vlb" or report.table):
         print("mc, ode and the table are of the model as it is; this scheduler clips x̂ when it samples, as vlb does")
-    if "best" in report:
+    if best:
         print("the best timesteps were chosen on these very images; judge them on others by --timesteps")
     print(f"report and figures: {output.with_name(output.stem)}*")
 
@@ -72,7 +77,7 @@ def curve(gammas, mse, bins: int = 50) -> dict[str, list[float]]:
     }
 
 
-def draw(output: Path, evaluation, result, parts: list[str]) -> None:
+def draw(output: Path, evaluation, result, terms_bpd: dict[str, float]) -> None:
     """The curve over γ, the histogram of bits, and the most and least likely images."""
     from .. import plots
 
@@ -83,10 +88,9 @@ def draw(output: Path, evaluation, result, parts: list[str]) -> None:
         path(name).unlink(missing_ok=True)
     if hasattr(result, "mse"):
         gammas = result.gamma_t if hasattr(result, "gamma_t") else result.gammas.expand_as(result.mse)
-        terms = {term: getattr(result, f"{term}_bpd") for term in parts}
         steps = getattr(result, "num_steps", None) or result.num_timesteps
         title = "" if steps is None else f"density: continuous time; bar: T = {steps}"
-        plots.plot_loss_by_gamma(gammas, result.mse, path("by_gamma"), terms_bpd=terms, title=title)
+        plots.plot_loss_by_gamma(gammas, result.mse, path("by_gamma"), terms_bpd=terms_bpd, title=title)
     plots.plot_bits_histogram(result.per_image_bpd, path("histogram"))
     images = evaluation.data.images
     if images.shape[1] in (1, 3):

@@ -48,7 +48,7 @@ class Sharing:
         if self.uploads is None:
             return
         run, args = self.run, self.run.args
-        same = lambda state: check_same_run(state["run"], run.description(), args.allow_changed or ())  # noqa: E731
+        same = lambda state: check_same_run(state["run"], run.description().to_json(), args.allow_changed or ())  # noqa: E731
         try:
             folder = fetch_checkpoint(self.uploads.repo_id, run.out, token=args.hub_token, check=same)
         except OSError as error:
@@ -66,6 +66,8 @@ class Sharing:
 
     def push(self, title: str) -> None:
         """Hands over what output_dir holds now with a card, and the newest checkpoint by --hub_strategy checkpoint."""
+        from .. import VDMPipeline
+        from ..sharing.model_card import load_quietly
         from ..sharing.publish import add_card_and_code
         from ..sharing.uploads import stage
         from ..training.checkpoints import list_checkpoints
@@ -79,7 +81,7 @@ class Sharing:
             if (staged / "model_index.json").exists():  # a run that is stopped early has none yet
                 of_step = self.run.step if self.run.step < self.run.total else None
                 card = {"include_code": args.hub_include_code, "license": args.hub_license, "step": of_step}
-                add_card_and_code(staged, self.uploads.repo_id, **card)
+                add_card_and_code(load_quietly(VDMPipeline, staged), staged, self.uploads.repo_id, **card)
             self.uploads.push(staged, f"{title}, step {self.run.step}")
             self.failure = None
         except (OSError, ValueError) as error:  # a full disk

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -11,7 +10,6 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from ..files import write_atomically
 from ..randomness import key_to_seed
 from ..training import checkpoints
 from ..training.metrics import append_metrics, truncate_metrics
@@ -87,7 +85,7 @@ def run_training(args: argparse.Namespace, accelerator) -> None:
         if run.step == 0:  # --overwrite_output_dir: nothing of the other run may be taken for this one's
             checkpoints.remove_checkpoints(out)
             remove_results(out)
-        write_atomically(out / "options.json", json.dumps(run.description(), indent=2))
+        run.description().save(out)
         truncate_metrics(out / "metrics.jsonl", run.step)
     plain = {k: v for k, v in vars(args).items() if isinstance(v, int | float | str) and k != "hub_token"}
     accelerator.init_trackers("train", plain)
@@ -170,8 +168,7 @@ def loop(run: Run, test, stop, bar, sharing: Sharing) -> bool:
                 if due["evaluation"]:
                     samples = (args.eval_samples, None) if at_end else (1, args.max_eval_images)
                     results = [run.evaluate(test, *samples, decay) for decay in run.decays]
-                    for i, (result, decay) in enumerate(zip(results, run.decays, strict=True)):
-                        metrics |= evaluation_metrics(result, decay, i == 0, args.class_conditional)
+                    metrics |= evaluation_metrics(results, run.decays, args.class_conditional)
                 if due["images"]:
                     draw(run, f"samples-{run.step}.png")
             if due["pipeline"]:

@@ -15,6 +15,7 @@ def plan(run, test) -> Plan:
     """What will be trained, on what, and what it costs."""
     from ..data.images import ImageSet, count_shared, histogram_bpd
     from ..training.cost import matmul_flops_per_second, training_cost
+    from ..training.description import HeldOutDescription
 
     args, accelerator, data, schedule = run.args, run.accelerator, run.data, run.noise_schedule
     world, images = accelerator.num_processes, data.num_images
@@ -24,8 +25,7 @@ def plan(run, test) -> Plan:
     shared = histogram = None
     if isinstance(data, ImageSet):
         shared, histogram = count_shared(data, test), histogram_bpd(data, test)
-    held_out = {"name": test.name, "images": len(test), "fingerprint": test.fingerprint}
-    held_out |= {"shared_with_training": shared, "files": test.files}
+    held_out = HeldOutDescription(test.name, len(test), test.fingerprint, shared, test.files)
     hours = run.total * run.global_rows * cost.flops_per_image / flops_per_second / 3600
     untrained = []
     if run.args.class_conditional and isinstance(data, ImageSet):
@@ -67,20 +67,25 @@ def columns_of(data) -> str:
     return f"images {data.image_column!r}, {classes}"
 
 
-def evaluation_metrics(result, decay: float | None, is_first: bool, is_conditional: bool) -> dict:
-    """The numbers of an evaluation, with all that a bits/dim must be quoted with; of other averages only the bound."""
-    error = None if math.isnan(result.stderr_bpd) else result.stderr_bpd
-    if not is_first:
-        return {f"eval_bpd_ema_{decay}": result.bpd, f"eval_bpd_stderr_ema_{decay}": error}
-    return {
-        "eval_bpd": result.bpd,
-        "eval_bpd_stderr": error,
-        **{f"eval_{term}_bpd": getattr(result, f"{term}_bpd") for term in ("prior", "reconstruction", "diffusion")},
-        **{f"eval_{name}": getattr(result, name) for name in ("num_images", "num_samples", "num_timesteps")},
-        "eval_class_conditional": is_conditional,
-        "eval_weights": "raw" if decay is None else "ema",
-        "eval_ema_decay": decay,
-    }
+def evaluation_metrics(results: list, decays: list[float | None], is_conditional: bool) -> dict:
+    """The numbers of an evaluation, with all that bits/dim must be quoted with; of other averages only the bound."""
+    from ..training.metrics import LineOfEvaluation
+
+    errors = [None if math.isnan(result.stderr_bpd) else result.stderr_bpd for result in results]
+    first, decay = results[0], decays[0]
+    line = LineOfEvaluation(
+        first.bpd,
+        errors[0],
+        {term: getattr(first, f"{term}_bpd") for term in ("prior", "reconstruction", "diffusion")},
+        first.num_images,
+        first.num_samples,
+        first.num_timesteps,
+        is_conditional,
+        "raw" if decay is None else "ema",
+        decay,
+        {str(decays[i]): (results[i].bpd, errors[i]) for i in range(1, len(results))},
+    )
+    return line.to_json()
 
 
 def is_finished(out: Path, total: int) -> bool:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
+from ..diffusers_schedulers import noise_schedule_of
 from ..diffusion import check_levels, to_high_precision
 from ..files import write_atomically
 from ..noise_schedules import NoiseSchedule
@@ -31,6 +32,14 @@ def fingerprint(tensors: Iterable[torch.Tensor]) -> str:
         digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def gammas_fingerprint(scheduler: Any) -> str | None:
+    """Hash of the γ(t) of a scheduler; `None` for one that has none, see [`noise_schedule_of`]."""
+    try:
+        return fingerprint([noise_schedule_of(scheduler).table(257)])
+    except (ValueError, TypeError):
+        return None
 
 
 def identity_of(

@@ -7,25 +7,26 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..diffusers_schedulers import noise_schedule_of
-from ..pipeline import VDMPipeline
+from ..evaluation.report import Report
+from ..json_values import count, number
 from ..schedulers import VDMScheduler
+from ..training.description import RunDescription
 from ..training.options import option_names
 from .markdown import escaped, fenced, image, literal, one_line, table
 from .measurements import (
     DataName,
     Measurement,
     base_name,
-    count,
     first_of_each,
     last_part,
-    mapping,
-    number,
-    total_steps,
     training_data,
 )
+
+if TYPE_CHECKING:
+    from ..pipeline import VDMPipeline
 
 # what options.json holds beside the options of the command line
 _NOT_OF_THE_COMMAND = ("digits",)
@@ -34,19 +35,19 @@ _DDPM = "[Ho et al. 2020](https://arxiv.org/abs/2006.11239)"
 
 
 @dataclass(frozen=True)
-class RunRecord:
+class CardSource:
     """All that a card is made of.
 
     Attributes:
         folder (`Path`), name (`str`): where it is, and what the model is called.
         repo_id, variant (`str`, *optional*): what the code of use names.
         step (`int`, *optional*): of the weights, where training was still going on.
-        pipe ([`VDMPipeline`]): the pipeline, loaded.
+        pipe ([`VDMPipeline`]): the pipeline.
         has_code (`bool`): whether the repository carries code for those without this package.
-        description (`dict`): options.json, empty if there is none.
+        description ([`RunDescription`]): options.json, an empty one if there is none.
         lines (`list[dict]`): metrics.jsonl.
         measured (`list[Measurement]`): all numbers, the report's first.
-        report (`dict`), report_path (`Path`, *optional*): the report, if it is of these weights.
+        report ([`Report`], *optional*), report_path (`Path`, *optional*): the report, if it measured these weights.
     """
 
     folder: Path
@@ -56,15 +57,15 @@ class RunRecord:
     step: int | None
     pipe: VDMPipeline
     has_code: bool
-    description: dict[str, Any]
+    description: RunDescription
     lines: list[dict[str, Any]]
     measured: list[Measurement]
-    report: dict[str, Any]
+    report: Report | None
     report_path: Path | None
 
     @property
     def options(self) -> dict[str, Any]:
-        return mapping(self.description.get("options"))
+        return self.description.options
 
     @property
     def data(self) -> DataName | None:
@@ -79,7 +80,7 @@ class RunRecord:
 # ---- sections ----------------------------------------------------------------------------------------------------
 
 
-def title_section(run: RunRecord) -> str:
+def title_section(run: CardSource) -> str:
     size = "×".join(str(side) for side in run.pipe.image_shape[1:])
     objective, schedule = str(run.options.get("objective")), str(run.options.get("schedule"))
     if objective == "vdm":
@@ -99,7 +100,7 @@ def title_section(run: RunRecord) -> str:
     return f"{text}{channels}." + (f"\n\n{picture}" if picture else "")
 
 
-def sampling_steps(run: RunRecord) -> int:
+def sampling_steps(run: CardSource) -> int:
     """What samples.png was drawn with, or the pipeline's 250, where the scheduler has so many."""
     steps = count(run.options.get("ddpm_num_inference_steps")) or 250
     if isinstance(run.pipe.scheduler, VDMScheduler):
@@ -107,7 +108,7 @@ def sampling_steps(run: RunRecord) -> int:
     return min(steps, count(run.pipe.scheduler.config.get("num_train_timesteps")) or steps)
 
 
-def use_section(run: RunRecord) -> str:
+def use_section(run: CardSource) -> str:
     config = run.pipe.unet.config
     classes = config.num_class_embeds
     has_null = bool(config.get("null_class", False))
@@ -142,7 +143,7 @@ def use_section(run: RunRecord) -> str:
     return "\n\n".join(parts)
 
 
-def likelihood_section(run: RunRecord) -> str:
+def likelihood_section(run: CardSource) -> str:
     if not run.measured:
         return ""
     levels = run.pipe.config.num_levels
@@ -174,14 +175,14 @@ def likelihood_section(run: RunRecord) -> str:
             " DDPM's convention: x = 2k/(levels − 1) − 1, and the discretized Gaussian of index 0 as the decoder; it "
             "is not to be compared with the other one to the last digits."
         )
-    histogram = number(run.description.get("histogram_bpd"))
+    histogram = run.description.histogram_bpd
     if histogram is not None and first.step is not None:
         text += f" The histograms of the training pixels, each by itself, give {histogram:.4f} on the same images."
     parts.append(text + " Numbers of other T, of other data, or of images prepared otherwise, are other quantities.")
     return "\n\n".join(parts)
 
 
-def _headline(m: Measurement, run: RunRecord) -> str:
+def _headline(m: Measurement, run: CardSource) -> str:
     images = f"{m.num_images} images" if m.num_images else "images"
     of = f" of {escaped(m.data.name)}" + (f", split {escaped(m.data.split)}" if m.data.split else "") if m.data else ""
     unit = {"mc": "draws of (t, ε)", "ode": "solves"}.get(m.method)
@@ -196,27 +197,25 @@ def _headline(m: Measurement, run: RunRecord) -> str:
         listed = ", ".join(k.replace("_", " ") + ("" if v is True else f" {_short(v)}") for k, v in details.items())
         parts.append(f"Also: {escaped(listed)}.")
     fingerprints = [f"images {m.data_fingerprint}"] if m.data_fingerprint else []
-    fingerprints += [f"weights {run.report['weights_fingerprint']}"] if m.step is None else []
+    fingerprints += [f"weights {run.report.weights_fingerprint}"] if m.step is None and run.report else []
     if fingerprints:
         parts.append(f"Fingerprints: {escaped(', '.join(fingerprints))}.")
     return " ".join(parts + _warnings(m, run))
 
 
-def _warnings(m: Measurement, run: RunRecord) -> list[str]:
+def _warnings(m: Measurement, run: CardSource) -> list[str]:
     """What takes from the worth of a number."""
-    held_out = mapping(run.description.get("held_out"))
-    shared = count(held_out.get("shared_with_training"))
-    found = []
+    held_out, found = run.description.held_out, []
     if _is_training_data(m, run):
         found.append("**These are the images that the model was trained on.**")
-    if shared and m.data_fingerprint == held_out.get("fingerprint"):
-        found.append(f"**{shared} of these images are among the training images as well.**")
+    if held_out and held_out.shared_with_training and m.data_fingerprint == held_out.fingerprint:
+        found.append(f"**{held_out.shared_with_training} of these images are among the training images as well.**")
     if not m.is_final:
         found.append(f"**Measured at step {m.step}; the weights here may be of another step.**")
     return found
 
 
-def _row(m: Measurement, first: Measurement, run: RunRecord) -> tuple[object, ...]:
+def _row(m: Measurement, first: Measurement, run: CardSource) -> tuple[object, ...]:
     when = "" if m.step is None else f", in training, step {m.step}"
     data = f" of {m.data.name}, {m.data.split or 'all'}" if m.data and not m.is_of_data_of(first) else ""
     images = f"{m.num_images or ''}" + (" of the training set" if _is_training_data(m, run) else "") + data
@@ -235,16 +234,16 @@ def _terms(m: Measurement) -> tuple[str | None, ...]:
     return m.quantity, m.num_images, *(None if value is None else f"{value:.4f}" for value in values)
 
 
-def _is_training_data(m: Measurement, run: RunRecord) -> bool:
-    trained_on = mapping(run.description.get("data")).get("fingerprint")
+def _is_training_data(m: Measurement, run: CardSource) -> bool:
+    trained_on = run.description.data.fingerprint
     return trained_on is not None and m.data_fingerprint == trained_on
 
 
-def _picture(run: RunRecord, name: str, alternative: str) -> str:
+def _picture(run: CardSource, name: str, alternative: str) -> str:
     return image(alternative, PurePath(name)) if (run.folder / name).is_file() else ""
 
 
-def figures_section(run: RunRecord) -> str:
+def figures_section(run: CardSource) -> str:
     pictures = [
         _picture(run, "schedule.png", "The noise schedule, γ over t, and the shares of data and noise"),
         _picture(run, "loss_by_gamma.png", "The loss as a density over γ, with the terms of the bound"),
@@ -264,32 +263,33 @@ def figures_section(run: RunRecord) -> str:
     return "\n\n".join(["## Figures", *found]) if found else ""
 
 
-def training_section(run: RunRecord) -> str:
+def training_section(run: CardSource) -> str:
     rows = [(name, value) for name, value in _facts(run).items() if value not in (None, "")]
     parts = ["## Model and training", table(("", ""), rows)]
     if run.options:
         parts.append("The command, with the scripts of the package's repository:")
-        if not isinstance(run.description.get("given"), list):
+        if run.description.given is None:
             parts[-1] = "All options that weights and numbers depend on, as a command of the package's repository:"
         parts.append(fenced(training_command(run.description), "sh"))
     return "\n\n".join(parts)
 
 
-def _facts(run: RunRecord) -> dict[str, str | None]:
-    o, pipe = run.options, run.pipe
-    data, recorded = run.data, mapping(run.description.get("data"))
-    steps, total = run.step or (run.lines[-1]["step"] if run.lines else None), total_steps(run.description)
+def _facts(run: CardSource) -> dict[str, str | None]:
+    options, pipe = run.options, run.pipe
+    data, description = run.data, run.description
+    steps, total = run.step or (run.lines[-1]["step"] if run.lines else None), description.num_steps
     skipped = count(run.lines[-1].get("skipped_steps")) if run.lines else None
     loss = {"train_bpd": "bits/dim", "train_mse": "squared error of what the network predicts, for each dimension"}
     last = next(((line, k) for line in reversed(run.lines) for k in loss if number(line.get(k)) is not None), None)
-    trained = {"vdm": "the bound, " + _time(o), "ddpm": "unweighted squared error"}.get(str(o.get("objective")))
-    decays = o.get("ema_decays") if isinstance(o.get("ema_decays"), list) else []
-    versions = mapping(run.description.get("versions"))
-    processes = count(run.description.get("num_processes"))
+    trained = {"vdm": "the bound, " + _time(options), "ddpm": "unweighted squared error"}.get(
+        str(options.get("objective"))
+    )
+    decays = options.get("ema_decays") if isinstance(options.get("ema_decays"), list) else []
+    precision = {"no": "float32"}.get(str(options.get("mixed_precision")), options.get("mixed_precision"))
     return {
         "training data": data and data.name + (f", split {data.split}" if data.split else ""),
-        "images": recorded.get("images") and f"{recorded['images']}",
-        "fingerprint of the data": recorded.get("fingerprint"),
+        "images": description.data.images and f"{description.data.images}",
+        "fingerprint of the data": description.data.fingerprint,
         "network": f"{type(pipe.unet).__name__}, {sum(p.numel() for p in pipe.unet.parameters()):,} parameters, "
         f"predicts {pipe.scheduler.config.get('prediction_type', 'epsilon')}",
         "scheduler": type(pipe.scheduler).__name__,
@@ -299,18 +299,18 @@ def _facts(run: RunRecord) -> dict[str, str | None]:
         and f"{steps}"
         + (f" of {total}: it was still being trained" if run.step and total and steps < total else "")
         + (f", of which {skipped} were skipped" if skipped else ""),
-        "images a step": run.description.get("global_batch_size"),
+        "images a step": description.global_batch_size and f"{description.global_batch_size}",
         "last loss of training": last and f"{last[0][last[1]]:.4f} {loss[last[1]]}, at step {last[0]['step']}",
-        "averages of the weights": (", ".join(f"EMA {_short(d)}" for d in decays) or "none") if o else None,
-        "precision": {"no": "float32"}.get(str(o.get("mixed_precision")), o.get("mixed_precision")) if o else None,
-        "processes": processes and f"{processes}",
-        "device": run.description.get("device"),
-        "versions": ", ".join(f"{k} {v}" for k, v in versions.items()),
+        "averages of the weights": (", ".join(f"EMA {_short(d)}" for d in decays) or "none") if options else None,
+        "precision": precision,
+        "processes": description.num_processes and f"{description.num_processes}",
+        "device": description.device,
+        "versions": ", ".join(f"{k} {v}" for k, v in description.versions.items()),
     }
 
 
-def _time(o: dict[str, Any]) -> str:
-    steps = count(o.get("num_timesteps"))
+def _time(options: dict[str, Any]) -> str:
+    steps = count(options.get("num_timesteps"))
     return f"T = {steps}" if steps else "continuous time"
 
 
@@ -328,15 +328,14 @@ def _short(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def training_command(description: dict[str, Any]) -> str:
-    """The command that made a run, of its options.json; `output_dir` and the like are the reader's own.
+def training_command(description: RunDescription) -> str:
+    """The command that made a run, without `output_dir` and the like, which are the reader's own.
 
-    With a list `"given"` of the names of those that were given; else of all options, since their defaults are not
-    known here. Of paths only the last part is shown, of tokens nothing.
+    It has the options that were given; all options where that was not recorded, since their defaults are not known
+    here. Of a path only the last part is shown, of a token nothing.
     """
-    options = mapping(description.get("options"))
-    given = description.get("given")
-    names = options if not isinstance(given, list) else [name for name in options if name in given]
+    options, given = description.options, description.given
+    names = list(options) if given is None else [name for name in options if name in given]
     words = []
     for name in names:
         value = options[name]
@@ -349,7 +348,7 @@ def training_command(description: dict[str, Any]) -> str:
         if not re.fullmatch(r"\w+", name, re.ASCII):
             continue
         words.append(" ".join([f"--{'no-' if value is False else ''}{name}", *_arguments(name, value)]))
-    processes = count(description.get("num_processes")) or 1
+    processes = description.num_processes or 1
     launch = "accelerate launch " + (f"--num_processes {processes} " if processes > 1 else "") + "examples/train.py"
     lines = [launch]
     for word in words:

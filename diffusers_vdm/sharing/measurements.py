@@ -1,28 +1,22 @@
-"""Bits/dim as they were measured, with all that they must be quoted with, from metrics.jsonl and report.json.
+"""The bits/dim of metrics.jsonl and report.json as [`Measurement`]s, with everything that they must be quoted with.
 
-`metrics.jsonl` and `options.json` are what examples/train.py writes, `report.json` is what examples/evaluate.py does.
-A number that is missing or not finite is not claimed: it makes no [`Measurement`], or `None` in its place.
+A number that is missing or not finite is not claimed: it makes no [`Measurement`], or is `None` in one.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-from ..diffusers_schedulers import noise_schedule_of
-from ..evaluation.rows import fingerprint
-from ..repository import read_json
-from ..training.metrics import read_metrics
+from ..data.images import DIGITS
+from ..evaluation.report import OF_THE_DRAWS, Method, Report
+from ..json_values import number, text
+from ..training.description import RunDescription
+from ..training.metrics import LineOfEvaluation
 
-Method = Literal["mc", "vlb", "ode"]
-_OF_THE_DRAWS = "the Monte-Carlo estimate for these images"
-_TERMS = ("diffusion", "reconstruction", "prior")
-_DIGITS = "scikit-learn digits"
 _DIGITS_SPLITS = {"1500 training": "train", "297 held-out": "test"}
 _REPOSITORY = re.compile(r"(?:[\w-]+/)?[\w.-]+", re.ASCII)
 # what a folder, not a repository, is called
@@ -106,28 +100,7 @@ class Measurement:
         return f"{self.bpd:.{digits}f} ± {self.stderr_bpd:.{digits}f}"
 
 
-# ---- values of files that anybody may have written ---------------------------------------------------------------
-
-
-def number(value: object) -> float | None:
-    """A finite number, else `None`."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else None
-
-
-def count(value: object) -> int | None:
-    """A positive whole number, else `None`."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
-
-
-def text(value: object) -> str | None:
-    """A string that is not empty, else `None`."""
-    return value if isinstance(value, str) and value else None
-
-
-def mapping(value: object) -> dict[str, Any]:
-    """A dictionary, empty if it is none."""
-    return value if isinstance(value, dict) else {}
+# ---- names of data sets ------------------------------------------------------------------------------------------
 
 
 def base_name(path: str) -> str:
@@ -140,161 +113,136 @@ def last_part(name: str) -> str:
     return base_name(name) if _PATH.match(name) else name
 
 
-def data_name(name: object, split: object = None, is_folder: bool = False) -> DataName | None:
-    """[`DataName`] of what the package calls a data set: path or repository, and after a comma the split."""
-    if not isinstance(name, str) or not name.strip():
+def data_name(dataset: object, split: object = None, is_folder: bool = False) -> DataName | None:
+    """[`DataName`] of a repository or a path, and a split."""
+    if not isinstance(dataset, str) or not dataset.strip():
         return None
-    if not isinstance(split, str):
-        body, streamed = re.fullmatch(r"(.*?)((?:, streamed)?(?:, \d+ images)?)", name, re.DOTALL).groups()
-        if name.startswith(_DIGITS):
-            parts = name.split(", ")
-            return DataName(_DIGITS, _DIGITS_SPLITS.get(parts[-1], parts[-1]) if parts[1:] else None)
-        body, comma, split = body.rpartition(", ")
-        name, split = (body, split + streamed) if comma else (name, None)
-    is_repository = not is_folder and not _PATH.match(name) and bool(_REPOSITORY.fullmatch(name))
-    return DataName(name if is_repository else base_name(name) or "a folder", split, is_repository)
+    is_repository = not is_folder and not _PATH.match(dataset) and bool(_REPOSITORY.fullmatch(dataset))
+    return DataName(dataset if is_repository else base_name(dataset) or "a folder", text(split), is_repository)
 
 
-def training_data(description: dict[str, Any]) -> DataName | None:
-    """The data of a run, of its options.json."""
-    return _data_of(description, "train_split", mapping(description.get("data")).get("name"))
+def data_name_from_text(name: str | None) -> DataName | None:
+    """[`DataName`] of one text for path and split, which is all that files of earlier versions have."""
+    if name is None:
+        return None
+    if name.startswith(DIGITS):
+        parts = name.split(", ")
+        return DataName(DIGITS, _DIGITS_SPLITS.get(parts[-1], parts[-1]) if parts[1:] else None)
+    found = re.fullmatch(r"(.*?)((?:, streamed)?(?:, \d+ images)?)", name, re.DOTALL)
+    body, streamed = found.groups() if found else (name, "")
+    path, comma, split = body.rpartition(", ")
+    return data_name(path, split + streamed) if comma else data_name(name)
 
 
-def _data_of(description: dict[str, Any], split: str, recorded: object) -> DataName | None:
-    options = mapping(description.get("options"))
-    folder = options.get("train_data_dir")
-    if options.get("digits") or not (folder or options.get("dataset_name")):
+def training_data(run: RunDescription) -> DataName | None:
+    """The training images of a run."""
+    return _data_of(run, "train_split", run.data.name)
+
+
+def held_out_data(run: RunDescription) -> DataName | None:
+    """The held-out images of a run."""
+    return _data_of(run, "eval_split", run.held_out and run.held_out.name)
+
+
+def _data_of(run: RunDescription, split: str, recorded: str | None) -> DataName | None:
+    folder, name = run.options.get("train_data_dir"), run.options.get("dataset_name")
+    if run.options.get("digits") or not (folder or name):
         known = {"train_split": "train", "eval_split": "test"}[split]
-        return DataName(_DIGITS, known) if options.get("digits") else data_name(recorded)
-    return data_name(folder or options["dataset_name"], options.get(split), bool(folder))
+        return DataName(DIGITS, known) if run.options.get("digits") else data_name_from_text(recorded)
+    return data_name(folder or name, run.options.get(split), bool(folder))
 
 
-# ---- metrics.jsonl -----------------------------------------------------------------------------------------------
+# ---- measurements ------------------------------------------------------------------------------------------------
 
 
-def training_lines(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl that say their step."""
-    return [line for line in read_metrics(folder / "metrics.jsonl") if count(mapping(line).get("step"))]
-
-
-def measured_in_training(lines: list[dict[str, Any]], description: dict[str, Any]) -> list[Measurement]:
-    """What the last line of metrics with bits/dim says: of the pipeline's weights, then of the other averages.
+def measured_in_training(lines: list[dict[str, Any]], run: RunDescription) -> list[Measurement]:
+    """The numbers in the last line of metrics that has bits/dim: of the pipeline's weights, then of other averages.
 
     They are final if the run did not go on after that line, and had no more steps to do.
     """
-    line = next((line for line in reversed(lines) if number(line.get("eval_bpd")) is not None), None)
-    if line is None:
+    found = ((line, LineOfEvaluation.from_json(line)) for line in reversed(lines))
+    line, evaluation = next((pair for pair in found if pair[1] is not None), ({}, None))
+    if evaluation is None:
         return []
-    total = total_steps(description)
-    held_out = mapping(description.get("held_out"))
-    decay = number(line.get("eval_ema_decay"))
-    shared = {
-        "stderr_is_of": _OF_THE_DRAWS,
+    decay = evaluation.ema_decay
+    weights = {"ema": "EMA" if decay is None else f"EMA {decay:g}", "raw": "raw"}.get(evaluation.weights or "", "")
+    shared: dict[str, Any] = {
+        "stderr_is_of": OF_THE_DRAWS,
         "method": "mc",
-        "num_steps": count(line.get("eval_num_timesteps")),
-        "num_images": count(line.get("eval_num_images")),
-        "num_draws": count(line.get("eval_num_samples")),
-        "data": _data_of(description, "eval_split", held_out.get("name")),
-        "data_fingerprint": text(held_out.get("fingerprint")),
+        "num_steps": evaluation.num_timesteps,
+        "num_images": evaluation.num_images,
+        "num_draws": evaluation.num_samples,
+        "data": held_out_data(run),
+        "data_fingerprint": run.held_out and run.held_out.fingerprint,
         "step": line["step"],
-        "details": {"class_conditional": True} if line.get("eval_class_conditional") is True else {},
+        "details": {"class_conditional": True} if evaluation.class_conditional else {},
     }
-    weights = {"ema": "EMA" if decay is None else f"EMA {decay:g}", "raw": "raw"}.get(
-        str(line.get("eval_weights")), ""
+    is_final = line["step"] == lines[-1]["step"] == (run.num_steps or line["step"])
+    first = Measurement(
+        bpd=float(line["eval_bpd"]),
+        stderr_bpd=evaluation.stderr_bpd,
+        weights=weights,
+        terms_bpd=evaluation.terms_bpd,
+        is_final=is_final,
+        **shared,
     )
-    is_final = line["step"] == lines[-1]["step"] == (total or line["step"])
-    found = [
+    others = [
         Measurement(
-            float(line["eval_bpd"]),
-            number(line.get("eval_bpd_stderr")),
-            weights=weights,
-            terms_bpd=_terms(line, "eval_"),
-            is_final=is_final,
-            **shared,
+            bpd=bpd, stderr_bpd=error, weights=f"EMA {name}, in the folder ema_{name}", is_final=False, **shared
         )
+        for name, (bpd, error) in evaluation.others.items()
     ]
-    for name, value in line.items():
-        other = name.removeprefix("eval_bpd_ema_")
-        if other != name and number(value) is not None:
-            stderr = number(line.get(f"eval_bpd_stderr_ema_{other}"))
-            weights = f"EMA {other}, in the folder ema_{other}"
-            found.append(Measurement(float(value), stderr, weights=weights, is_final=False, **shared))
-    return found
+    return [first, *others]
 
 
-def total_steps(description: dict[str, Any]) -> int | None:
-    """The steps that a run was to do, as train.py works them out; `None` if that is not known."""
-    options = mapping(description.get("options"))
-    total = count(description.get("total_steps")) or count(options.get("max_train_steps"))
-    images = count(mapping(description.get("data")).get("images"))
-    epochs, batch = count(options.get("num_epochs")), count(description.get("global_batch_size"))
-    return total or (math.ceil(epochs * images / batch) if epochs and images and batch else None)
-
-
-# ---- report.json -------------------------------------------------------------------------------------------------
-
-
-def read_report(path: str | os.PathLike) -> dict[str, Any]:
-    """A report of examples/evaluate.py; `ValueError` for anything else."""
-    report = read_json(Path(path), f"the report {Path(path).name}")
-    if report.get("method") not in get_args(Method) or "bpd" not in report or "weights_fingerprint" not in report:
-        raise ValueError(
-            f"report must be what examples/evaluate.py writes, with a method of {get_args(Method)}, bpd and "
-            f"weights_fingerprint; {Path(path).name} holds {sorted(report)[:8]}."
-        )
-    return report
-
-
-def gammas_fingerprint(scheduler: Any) -> str | None:
-    """Hash of the γ(t) of a scheduler, as a report says it; `None` for one that has none [`noise_schedule_of`]."""
-    try:
-        return fingerprint([noise_schedule_of(scheduler).table(257)])
-    except (ValueError, TypeError):
-        return None
-
-
-def measured_in_report(report: dict[str, Any]) -> list[Measurement]:
+def measured_in_report(report: Report) -> list[Measurement]:
     """The number of a report and those of its table over T, the limit T → ∞ last."""
-    data = mapping(report.get("data"))
-    shared = {
-        "num_images": count(report.get("num_images")),
-        "weights": text(report.get("weights")) or "",
-        "data": data_name(data.get("name")),
-        "data_fingerprint": text(data.get("fingerprint")),
+    data = report.data
+    named = data_name(data.dataset, data.split, data.is_folder) if data.dataset else data_name_from_text(data.name)
+    shared: dict[str, Any] = {
+        "num_images": report.num_images,
+        "weights": report.weights or "",
+        "data": named,
+        "data_fingerprint": data.fingerprint,
     }
-    of_all = _plain(report, ("dtype", "seed", "class_conditional")) | _plain(data, ("resolution", "center_crop"))
+    of_all = {
+        "dtype": report.dtype,
+        "seed": report.seed,
+        "class_conditional": report.class_conditional,
+        "resolution": data.resolution,
+        "center_crop": data.center_crop,
+    }
     found = []
-    if number(report["bpd"]) is not None:
-        names = ("clip_sample", "variance_type", "importance_sampling", "dequantization", "divergence", "num_probes",
+    if report.bpd is not None:
+        names = ("variance_type", "importance_sampling", "dequantization", "divergence", "num_probes",
                  "num_importance_samples", "rtol", "atol", "gamma_start", "gamma_end")  # fmt: skip
+        details = of_all | {"clip_sample": report.clip_sample} | {name: report.details.get(name) for name in names}
         main = Measurement(
-            float(report["bpd"]),
-            number(report.get("stderr_bpd")),
-            stderr_is_of=text(report.get("stderr_is_of")),
-            method=report["method"],
-            num_steps=count(report.get("num_steps")),
-            num_draws=1 if report["method"] == "vlb" else count(report.get("num_samples")),
-            terms_bpd=_terms(report, ""),
-            convention="ddpm" if report.get("convention") == "ddpm" else "vdm",
-            details=of_all | _plain(report, names),
+            bpd=report.bpd,
+            stderr_bpd=report.stderr_bpd,
+            stderr_is_of=report.stderr_is_of,
+            method=report.method,
+            num_steps=report.num_steps,
+            num_draws=1 if report.method == "vlb" else report.num_samples,
+            terms_bpd=report.terms_bpd,
+            convention="ddpm" if report.convention == "ddpm" else "vdm",
+            details=_said(details),
             **shared,
         )
         found.append(main)
-    rows = report.get("table")
-    for row in map(mapping, rows if isinstance(rows, list) else []):
-        if number(row.get("bpd")) is None:
-            continue
-        measured = Measurement(
-            float(row["bpd"]),
-            number(row.get("stderr_bpd")),
-            stderr_is_of=text(row.get("stderr_is_of")) or _OF_THE_DRAWS,
-            method="mc",
-            num_steps=count(row.get("num_steps")),
-            num_draws=count(row.get("num_samples")),
-            details=of_all,
-            **shared,
-        )
-        found.append(measured)
+    for row in report.table:
+        if row.bpd is not None:
+            measured = Measurement(
+                bpd=row.bpd,
+                stderr_bpd=row.stderr_bpd,
+                stderr_is_of=row.stderr_is_of,
+                method="mc",
+                num_steps=row.num_steps,
+                num_draws=row.num_samples,
+                details=_said(of_all),
+                **shared,
+            )
+            found.append(measured)
     return first_of_each(found)
 
 
@@ -312,12 +260,6 @@ def _quantity_and_data(m: Measurement) -> tuple[object, ...]:
     return m.method, m.num_steps, m.convention, clipped, m.num_images, data
 
 
-def _terms(values: dict[str, Any], prefix: str) -> dict[str, float]:
-    terms = {term: number(values.get(f"{prefix}{term}_bpd")) for term in _TERMS}
-    return {term: value for term, value in terms.items() if value is not None}
-
-
-def _plain(values: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """Those of some values that say something: texts, what is true, finite numbers."""
-    found = {name: values.get(name) for name in names}
-    return {k: v for k, v in found.items() if v is True or text(v) or number(v) is not None}
+def _said(details: dict[str, Any]) -> dict[str, Any]:
+    """Those of some details that say something: texts, what is true, finite numbers."""
+    return {k: v for k, v in details.items() if v is True or text(v) or number(v) is not None}

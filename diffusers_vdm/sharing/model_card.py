@@ -1,7 +1,7 @@
-"""A model card made of what a run left, never by hand: what it quotes was measured, and what was not it leaves out.
+"""A model card made from what a run left: it quotes what was measured, and leaves out what was not.
 
-The folder is loaded for it, so that a card is only made of a pipeline that loads; a report counts only if it is of the
-very weights that are there. The same folder makes the same text.
+A card is only made for a pipeline that was loaded, and a report only counts if it measured these very weights. The
+same folder gives the same text.
 """
 
 from __future__ import annotations
@@ -9,31 +9,34 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.utils import logging
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..evaluation.rows import fingerprint
+from ..evaluation.report import NAME as REPORT
+from ..evaluation.report import Report, read_report
+from ..evaluation.rows import fingerprint, gammas_fingerprint
 from ..files import write_atomically
-from ..pipeline import VDMPipeline
 from ..repository import INDEX, read_json
-from .card_sections import RunRecord, figures_section, likelihood_section, title_section, training_section, use_section
-from .markdown import one_line
-from .measurements import (
-    DataName,
-    Measurement,
-    gammas_fingerprint,
-    last_part,
-    measured_in_report,
-    measured_in_training,
-    read_report,
-    training_lines,
+from ..training.description import RunDescription, read_description
+from ..training.metrics import read_steps
+from .card_sections import (
+    CardSource,
+    figures_section,
+    likelihood_section,
+    title_section,
+    training_section,
+    use_section,
 )
+from .markdown import one_line
+from .measurements import DataName, Measurement, last_part, measured_in_report, measured_in_training
+
+if TYPE_CHECKING:
+    from ..pipeline import VDMPipeline
 
 logger = logging.get_logger(__name__)
 
@@ -48,7 +51,21 @@ _MARKED = re.compile(
 )
 
 
+def load_quietly(cls: type[VDMPipeline], folder: str | os.PathLike, variant: str | None = None) -> VDMPipeline:
+    """The pipeline in a folder, loaded without the progress bar of diffusers; `ValueError` if there is no folder."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"folder must be one that holds a saved pipeline, got {os.fspath(folder)!r}.")
+    shows_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return cls.from_pretrained(folder, variant=variant)
+    finally:
+        if shows_bars:
+            logging.enable_progress_bar()
+
+
 def model_card(
+    pipeline: VDMPipeline,
     folder: str | os.PathLike,
     *,
     repo_id: str | None = None,
@@ -61,8 +78,9 @@ def model_card(
     """The text of README.md for a saved pipeline: YAML metadata, use, bits/dim with their errors, figures, training.
 
     Args:
+        pipeline ([`VDMPipeline`]): the pipeline in the folder, loaded. It is not changed.
         folder (`str` or `os.PathLike`): what examples/train.py left, or what `VDMPipeline.save_pretrained` wrote: then
-            the card says less. It is loaded.
+            the card says less.
         repo_id (`str`, *optional*): name of the repository, for the code that loads it; "." if not given, which works
             within the folder.
         license (`str`, *optional*): the Hub's identifier of the license; none is claimed if not given.
@@ -78,7 +96,7 @@ def model_card(
         weights, and files that are damaged; `OSError` for a folder without a pipeline.
     """
     _check_arguments(repo_id, license)
-    run = _read(Path(folder), repo_id, report, variant, step)
+    run = _read(pipeline, Path(folder), repo_id, report, variant, step)
     metadata = _metadata(run, license, _checked_datasets(datasets, run.data))
     sections = [title_section, use_section, likelihood_section, figures_section, training_section]
     body = "\n\n".join(text for section in sections if (text := section(run)))
@@ -96,11 +114,13 @@ def _digest(text: str) -> str:
     return hashlib.blake2b(text.strip().encode(), digest_size=8).hexdigest()
 
 
-def save_model_card(folder: str | os.PathLike, *, overwrite: bool = False, **arguments: Any) -> Path:
+def save_model_card(
+    pipeline: VDMPipeline, folder: str | os.PathLike, *, overwrite: bool = False, **arguments: Any
+) -> Path:
     """Writes [`model_card`] to README.md of `folder`, whole or not at all, and returns its path.
 
     Args:
-        folder (`str` or `os.PathLike`), arguments: as in [`model_card`].
+        pipeline ([`VDMPipeline`]), folder (`str` or `os.PathLike`), arguments: as in [`model_card`].
         overwrite (`bool`, defaults to `False`): replace a README.md that was not made here, or was edited.
 
     Raises: as [`model_card`]; `ValueError` for such a README.md.
@@ -110,7 +130,7 @@ def save_model_card(folder: str | os.PathLike, *, overwrite: bool = False, **arg
         raise ValueError(
             f"{NAME} of {folder} was not made by save_model_card, or edited since; set overwrite=True to replace it."
         )
-    write_atomically(path, model_card(folder, **arguments))
+    write_atomically(path, model_card(pipeline, folder, **arguments))
     return path
 
 
@@ -132,17 +152,19 @@ def check_license(license: str | None) -> None:
 
 
 def _read(
-    folder: Path, repo_id: str | None, report: str | os.PathLike | None, variant: str | None, step: int | None
-) -> RunRecord:
+    pipe: VDMPipeline,
+    folder: Path,
+    repo_id: str | None,
+    report: str | os.PathLike | None,
+    variant: str | None,
+    step: int | None,
+) -> CardSource:
     if not folder.is_dir():
         raise ValueError(f"folder must be one that holds a saved pipeline, got {str(folder)!r}.")
-    with _without_bars():
-        pipe = VDMPipeline.from_pretrained(folder, variant=variant)
-    options = folder / "options.json"
-    description = read_json(options, options.name) if options.is_file() else {}
-    lines = training_lines(folder)
+    description = read_description(folder) or RunDescription()
+    lines = read_steps(folder)
     found, report_path = _report_of(folder, report, pipe)
-    return RunRecord(
+    return CardSource(
         folder=folder,
         name=one_line(last_part((repo_id or "").split("/")[-1]) or folder.resolve().name, 96) or "model",
         repo_id=repo_id,
@@ -158,52 +180,37 @@ def _read(
     )
 
 
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """No bar of diffusers' for a pipeline that nobody asked to see loaded."""
-    if not logging.is_progress_bar_enabled():
-        yield
-        return
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.enable_progress_bar()
-
-
-def _report_of(
-    folder: Path, report: str | os.PathLike | None, pipe: VDMPipeline
-) -> tuple[dict[str, Any], Path | None]:
-    """The report, if it is of these weights."""
-    path = folder / "report.json" if report is None else Path(report)
+def _report_of(folder: Path, report: str | os.PathLike | None, pipe: VDMPipeline) -> tuple[Report | None, Path | None]:
+    """The report, if it measured these weights."""
+    path = folder / REPORT if report is None else Path(report)
     if report is None and not path.is_file():
-        return {}, None
+        return None, None
     try:
         found = read_report(path)
-        if pipe.unet.dtype != torch.float32:  # in which all is measured
-            pipe.unet.to(torch.float32)
         _check_same_model(found, pipe, path.name)
     except ValueError as error:
         if report is not None:
             raise
         logger.warning(f"the model card leaves {path.name} out: {error}")
-        return {}, None
+        return None, None
     return found, path
 
 
-def _check_same_model(report: dict[str, Any], pipe: VDMPipeline, name: str) -> None:
+def _check_same_model(report: Report, pipe: VDMPipeline, name: str) -> None:
     """`ValueError` unless the report is of these weights, and of this γ and these levels where it says them."""
+    weights = (t.to(torch.float32) if t.is_floating_point() else t for t in pipe.unet.state_dict().values())
     here = {
-        "weights_fingerprint": fingerprint(pipe.unet.state_dict().values()),
+        "weights_fingerprint": fingerprint(weights),  # evaluations are in float32
         "gammas_fingerprint": gammas_fingerprint(pipe.scheduler),
         "num_levels": pipe.config.num_levels,
         "prediction_type": pipe.scheduler.config.get("prediction_type", "epsilon"),
     }
     for key, value in here.items():
-        if report.get(key) is not None and report[key] != value:
+        found = getattr(report, key)
+        if found is not None and found != value:
             raise ValueError(
                 f"report {name} must be of the model of the folder, whose {key} is {value}, got "
-                f"{one_line(report[key])}; evaluate this one again."
+                f"{one_line(found)}; evaluate this one again."
             )
 
 
@@ -220,7 +227,7 @@ def _checked_datasets(datasets: str | Sequence[str] | None, data: DataName | Non
 # ---- metadata ----------------------------------------------------------------------------------------------------
 
 
-def _metadata(run: RunRecord, license: str | None, datasets: list[str]) -> ModelCardData:
+def _metadata(run: CardSource, license: str | None, datasets: list[str]) -> ModelCardData:
     """What the Hub reads: only numbers of the weights that are here, on data that have a name."""
     results = [_result(m) for m in run.claimed]
     kind = {"vdm": ["variational-diffusion-model"], "ddpm": ["ddpm"]}.get(str(run.options.get("objective")), [])

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusers.utils import logging
 from huggingface_hub import HfApi
@@ -16,11 +16,13 @@ from safetensors.torch import load_file
 
 from ..evaluation.rows import fingerprint
 from ..files import write_atomically
-from ..pipeline import VDMPipeline
 from ..repository import INDEX, call_with_retries, read_json
-from .model_card import NAME, is_made_here, save_model_card
+from .model_card import NAME, is_made_here, load_quietly, save_model_card
 from .remote_code import save_code
 from .uploads import LAST_CHECKPOINT, STALE_CODE, components_in, create_repository, refusals, stage
+
+if TYPE_CHECKING:
+    from ..pipeline import VDMPipeline
 
 logger = logging.get_logger(__name__)
 
@@ -54,7 +56,8 @@ def publish(
         shutil.copytree(saved, folder, dirs_exist_ok=True)
         with refusals(repo_id):
             user = "" if "/" in repo_id else f"{call_with_retries(HfApi(token=token).whoami)['name']}/"
-        add_card_and_code(folder, user + repo_id, include_code=include_code, license=license, variant=variant)
+        loaded = load_quietly(type(pipeline), folder, variant)  # what is sent can be loaded
+        add_card_and_code(loaded, folder, user + repo_id, include_code=include_code, license=license, variant=variant)
         created = create_repository(repo_id, private=private, token=token)
         keep_edited_card(folder, created, token)
         message = commit_message or f"Upload {type(pipeline).__name__}"
@@ -65,6 +68,7 @@ def publish(
 
 
 def add_card_and_code(
+    pipeline: VDMPipeline,
     folder: str | os.PathLike,
     repo_id: str,
     *,
@@ -82,7 +86,7 @@ def add_card_and_code(
             _without_places(path)
     if include_code:
         save_code(folder)
-    save_model_card(folder, overwrite=True, repo_id=repo_id, license=license, variant=variant, step=step)
+    save_model_card(pipeline, folder, overwrite=True, repo_id=repo_id, license=license, variant=variant, step=step)
 
 
 def _without_places(path: Path) -> None:

@@ -25,9 +25,8 @@ import diffusers
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from .. import __version__
+from .. import __version__, components
 from ..files import write_atomically
-from ..pipeline import _OURS, VDMPipeline
 from ..repository import INDEX, read_json
 
 _NAME = re.compile(r"vdm_code_[0-9a-f]{12}")
@@ -84,10 +83,10 @@ def save_code(folder: str | os.PathLike) -> list[Path]:
     paths = [place / f"{name}.py" for place in (root, *(root / component for component in ours))]
     for path in paths:
         write_atomically(path, text)
-    index |= {"_class_name": [name, VDMPipeline.__name__]}
+    index |= {"_class_name": [name, components.PIPELINE]}
     index |= {component: [name, class_name] for component, class_name in ours.items()}
     write_atomically(root / INDEX, json.dumps(index, indent=2, sort_keys=True) + "\n")
-    for place in (root, *(root / component for component in _components())):
+    for place in (root, *(root / component for component in components.IS_OPTIONAL)):
         for path in place.glob("vdm_code_*.py"):
             if _NAME.fullmatch(path.stem) and path not in paths:
                 path.unlink()
@@ -102,7 +101,8 @@ def code() -> str:
     if _NAME.fullmatch(__name__.rpartition(".")[2]):
         return inspect.getsource(sys.modules[__name__])
     names: list[str] = []
-    _add_with_imports(__name__.partition(".")[2], names)
+    for name in ("pipeline", __name__.partition(".")[2]):
+        _add_with_imports(name, names)
     head = _HEAD.format(version=__version__, modules=", ".join(names))
     parts = [f"\n# ---- {name}.py {'-' * (108 - len(name))}\n\n{_without_own_imports(name)}" for name in names]
     return "\n".join([head, *parts, _FOOT])
@@ -120,30 +120,26 @@ def _read_index(root: Path) -> dict[str, Any]:
     return read_json(root / INDEX, f"{INDEX} in folder={os.fspath(root)!r}")
 
 
-def _components() -> list[str]:
-    """The names of a pipeline's components: `noise_schedule`, `scheduler`, `unet`."""
-    return VDMPipeline._get_signature_keys(VDMPipeline)[0]
-
-
 def _our_components(index: dict[str, Any], root: Path) -> dict[str, str]:
     """The components whose class is ours, and its name; `ValueError` if one is neither ours nor diffusers'."""
     where = f"folder={os.fspath(root)!r}"
     class_name = index.get("_class_name")
     if isinstance(class_name, list) and len(class_name) == 2 and _is_code(class_name[0]):
         class_name = class_name[1]
-    if class_name != VDMPipeline.__name__:
+    if class_name != components.PIPELINE:
         raise ValueError(
             f"folder must hold a VDMPipeline itself, got a {class_name} in {where}: the code of subclasses is not "
             "ours to write. Save its components in a VDMPipeline, or publish your own pipeline file."
         )
     unknown = [name for name, value in index.items() if isinstance(value, list) and name[:1] != "_"]
-    unknown = sorted(set(unknown) - set(_components()))
+    known = sorted(components.IS_OPTIONAL)
+    unknown = sorted(set(unknown) - set(known))
     if unknown:
-        raise ValueError(f"folder must hold the components {_components()} alone, got also {unknown} in {where}.")
+        raise ValueError(f"folder must hold the components {known} alone, got also {unknown} in {where}.")
     ours = {}
-    for name in _components():
+    for name in known:
         library, class_name = _entry(index, name, where)
-        if class_name in {cls.__name__ for cls in _OURS} and _is_ours(library):
+        if class_name in components.MODULE_OF and _is_ours(library):
             if not (root / name).is_dir():
                 raise FileNotFoundError(f"folder must hold a folder of each component, {where} has no {name}.")
             ours[name] = class_name
@@ -158,7 +154,7 @@ def _our_components(index: dict[str, Any], root: Path) -> dict[str, str]:
 def _entry(index: dict[str, Any], name: str, where: str) -> list[str | None]:
     entry = index.get(name, [None, None])
     named = isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry)
-    if not named and not (entry == [None, None] and name in VDMPipeline._optional_components):
+    if not named and not (entry == [None, None] and components.IS_OPTIONAL[name]):
         raise ValueError(f"{INDEX} in {where} must give {name} as [library, class], got {entry!r}: save it again.")
     return entry
 

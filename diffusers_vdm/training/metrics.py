@@ -1,10 +1,12 @@
-"""What a run measures while it trains: the mean loss, and the lines of metrics.jsonl."""
+"""What a run measures while it trains: the mean loss, and the lines of metrics.jsonl with their keys."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,10 @@ import torch
 from diffusers.utils import logging
 
 from ..files import write_atomically
+from ..json_values import count, mapping, number
+
+NAME = "metrics.jsonl"
+_TERMS = ("diffusion", "reconstruction", "prior")
 
 logger = logging.get_logger(__name__)
 
@@ -44,6 +50,74 @@ class LossMeter:
         return total / count if count else math.nan
 
 
+# ---- an evaluation in a line -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LineOfEvaluation:
+    """The bits/dim in a line of metrics: of the weights that the pipeline is saved with, and of other averages.
+
+    Attributes:
+        bpd, stderr_bpd (`float`, *optional*): the Monte-Carlo estimate and its standard error, bits/dim.
+        terms_bpd (`dict`): `prior`, `reconstruction` and `diffusion`, bits/dim.
+        num_images, num_samples (`int`, *optional*): held-out images, and draws of (t, ε) for each.
+        num_timesteps (`int`, *optional*): T; `None` in continuous time.
+        class_conditional (`bool`): whether each image was measured given its class.
+        weights (`"ema"` or `"raw"`, *optional*), ema_decay (`float`, *optional*): which weights.
+        others (`dict`): of other averages by the name of their decay, `(bpd, stderr_bpd)`.
+    """
+
+    bpd: float | None
+    stderr_bpd: float | None
+    terms_bpd: dict[str, float] = field(default_factory=dict)
+    num_images: int | None = None
+    num_samples: int | None = None
+    num_timesteps: int | None = None
+    class_conditional: bool = False
+    weights: str | None = None
+    ema_decay: float | None = None
+    others: dict[str, tuple[float, float | None]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys of the line."""
+        values: dict[str, Any] = {"eval_bpd": self.bpd, "eval_bpd_stderr": self.stderr_bpd}
+        values |= {f"eval_{term}_bpd": value for term, value in self.terms_bpd.items()}
+        names = ("num_images", "num_samples", "num_timesteps", "class_conditional", "weights", "ema_decay")
+        values |= {f"eval_{name}": getattr(self, name) for name in names}
+        for decay, (bpd, stderr_bpd) in self.others.items():
+            values |= {f"eval_bpd_ema_{decay}": bpd, f"eval_bpd_stderr_ema_{decay}": stderr_bpd}
+        return values
+
+    @classmethod
+    def from_json(cls, line: Mapping[str, Any]) -> LineOfEvaluation | None:
+        """Reads what [`LineOfEvaluation.to_json`] made; `None` for a line without a finite number of bits/dim."""
+        bpd, weights = number(line.get("eval_bpd")), line.get("eval_weights")
+        if bpd is None:
+            return None
+        terms = {term: number(line.get(f"eval_{term}_bpd")) for term in _TERMS}
+        prefix = "eval_bpd_ema_"
+        others = {k.removeprefix(prefix): number(v) for k, v in line.items() if k.startswith(prefix)}
+        return cls(
+            bpd,
+            number(line.get("eval_bpd_stderr")),
+            {term: value for term, value in terms.items() if value is not None},
+            count(line.get("eval_num_images")),
+            count(line.get("eval_num_samples")),
+            count(line.get("eval_num_timesteps")),
+            line.get("eval_class_conditional") is True,
+            weights if weights in ("ema", "raw") else None,
+            number(line.get("eval_ema_decay")),
+            {
+                decay: (value, number(line.get(f"eval_bpd_stderr_ema_{decay}")))
+                for decay, value in others.items()
+                if value is not None
+            },
+        )
+
+
+# ---- the file ----------------------------------------------------------------------------------------------------
+
+
 def append_metrics(path: str | os.PathLike, metrics: dict[str, Any]) -> None:
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(metrics) + "\n")
@@ -58,6 +132,11 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
         except ValueError:
             logger.warning(f"{path}: a line that is no JSON is left out: {line[:40]!r}")
     return metrics
+
+
+def read_steps(folder: str | os.PathLike) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl in the folder of a run that name their step."""
+    return [line for line in read_metrics(Path(folder) / NAME) if count(mapping(line).get("step"))]
 
 
 def truncate_metrics(path: str | os.PathLike, step: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import time
 from contextlib import contextmanager
@@ -19,11 +18,14 @@ from ..data.images import labels_fingerprint
 from ..evaluation.monte_carlo import evaluate_bound
 from ..objectives import SimpleObjective, VariationalBound
 from ..randomness import key_to_seed
+from ..repository import read_json
 from ..threads import in_order
 from ..times import ImportanceTimes
 from . import checkpoints
 from .averages import WeightAverages
 from .batches import keyed_batch
+from .description import NAME as OPTIONS
+from .description import DataDescription, HeldOutDescription, RunDescription
 from .finite_steps import FiniteSteps
 from .metrics import LossMeter
 from .sharding import gathered, sharded_like, whole
@@ -55,7 +57,7 @@ class Plan:
     flops_per_image: float
     flops_per_second: float
     histogram_bpd: float | None
-    held_out: dict
+    held_out: HeldOutDescription
 
 
 class Run:
@@ -110,35 +112,33 @@ class Run:
         self.next_inputs: list[tuple[int, dict]] = []  # the micro-batches of the next step
         self.plan: Plan | None = None  # of the main process alone
 
-    def description(self) -> dict:
+    def description(self) -> RunDescription:
         """What a run is: its options, its data, and what it ran on."""
         import accelerate
         import diffusers
 
         import diffusers_vdm
 
-        device = self.accelerator.device
-        modules = (torch, diffusers, accelerate, diffusers_vdm)
-        return {
-            "options": {k: v for k, v in vars(self.args).items() if k != "given"} | {"hub_token": None},
-            "given": self.args.given,
-            "total_steps": self.total,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "machine": checkpoints.machine_of(device),
-            "held_out": self.plan.held_out if self.plan else {},
-            "histogram_bpd": self.plan.histogram_bpd if self.plan else None,
-            "data": {"name": self.data.name, "images": self.num_images, "fingerprint": self.data.fingerprint},
-            "columns": {"image": self.data.image_column, "label": self.data.label_column},
-            "class_names": self.data.class_names if self.args.class_conditional else None,
-            "labels": labels_fingerprint(self.data)
-            if self.args.class_conditional and not self.args.streaming
-            else None,
-            "files": self.data.files,
-            "damaged": list(self.data.damaged),
-            "global_batch_size": self.global_rows,
-            "num_processes": self.accelerator.num_processes,
-            "versions": {module.__name__: module.__version__ for module in modules},
-        }
+        args, data, device = self.args, self.data, self.accelerator.device
+        names = data.class_names if args.class_conditional else None
+        return RunDescription(
+            options={k: v for k, v in vars(args).items() if k != "given"} | {"hub_token": None},
+            given=args.given,
+            total_steps=self.total,
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            machine=checkpoints.machine_of(device),
+            held_out=self.plan.held_out if self.plan else None,
+            histogram_bpd=self.plan.histogram_bpd if self.plan else None,
+            data=DataDescription(data.name, self.num_images, data.fingerprint),
+            columns={"image": data.image_column, "label": data.label_column},
+            class_names=None if names is None else list(names),
+            labels=labels_fingerprint(data) if args.class_conditional and not args.streaming else None,
+            files=data.files,
+            damaged=list(data.damaged),
+            global_batch_size=self.global_rows,
+            num_processes=self.accelerator.num_processes,
+            versions={m.__name__: m.__version__ for m in (torch, diffusers, accelerate, diffusers_vdm)},
+        )
 
     def batches(self):
         """The micro-batches of this process from the next step on, made ahead by threads."""
@@ -273,7 +273,12 @@ class Run:
         if tensors is None:
             return
         rates = checkpoints.rate_state(self.lr_scheduler)
-        state = {"run": self.description(), "lr_scheduler": rates, "sums": self.sums, **self.finite.state_dict()}
+        state = {
+            "run": self.description().to_json(),
+            "lr_scheduler": rates,
+            "sums": self.sums,
+            **self.finite.state_dict(),
+        }
         if self.args.streaming:
             state["stream"] = self.data.state_dict()
         if self.accelerator.scaler is not None:
@@ -289,15 +294,12 @@ class Run:
         if in_output_dir and self.accelerator.is_main_process:  # one process decides which one is the newest
             found = [checkpoints.load_latest(self.out)]
         folder = Path(name) if not in_output_dir else broadcast_object_list([found[0] and str(found[0][0])])[0]
-        options = self.out / "options.json"
+        now = self.description().to_json()
         if folder is None:
-            if options.is_file():
-                checkpoints.check_same_run(
-                    json.loads(options.read_text(encoding="utf-8")), self.description(), allowed
-                )
+            if (self.out / OPTIONS).is_file():
+                checkpoints.check_same_run(read_json(self.out / OPTIONS, OPTIONS), now, allowed)
             return self.accelerator.print(f"there is no checkpoint in {self.out} yet: a new run")
         tensors, state = found[0][1:] if found[0] else checkpoints.load_checkpoint(folder)
-        now = self.description()
         notices = (
             checkpoints.check_same_run(state["run"], now, allowed),
             checkpoints.rounding_changes(state["run"], now),

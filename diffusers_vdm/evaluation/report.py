@@ -1,0 +1,218 @@
+"""`report.json`: what an evaluation measured, and everything that the number must be quoted with.
+
+This module is the only one that knows the keys of the file. Files of earlier versions, without `"version"`, are read,
+too: they name their images by one text, `data.name`, and lack `data.dataset` and `data.split`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from ..files import write_atomically
+from ..json_values import count, items, mapping, number, text
+from ..repository import read_json
+
+NAME = "report.json"
+VERSION = 1
+Method = Literal["mc", "vlb", "ode"]
+TERMS = ("diffusion", "reconstruction", "prior")
+# of what `stderr_bpd` is the standard error
+OF_THE_DRAWS = "the Monte-Carlo estimate for these images"
+OF_THE_POPULATION = "the mean over the population of images"
+
+
+@dataclass(frozen=True)
+class MeasuredData:
+    """The images of a report.
+
+    Attributes:
+        name (`str`, *optional*): data set and split in one text, for people.
+        dataset, split (`str`, *optional*): repository or folder, and the split with its slice.
+        is_folder (`bool`): whether `dataset` was named as a folder of image files.
+        fingerprint (`str`, *optional*): hash of all pixels.
+        shape (`list[int]`): `(N, C, H, W)`.
+        files, image_column, label_column (`str`, *optional*): which files and columns were read.
+        resolution (`int`, *optional*), center_crop (`bool`), image_mode, frames (`str`, *optional*): how images were
+            prepared.
+        allow_shared (`bool`): whether images that are also in other splits were accepted.
+    """
+
+    name: str | None = None
+    dataset: str | None = None
+    split: str | None = None
+    is_folder: bool = False
+    shape: list[int] = field(default_factory=list)
+    fingerprint: str | None = None
+    files: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    resolution: int | None = None
+    center_crop: bool = False
+    image_mode: str | None = None
+    frames: str | None = None
+    allow_shared: bool = False
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> MeasuredData:
+        """Reads what [`Report.to_json`] wrote; a value of another type counts as missing."""
+        texts = ("name", "dataset", "split", "fingerprint", "files", "image_column", "label_column", "image_mode",
+                 "frames")  # fmt: skip
+        return cls(
+            shape=[size for size in items(values.get("shape")) if count(size)],
+            resolution=count(values.get("resolution")),
+            **{name: text(values.get(name)) for name in texts},
+            **{name: values.get(name) is True for name in ("is_folder", "center_crop", "allow_shared")},
+        )
+
+
+@dataclass(frozen=True)
+class BoundAtSteps:
+    """One row of a table of the bound over T, in bits/dim; `num_steps` is `None` in continuous time."""
+
+    num_steps: int | None
+    bpd: float | None
+    stderr_bpd: float | None
+    num_samples: int | None
+    stderr_is_of: str | None = OF_THE_DRAWS
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> BoundAtSteps:
+        """Reads what [`Report.to_json`] wrote; a value of another type counts as missing."""
+        return cls(
+            count(values.get("num_steps")),
+            number(values.get("bpd")),
+            number(values.get("stderr_bpd")),
+            count(values.get("num_samples")),
+            text(values.get("stderr_is_of")) or OF_THE_DRAWS,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """One evaluation. In a report that was read, what was missing, not finite or of another type is `None`.
+
+    Attributes:
+        model (`str`, *optional*): the folder or repository that was measured.
+        method (`"mc"`, `"vlb"` or `"ode"`): draws of (t, ε); every term of T steps; probability-flow ODE.
+        bpd, stderr_bpd (`float`, *optional*), stderr_is_of (`str`, *optional*): the number, its standard error, and
+            the quantity whose standard error that is; bits/dim.
+        terms_bpd (`dict`): `diffusion`, `reconstruction` and `prior` in bits/dim, where the method has them.
+        num_images, num_samples, num_steps (`int`, *optional*): images, draws (or solves) of each, and T; `num_steps`
+            is `None` in continuous time and for the ODE.
+        num_levels (`int`, *optional*), prediction_type, scheduler (`str`, *optional*): what the model is.
+        convention (`str`, *optional*), clip_sample (`bool`): the map from levels to x with its decoder, and whether
+            x̂ was clipped.
+        weights (`str`, *optional*), weights_fingerprint, gammas_fingerprint (`str`, *optional*): which weights, and
+            hashes of the weights and of γ(t).
+        class_conditional (`bool`): whether each image was measured given its class.
+        dtype (`str`, *optional*), seed (`int`, *optional*): arithmetic and randomness.
+        data ([`MeasuredData`]): the images.
+        versions (`dict`), num_processes (`int`, *optional*), seconds (`float`, *optional*): what it ran on.
+        table (`list[BoundAtSteps]`): the bound over T.
+        details (`dict`): what else the method says, under its own names.
+        per_image_bpd (`list[float]`): bits/dim of each image.
+    """
+
+    model: str | None = None
+    method: Method
+    bpd: float | None
+    stderr_bpd: float | None = None
+    stderr_is_of: str | None = None
+    terms_bpd: dict[str, float] = field(default_factory=dict)
+    num_images: int | None = None
+    num_samples: int | None = None
+    num_steps: int | None = None
+    num_levels: int | None = None
+    prediction_type: str | None = None
+    scheduler: str | None = None
+    convention: str | None = None
+    clip_sample: bool = False
+    weights: str | None = None
+    weights_fingerprint: str | None
+    gammas_fingerprint: str | None = None
+    class_conditional: bool = False
+    dtype: str | None = None
+    seed: int | None = None
+    data: MeasuredData = field(default_factory=MeasuredData)
+    versions: dict[str, str] = field(default_factory=dict)
+    num_processes: int | None = None
+    seconds: float | None = None
+    table: list[BoundAtSteps] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+    per_image_bpd: list[float] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of the file: a flat object, with the terms and the details among its keys; NaN becomes null."""
+        values: dict[str, Any] = {"version": VERSION}
+        for name, value in asdict(self).items():
+            if name == "terms_bpd":
+                values |= {f"{term}_bpd": value[term] for term in TERMS if term in value}
+            elif name == "details":
+                values |= self.details
+            else:
+                values[name] = value
+        return _without_nan(values)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], name: str = NAME) -> Report:
+        """Reads what [`Report.to_json`] made, here or in an earlier version.
+
+        Args:
+            values (`dict`): content of the file.
+            name (`str`, *optional*): what the error calls it.
+
+        Raises: `ValueError` for what is no report.
+        """
+        if values.get("method") not in get_args(Method) or "bpd" not in values or "weights_fingerprint" not in values:
+            raise ValueError(
+                f"report must be what examples/evaluate.py writes, with a method of {get_args(Method)}, bpd and "
+                f"weights_fingerprint; {name} holds {sorted(values)[:8]}."
+            )
+        terms = {term: number(values.get(f"{term}_bpd")) for term in TERMS}
+        seed = values.get("seed")
+        return cls(
+            method=values["method"],
+            terms_bpd={term: value for term, value in terms.items() if value is not None},
+            clip_sample=values.get("clip_sample") is True,
+            class_conditional=values.get("class_conditional") is True,
+            seed=seed if isinstance(seed, int) and not isinstance(seed, bool) else None,
+            data=MeasuredData.from_json(mapping(values.get("data"))),
+            versions={k: v for k, v in mapping(values.get("versions")).items() if text(v)},
+            table=[BoundAtSteps.from_json(mapping(row)) for row in items(values.get("table"))],
+            details={k: v for k, v in values.items() if k not in _KEYS},
+            per_image_bpd=[bpd for bpd in items(values.get("per_image_bpd")) if number(bpd) is not None],
+            **{name: number(values.get(name)) for name in _NUMBERS},
+            **{name: count(values.get(name)) for name in _COUNTS},
+            **{name: text(values.get(name)) for name in _TEXTS},
+        )
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the file, whole or not at all."""
+        write_atomically(path, json.dumps(self.to_json(), indent=1))
+
+
+_NUMBERS = ("bpd", "stderr_bpd", "seconds")
+_COUNTS = ("num_images", "num_samples", "num_steps", "num_levels", "num_processes")
+_TEXTS = ("model", "stderr_is_of", "prediction_type", "scheduler", "convention", "weights", "weights_fingerprint",
+          "gammas_fingerprint", "dtype")  # fmt: skip
+_KEYS = {f.name for f in fields(Report)} | {f"{term}_bpd" for term in TERMS} | {"version"}
+
+
+def read_report(path: str | os.PathLike) -> Report:
+    """The report in a file; `ValueError` for anything else, `OSError` for a file that cannot be read."""
+    path = Path(path)
+    return Report.from_json(read_json(path, f"the report {path.name}"), path.name)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,32 @@
+"""Values of JSON files that anybody may have written: of the type that is expected, or `None`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def number(value: object) -> float | None:
+    """A finite number, else `None`."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and math.isfinite(value) else None
+
+
+def count(value: object) -> int | None:
+    """A positive integer, else `None`."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def text(value: object) -> str | None:
+    """A string that is not empty, else `None`."""
+    return value if isinstance(value, str) and value else None
+
+
+def mapping(value: object) -> dict[str, Any]:
+    """A dictionary; an empty one in the place of anything else."""
+    return value if isinstance(value, dict) else {}
+
+
+def items(value: object) -> list[Any]:
+    """A list; an empty one in the place of anything else."""
+    return value if isinstance(value, list) else []

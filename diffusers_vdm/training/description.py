@@ -1,0 +1,132 @@
+"""`options.json`: what a run is, which is its options, its data and what it ran on. Checkpoints hold the same.
+
+This module is the only one that writes and reads the keys of the file. Files of earlier versions lack some of them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..files import write_atomically
+from ..json_values import count, items, mapping, number, text
+from ..repository import read_json
+
+NAME = "options.json"
+
+
+@dataclass(frozen=True)
+class DataDescription:
+    """Training images: their name, how many there are if it is known, and a hash of them."""
+
+    name: str | None = None
+    images: int | None = None
+    fingerprint: str | None = None
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> DataDescription:
+        """Reads what [`RunDescription.to_json`] wrote; a value of another type counts as missing."""
+        return cls(text(values.get("name")), count(values.get("images")), text(values.get("fingerprint")))
+
+
+@dataclass(frozen=True)
+class HeldOutDescription(DataDescription):
+    """Held-out images, and how many of them are training images, too; `None` where they were not compared."""
+
+    shared_with_training: int | None = None
+    files: str | None = None
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> HeldOutDescription:
+        """Reads what [`RunDescription.to_json`] wrote; a value of another type counts as missing."""
+        return cls(
+            text(values.get("name")),
+            count(values.get("images")),
+            text(values.get("fingerprint")),
+            0 if values.get("shared_with_training") == 0 else count(values.get("shared_with_training")),
+            text(values.get("files")),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunDescription:
+    """What a run is. In a description that was read, what was missing or of another type is `None` or empty.
+
+    Attributes:
+        options (`dict`): every option of the command line by its name.
+        given (`list[str]`, *optional*): names of the options that were given.
+        total_steps (`int`, *optional*): optimizer steps that the run has to do.
+        device (`str`, *optional*), machine (`dict`): what it ran on; see [`checkpoints.machine_of`].
+        held_out ([`HeldOutDescription`], *optional*): the held-out images, of the main process alone.
+        histogram_bpd (`float`, *optional*): bits/dim of the histogram of each training pixel, on the held-out images.
+        data ([`DataDescription`]): the training images.
+        columns (`dict`): names of the columns of images and of classes.
+        class_names (`list[str]`, *optional*), labels (`str`, *optional*): names of the classes, and a hash of the
+            class of each image, of a class-conditional run.
+        files (`str`, *optional*), damaged (`list[str]`): which files are used, and those left out as damaged.
+        global_batch_size, num_processes (`int`, *optional*): images of a step over all processes, and processes.
+        versions (`dict`): of the packages.
+    """
+
+    options: dict[str, Any] = field(default_factory=dict)
+    given: list[str] | None = None
+    total_steps: int | None = None
+    device: str | None = None
+    machine: dict[str, Any] = field(default_factory=dict)
+    held_out: HeldOutDescription | None = None
+    histogram_bpd: float | None = None
+    data: DataDescription = field(default_factory=DataDescription)
+    columns: dict[str, Any] = field(default_factory=dict)
+    class_names: list[str] | None = None
+    labels: str | None = None
+    files: str | None = None
+    damaged: list[str] = field(default_factory=list)
+    global_batch_size: int | None = None
+    num_processes: int | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def num_steps(self) -> int | None:
+        """The steps of the whole run as train.py works them out, also for files that do not say `total_steps`."""
+        total = self.total_steps or count(self.options.get("max_train_steps"))
+        epochs, images, batch = count(self.options.get("num_epochs")), self.data.images, self.global_batch_size
+        return total or (math.ceil(epochs * images / batch) if epochs and images and batch else None)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of the file."""
+        values = asdict(self)
+        return values | {"held_out": values["held_out"] or {}}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> RunDescription:
+        """Reads what [`RunDescription.to_json`] made, here or in an earlier version; never raises."""
+        given, names, held_out = values.get("given"), values.get("class_names"), mapping(values.get("held_out"))
+        return cls(
+            options=mapping(values.get("options")),
+            given=[name for name in given if text(name)] if isinstance(given, list) else None,
+            machine=mapping(values.get("machine")),
+            held_out=HeldOutDescription.from_json(held_out) if held_out else None,
+            histogram_bpd=number(values.get("histogram_bpd")),
+            data=DataDescription.from_json(mapping(values.get("data"))),
+            columns=mapping(values.get("columns")),
+            class_names=[str(name) for name in names] if isinstance(names, list) else None,
+            damaged=[name for name in items(values.get("damaged")) if text(name)],
+            versions={k: v for k, v in mapping(values.get("versions")).items() if text(v)},
+            **{name: count(values.get(name)) for name in ("total_steps", "global_batch_size", "num_processes")},
+            **{name: text(values.get(name)) for name in ("device", "labels", "files")},
+        )
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes the file into the folder of the run, whole or not at all."""
+        write_atomically(Path(folder) / NAME, json.dumps(self.to_json(), indent=2))
+
+
+def read_description(folder: str | os.PathLike) -> RunDescription | None:
+    """The description in the folder of a run, `None` if it has none; `ValueError` for a file that is not JSON."""
+    path = Path(folder) / NAME
+    return RunDescription.from_json(read_json(path, NAME)) if path.is_file() else None
