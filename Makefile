@@ -1,19 +1,19 @@
-# `make demo` trains and samples a small model in a fresh environment; it needs nothing but `make` and Python 3.10 or newer.
-# `make help` lists the rest. Every variable can be set on the command line: `make demo PYTHON=python3.12 THREADS=4`.
+# `make demo` trains and samples a small model in a new environment; it only needs `make` and Python 3.10 or newer.
+# `make help` lists all targets. Variables can be set on the command line: `make demo PYTHON=python3.12 THREADS=4`.
 
 PYTHON  ?= python3
 VENV    ?= .venv
 # `accelerate launch` sets OMP_NUM_THREADS to 1 unless it is set.
 THREADS ?= $(or $(OMP_NUM_THREADS),$(shell getconf _NPROCESSORS_ONLN))
 
-# The demo. No `--cpu`: with these flags Accelerate takes the GPU where there is one and asks for no configuration file.
+# The demo. No `--cpu`: with these flags Accelerate uses a GPU if there is one and needs no configuration file.
 DEMO_DIR     ?= runs/digits
 TRAIN_FLAGS  ?= --output_dir $(DEMO_DIR) --overwrite_output_dir
 SAMPLE_FLAGS ?= --model $(DEMO_DIR) --num_images 100 --seed 1 --output $(DEMO_DIR)/more_samples.png
 LAUNCH_FLAGS ?= --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
                 --num_cpu_threads_per_process $(THREADS)
 
-# Flags for pytest: `make test PYTEST_FLAGS="-n 2 -k hub"`. Two tests at a time, a thread each: many start processes and wait.
+# Flags for pytest: `make test PYTEST_FLAGS="-n 2 -k hub"`. By default two tests run at a time, with one thread each.
 PYTEST_FLAGS ?= -n 2 --dist worksteal
 test test-slow test-all test-oldest: export OMP_NUM_THREADS = 1
 
@@ -22,7 +22,7 @@ CONSTRAINTS ?= $(shell $(PYTHON) -c "import sys; print('constraints.txt' if sys.
 OLDEST      := $(VENV)-oldest
 BIN         := $(VENV)/bin
 
-.PHONY: help demo test test-slow test-all test-oldest lint style docs wheel clean
+.PHONY: help demo test test-slow test-all test-oldest lint style types docs wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## print this list
@@ -32,7 +32,7 @@ demo: $(VENV)/.installed-train  ## train on the bundled digits, then sample
 	$(BIN)/python -m accelerate.commands.launch $(LAUNCH_FLAGS) examples/train.py $(TRAIN_FLAGS)
 	$(BIN)/python examples/sample.py $(SAMPLE_FLAGS)
 
-test: $(VENV)/.installed-test  ## run the default test suite: every test but those marked slow
+test: $(VENV)/.installed-test  ## run the default test suite: every test except those marked slow
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 test-slow: $(VENV)/.installed-test  ## run only the tests marked slow: they train, or start many processes
@@ -52,20 +52,23 @@ style: $(VENV)/.installed-test  ## repair what ruff can repair
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+types: $(VENV)/.installed-types  ## check the types of the package with pyright
+	$(BIN)/basedpyright
+
 # The variable turns off an advertisement of mkdocs-material.
 docs: $(VENV)/.installed-docs  ## build the documentation into build/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 wheel:  ## build dist/diffusers_vdm-VERSION-py3-none-any.whl
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	rm -rf build/lib build/bdist.*  # else modules that were removed would go into the wheel
+	rm -rf build/lib build/bdist.*  # otherwise removed modules would end up in the wheel
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
 
-clean:  ## remove caches and build products; environments and runs/ stay
+clean:  ## remove caches and build products, but not environments and runs/
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +
 
-# One stamp for each set of extras: a second call installs nothing. The `test` extra holds all of `train`.
+# One stamp per set of extras, so that a second call installs nothing. The extra `test` includes `train`.
 $(VENV)/.installed-train: setup.cfg pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -e ".[train]" -c $(CONSTRAINTS)
@@ -75,6 +78,11 @@ $(VENV)/.installed-test: setup.cfg pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -e ".[test]" -c $(CONSTRAINTS)
 	touch $(VENV)/.installed-train $@
+
+$(VENV)/.installed-types: setup.cfg pyproject.toml $(CONSTRAINTS)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -e ".[test,types]" -c $(CONSTRAINTS)
+	touch $(VENV)/.installed-train $(VENV)/.installed-test $@
 
 $(VENV)/.installed-docs: setup.cfg pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)

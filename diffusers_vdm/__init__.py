@@ -4,8 +4,29 @@ Names are imported on first use, so `import diffusers_vdm` imports neither torch
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from .components import MODULE_OF as _COMPONENTS
+
+if TYPE_CHECKING:  # what `__getattr__` imports on first use
+    from .diffusers_schedulers import noise_schedule_of
+    from .evaluation.all_terms import best_timesteps, evaluate_bpd, evaluate_vlb
+    from .evaluation.monte_carlo import evaluate_bound, evaluate_mc
+    from .evaluation.ode_density import evaluate_ode
+    from .noise_schedules import (
+        BetaGamma,
+        FixedLinearGamma,
+        LearnedLinearGamma,
+        LinearBetaGamma,
+        MonotoneGammaNetwork,
+        NoiseSchedule,
+        TableGamma,
+    )
+    from .objectives import SimpleObjective, VariationalBound
+    from .pipeline import VDMPipeline
+    from .registration import register
+    from .schedulers import LinearBetaScheduler, VDMScheduler
+    from .unet import UNET_PRESETS, VDMUNet2DModel
 
 __version__ = "0.1.0"
 
@@ -15,10 +36,12 @@ _MODULE_OF = {
     "UNET_PRESETS": "unet",
     "VariationalBound": "objectives",
     "SimpleObjective": "objectives",
-    "evaluate_bound": "evaluation.monte_carlo",
-    "evaluate_bpd": "evaluation.all_terms",
-    "best_timesteps": "evaluation.all_terms",
+    "evaluate_mc": "evaluation.monte_carlo",
+    "evaluate_vlb": "evaluation.all_terms",
     "evaluate_ode": "evaluation.ode_density",
+    "evaluate_bound": "evaluation.monte_carlo",  # earlier name of evaluate_mc
+    "evaluate_bpd": "evaluation.all_terms",  # earlier name of evaluate_vlb
+    "best_timesteps": "evaluation.all_terms",
     "noise_schedule_of": "diffusers_schedulers",
     "VDMPipeline": "pipeline",
     "register": "registration",
@@ -27,7 +50,7 @@ _MODULE_OF = {
 __all__ = ["__version__", *_MODULE_OF]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)

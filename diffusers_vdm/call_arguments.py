@@ -1,7 +1,7 @@
-"""One rule for each argument of a call that draws images: what it may be, checked before any work is done.
+"""Checks of the arguments of a sampling call, made before any work is done.
 
-A value that breaks its rule is a `ValueError`, an object of the wrong kind a `TypeError`. Integers are those of Python
-and NumPy, and never booleans, text or floats, also where those would be whole numbers.
+An invalid value raises `ValueError`, and an object of the wrong kind `TypeError`. Integers may be of Python, NumPy or
+PyTorch; booleans, strings and floats are rejected even if they equal an integer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 
 def is_integer(value: Any) -> bool:
-    """Whether it is an integer of Python, NumPy or PyTorch (a tensor with one), and no boolean."""
+    """Whether `value` is an integer of Python, NumPy or PyTorch (a zero-dimensional tensor), and not a boolean."""
     if torch.is_tensor(value) or isinstance(value, np.ndarray):
         return value.ndim == 0 and _are_integers(value)
     return isinstance(value, Integral) and not isinstance(value, bool | np.bool_)
@@ -31,7 +31,7 @@ def positive_integer(name: str, value: Any) -> int:
 
 
 def one_of(name: str, value: Any, allowed: Collection[str]) -> str:
-    """`value`; `ValueError` unless it is one of the words `allowed`."""
+    """`value`; `ValueError` unless it is one of the strings `allowed`."""
     if not isinstance(value, str) or value not in allowed:
         words = " or ".join([", ".join(map(repr, [*allowed][:-1])), repr([*allowed][-1])])
         raise ValueError(f"{name} must be {words}, got {reprlib.repr(value)}.")
@@ -46,10 +46,11 @@ def boolean(name: str, value: Any) -> bool:
 
 
 def decreasing_numbers(name: str, values: Any) -> list[float]:
-    """`values` as floats; `ValueError` unless it is a list of at least one number, each below the one before."""
+    """`values` as floats; `ValueError` unless it is a strictly decreasing list of at least one number."""
     listed = _listed(values)
-    is_list = listed is not None and all(isinstance(v, Real) and not isinstance(v, bool | np.bool_) for v in listed)
-    numbers = [float(value) for value in listed] if is_list else []
+    numbers = []
+    if listed is not None and all(isinstance(v, Real) and not isinstance(v, bool | np.bool_) for v in listed):
+        numbers = [float(value) for value in listed]
     falling = all(b < a for a, b in zip(numbers, numbers[1:], strict=False))
     if not numbers or not falling or any(math.isnan(number) for number in numbers):
         raise ValueError(f"{name} must be a decreasing list of at least one value, got {reprlib.repr(values)}.")
@@ -57,10 +58,10 @@ def decreasing_numbers(name: str, values: Any) -> list[float]:
 
 
 def generators(value: Any, count: int, device: torch.device) -> torch.Generator | list[torch.Generator] | None:
-    """`value` with a tuple as a list.
+    """`value`, with a tuple converted to a list.
 
-    Raises: `TypeError` unless it is `None`, a `torch.Generator`, or a list or tuple of these; `ValueError` unless such
-        a list has `count` of them, and for generators of a device that cannot draw for `device`.
+    Raises: `TypeError` unless it is `None`, a `torch.Generator`, or a list or tuple of generators; `ValueError` unless
+        a list has `count` of them, and for generators on a device that cannot be used for `device`.
     """
     if value is None:
         return None
@@ -70,10 +71,10 @@ def generators(value: Any, count: int, device: torch.device) -> torch.Generator 
     if wrong is not None or None in each:
         raise TypeError(
             f"generator must be a torch.Generator or a list of one for each of the {count} images, got "
-            f"{'a list with ' if many else ''}{reprlib.repr(wrong)}; make one by torch.Generator().manual_seed(0)."
+            f"{'a list with ' if many else ''}{reprlib.repr(wrong)}; create one with torch.Generator().manual_seed(0)."
         )
     if many and len(each) != count:
-        raise ValueError(f"generator must be one, or a list of batch_size={count}, got {len(each)}.")
+        raise ValueError(f"generator must be one generator or a list of batch_size={count}, got {len(each)}.")
     for one in each:
         if one.device.type not in ("cpu", device.type):
             raise ValueError(f"generator must be on the CPU or on {device.type}, got one on {one.device.type}.")
@@ -81,16 +82,16 @@ def generators(value: Any, count: int, device: torch.device) -> torch.Generator 
 
 
 def labels(value: Any) -> torch.Tensor:
-    """Class labels as a tensor of integers on the CPU, of shape `()` for one and `(n,)` for a list of them.
+    """Class labels as an integer tensor on the CPU, of shape `()` for one label and `(n,)` for a list of labels.
 
-    Raises: `ValueError` unless it is an integer, or a list, tuple, array or tensor of at least one.
+    Raises: `ValueError` unless `value` is an integer, or a list, tuple, array or tensor of at least one.
     """
     listed = _listed(value)
     if is_integer(value):
         return torch.tensor(int(value))
     if not listed or not all(map(is_integer, listed)) or (hasattr(value, "ndim") and value.ndim != 1):
         raise ValueError(
-            f"class_labels must be an integer or a list of integers, indices of classes, got {reprlib.repr(value)}."
+            f"class_labels must be a class index or a list of class indices (integers), got {reprlib.repr(value)}."
         )
     return torch.tensor([int(label) for label in listed])
 
@@ -106,7 +107,7 @@ def latents(value: Any, shape: tuple[int, ...]) -> torch.Tensor:
     if tuple(value.shape) != shape:
         raise ValueError(f"latents must have shape {shape}, got {tuple(value.shape)}.")
     if not bool(value.isfinite().all()):
-        raise ValueError("latents must be finite, got NaN or infinity among them.")
+        raise ValueError("latents must be finite, got NaN or infinity.")
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
@@ -127,10 +128,10 @@ def _are_integers(value: torch.Tensor | np.ndarray) -> bool:
 
 
 def _listed(value: Any) -> list[Any] | None:
-    """The elements of a list, tuple, range, array or tensor; `None` for what is none of these."""
+    """The elements of a list, tuple, range, array or tensor; `None` for other objects."""
     if torch.is_tensor(value) or isinstance(value, np.ndarray):
         return value.tolist() if value.ndim == 1 else None
     is_sequence = isinstance(value, Iterable) and hasattr(value, "__getitem__")
     if not is_sequence or isinstance(value, str | bytes | dict):
         return None
-    return [each.item() if getattr(each, "ndim", 1) == 0 else each for each in value]  # tensors with one number
+    return [each.item() if getattr(each, "ndim", 1) == 0 else each for each in value]  # zero-dimensional tensors

@@ -1,14 +1,15 @@
-"""Output of the commands on terminals and in files that cannot hold every character."""
+"""Console output for terminals and files whose encoding lacks some characters."""
 
 from __future__ import annotations
 
 import codecs
+import io
 import re
 import sys
 import unicodedata
 
 _HANDLER = "diffusers_vdm.transliterate"
-# what the commands print and ASCII lacks, beside Greek, which has names, and letters with accents, which lose them
+# non-ASCII symbols in the commands' output; Greek letters are spelled out and accents are dropped by rule
 _NAMES = {
     "ε": "eps", "∞": "inf", "±": "+/-", "×": "x", "·": "*", "−": "-", "–": "-", "—": "-", "→": "->", "←": "<-",
     "≤": "<=", "≥": ">=", "≠": "!=", "≈": "~", "∝": "~", "√": "sqrt", "∫": "integral", "∂": "d", "∈": "in", "‖": "||",
@@ -18,13 +19,13 @@ _NAMES = {
 
 
 def tolerate_any_encoding() -> None:
-    """Prints what standard output and standard error cannot encode in ASCII, as `γ ± ε` by `gamma +/- eps`.
+    """Makes stdout and stderr print characters that they cannot encode in ASCII, such as `γ ± ε` as `gamma +/- eps`.
 
-    A command calls it first. Where the encoding is UTF-8 nothing is lost.
+    Every command calls it first. With UTF-8 the output is unchanged.
     """
     codecs.register_error(_HANDLER, _transliterate)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not where somebody else has put an object of another kind there
+        if isinstance(stream, io.TextIOWrapper):  # a replaced stream may be of another kind
             stream.reconfigure(errors=_HANDLER)
 
 

@@ -1,12 +1,12 @@
-"""What a network says of a noisy image: x̂ and ε̂, and the variance of a step where it predicts one.
+"""The prediction of a network for a noisy image: x̂, ε̂ and, if the network predicts it, the variance of a step.
 
-This is the one place that calls a network. Its rule for channels, for images of C channels:
+Only this module calls a network. The output channels for images of C channels:
 
-* C channels are the prediction, in the terms of `prediction_type`.
-* 2C channels are the prediction, and then values that give the variance of p(z_s | z_t) [Nichol & Dhariwal 2021].
-* Where that variance matters, in an ancestral step and in the bound by all terms, `variance_type` must say what the
-  values mean, and must not name values that are not there. Everything else (training, the bound by Monte Carlo, the
-  ODE, deterministic steps) uses the prediction alone and ignores them.
+* C channels are the prediction, as given by `prediction_type`.
+* 2C channels are the prediction, followed by values for the variance of p(z_s | z_t) [Nichol & Dhariwal 2021].
+* The variance matters in an ancestral step and in the bound by all terms. There, `variance_type` must be a learned one
+  if and only if the network returns variance values. Everything else (training, the bound by Monte Carlo, the ODE,
+  deterministic steps) uses only the prediction and ignores them.
 
 Papers: Nichol & Dhariwal 2021, "Improved DDPM" (arXiv 2102.09672).
 """
@@ -26,23 +26,23 @@ VarianceType = Literal["fixed_small", "learned", "learned_range"]
 
 
 def working_dtype(unet: nn.Module) -> torch.dtype:
-    """The type of data and latents beside a network: its own, but at least float32. In bfloat16 they would differ."""
+    """The dtype of data and latents: that of the network, but at least float32, because bfloat16 would round them."""
     return torch.promote_types(getattr(unet, "dtype", torch.float32), torch.float32)
 
 
 def call_network(
     unet: nn.Module, z_t: torch.Tensor, timesteps: torch.Tensor, **conditions: torch.Tensor | None
 ) -> torch.Tensor:
-    """The raw output of a network, all of its channels, in the type of `z_t`.
+    """The raw output of a network, with all channels, in the dtype of `z_t`.
 
-    A network that sets `keeps_float32_inputs`, as [`VDMUNet2DModel`] does, gets `z_t` as it is. Others, those of
-    diffusers among them, get it in their own type, because they do not cast their input.
+    A network that sets `keeps_float32_inputs`, such as [`VDMUNet2DModel`], gets `z_t` unchanged. For other networks,
+    such as those of diffusers, `z_t` is cast to the dtype of the network, because they do not cast their input.
 
     Args:
         unet (`nn.Module`): called as `unet(z_t, timesteps, return_dict=False, …)[0]`.
         z_t (`torch.Tensor` of shape `(B, C, ...)`): latents.
-        timesteps (`torch.Tensor` of shape `()` or `(B,)`): of `NoiseSchedule.timestep` or of a scheduler.
-        conditions: what else the network takes, `class_labels` for example; those that are `None` are left out.
+        timesteps (`torch.Tensor` of shape `()` or `(B,)`): from `NoiseSchedule.timestep` or a scheduler.
+        conditions: other arguments of the network, such as `class_labels`; those that are `None` are left out.
     """
     given = {name: value for name, value in conditions.items() if value is not None}
     keeps = getattr(unet, "keeps_float32_inputs", False)
@@ -51,7 +51,7 @@ def call_network(
 
 
 def split_output(output: torch.Tensor, z_t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The prediction, and the values of the variance or `None`: each of the shape of `z_t`.
+    """The prediction, and the variance values or `None`, each of the shape of `z_t`.
 
     Raises: `ValueError` unless `output` has the shape of `z_t`, or that shape with twice the channels.
     """
@@ -62,17 +62,17 @@ def split_output(output: torch.Tensor, z_t: torch.Tensor) -> tuple[torch.Tensor,
         return output[:, :channels], output[:, channels:]
     raise ValueError(
         f"the network returned an output (model_output) of shape {tuple(output.shape)} for latents (sample) of "
-        f"{tuple(z_t.shape)}: it must have their shape, or twice their channels where it also predicts variances."
+        f"{tuple(z_t.shape)}: it must have their shape, or twice their channels if it also predicts variances."
     )
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a network says of z_t; x̂ and ε̂ are worked out when they are asked for.
+    """The output of a network for z_t; x̂ and ε̂ are computed on demand.
 
     Attributes:
-        output (`torch.Tensor` of shape `(B, C, ...)`): the prediction, in the terms of `prediction_type`.
-        variance_values (`torch.Tensor` of shape `(B, C, ...)` or `None`): the other half of 2C channels, see
+        output (`torch.Tensor` of shape `(B, C, ...)`): the prediction, as given by `prediction_type`.
+        variance_values (`torch.Tensor` of shape `(B, C, ...)` or `None`): the second half of 2C channels, see
             [`predicted_log_variance`].
         z_t (`torch.Tensor` of shape `(B, C, ...)`): the latents.
         gamma_t (`torch.Tensor` of shape `()` or `(B,)`): their noise level.
@@ -89,24 +89,24 @@ class Prediction:
     def from_output(
         cls, output: torch.Tensor, z_t: torch.Tensor, gamma_t: torch.Tensor, prediction_type: PredictionType
     ) -> Prediction:
-        """Of a raw output with C or 2C channels; `ValueError` for other shapes."""
+        """From a raw output with C or 2C channels; raises `ValueError` for other shapes."""
         diffusion.check_prediction_type(prediction_type)
         prediction, values = split_output(output.to(z_t.dtype), z_t)
         return cls(prediction, values, z_t, gamma_t, prediction_type)
 
     @property
     def x_hat(self) -> torch.Tensor:
-        """The data that the network expects; shape of `z_t`."""
+        """The predicted data; shape of `z_t`."""
         return self.x_and_eps()[0]
 
     @property
     def eps_hat(self) -> torch.Tensor:
-        """The noise that the network expects; shape of `z_t`."""
-        # never by way of x̂, which would cost digits where there is little noise
+        """The predicted noise; shape of `z_t`."""
+        # not computed through x̂, which would lose digits at low noise
         return self.output if self.prediction_type == "epsilon" else self.x_and_eps()[1]
 
     def x_and_eps(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """`(x_hat, eps_hat)` at once, where both are needed."""
+        """`(x_hat, eps_hat)`, computed together."""
         return diffusion.predicted_x_and_eps(self.output, self.z_t, self.gamma_t, self.prediction_type)
 
 
@@ -120,7 +120,7 @@ def predict(
 ) -> Prediction:
     """One call of a network; arguments as in [`call_network`] and [`Prediction`].
 
-    Raises: `ValueError` for another `prediction_type`, and an output whose shape does not fit.
+    Raises: `ValueError` for another `prediction_type`, and for an output of the wrong shape.
     """
     output = call_network(unet, z_t, timesteps, **conditions)
     return Prediction.from_output(output, z_t, gamma_t, prediction_type)
@@ -141,35 +141,38 @@ def check_variance_type(variance_type: str) -> None:
 
 
 def check_variance_values(variance_type: str, values: torch.Tensor | None) -> None:
-    """Raises `ValueError` unless the network predicts variances exactly where `variance_type` is a learned one."""
+    """Raises `ValueError` unless the network predicts variances if and only if `variance_type` is a learned one."""
     if is_learned(variance_type) and values is None:
         raise ValueError(
             f"variance_type={variance_type!r} needs a network with twice the channels of its input, got one that "
-            "predicts no variances; set the scheduler's variance_type='fixed_small'."
+            "predicts no variances; set variance_type='fixed_small' in the scheduler."
         )
     if not is_learned(variance_type) and values is not None:
         raise ValueError(
-            f"variance_type={variance_type!r} needs a network with the channels of its input, got twice as many: the "
-            "output of a network that also predicts variances must be split first, or set the scheduler's "
-            "variance_type='learned_range' (or 'learned') to use them."
+            f"variance_type={variance_type!r} needs a network with the channels of its input, got twice as many; "
+            "remove the predicted variances from the output, or set variance_type='learned_range' (or 'learned') in "
+            "the scheduler to use them."
         )
 
 
 def predicted_log_variance(
-    values: torch.Tensor, variance_type: str, small: torch.Tensor, large: torch.Tensor
+    values: torch.Tensor | None, variance_type: str, small: torch.Tensor, large: torch.Tensor
 ) -> torch.Tensor:
-    """log Var p(z_s | z_t) that a network predicts, as diffusers' DDPMScheduler reads it.
+    """The predicted log Var p(z_s | z_t), interpreted as in diffusers' DDPMScheduler.
 
-    `"learned_range"`: a value from −1 to 1 goes from `small` to `large` [Nichol & Dhariwal 2021, eq. 15].
+    `"learned_range"`: values from −1 to 1 interpolate from `small` to `large` [Nichol & Dhariwal 2021, eq. 15].
     `"learned"`: the values are the variances.
 
     Args:
         values (`torch.Tensor` of shape `(B, C, ...)`): the second half of the network's channels.
-        variance_type (`"learned"` or `"learned_range"`): what they mean.
+        variance_type (`"learned"` or `"learned_range"`): the meaning of `values`.
         small, large (`torch.Tensor` of shape `()`): `posterior_log_variance` and `forward_log_variance` of the step.
 
     Returns: `torch.Tensor` of the shape of `values`.
+    Raises: `ValueError` if the network has no such channels.
     """
+    if values is None:
+        raise ValueError(f"values must be predicted by the network for variance_type={variance_type!r}, got None.")
     if variance_type == "learned":
         return torch.log(values)
     share = (values + 1) / 2

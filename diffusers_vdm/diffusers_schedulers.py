@@ -1,6 +1,6 @@
-"""Between γ and diffusers' own schedulers: the levels that one of them means, and one of them made of our levels.
+"""Convert noise levels between γ and diffusers' schedulers, in both directions.
 
-Their tables are float32, which at γ = −13 costs up to 0.2 in γ; here they are float64 on both ways.
+The tables in diffusers are float32, which costs up to 0.2 in γ at γ = −13; here they are float64.
 """
 
 from __future__ import annotations
@@ -22,45 +22,45 @@ from .denoiser import VarianceType
 from .diffusion import log_alpha_squared
 from .noise_schedules import BetaGamma, NoiseSchedule
 
-# what can be made of a table of levels, and what is not as one might think
+# schedulers that accept a table of levels, with their peculiarities
 EXPORTABLE = {
     "DDPMScheduler": "ancestral; the last step returns x̂",
-    "DDPMParallelScheduler": "as DDPMScheduler",
+    "DDPMParallelScheduler": "same as DDPMScheduler",
     "DDIMScheduler": "the same steps as VDMScheduler(algorithm='ddim') at the same levels",
-    "DDIMParallelScheduler": "as DDIMScheduler",
-    "PNDMScheduler": "one call more than steps; ε and v only; takes no generator, so not in the stock DDPMPipeline",
-    "DPMSolverMultistepScheduler": "DPM-Solver++ 2M; whole timesteps",
-    "DPMSolverSinglestepScheduler": "whole timesteps; may change the last step to first order, and says so",
-    "UniPCMultistepScheduler": "whole timesteps",
-    "DEISMultistepScheduler": "ends at the cleanest level of the table, not at x̂; whole timesteps",
-    "SASolverScheduler": "stochastic; ends at the cleanest level of the table; whole timesteps",
-    "EulerDiscreteScheduler": "starts from σ_max ε, a share 1/√(1 + 1/σ_max²) of the right scale",
-    "EulerAncestralDiscreteScheduler": "stochastic; ε and v only; starts as EulerDiscreteScheduler",
-    "HeunDiscreteScheduler": "two calls a step; poor at few steps of uneven levels; starts as EulerDiscreteScheduler",
-    "KDPM2DiscreteScheduler": "two calls a step; ε and v only; starts as EulerDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler": "stochastic; two calls a step; ε and v only; starts as EulerDiscreteScheduler",
-    "LMSDiscreteScheduler": "starts as EulerDiscreteScheduler",
+    "DDIMParallelScheduler": "same as DDIMScheduler",
+    "PNDMScheduler": "one call more than steps; ε and v only; takes no generator, so not for the stock DDPMPipeline",
+    "DPMSolverMultistepScheduler": "DPM-Solver++ 2M; integer timesteps",
+    "DPMSolverSinglestepScheduler": "integer timesteps; may change the last step to first order, with a warning",
+    "UniPCMultistepScheduler": "integer timesteps",
+    "DEISMultistepScheduler": "ends at the cleanest level of the table, not at x̂; integer timesteps",
+    "SASolverScheduler": "stochastic; ends at the cleanest level of the table; integer timesteps",
+    "EulerDiscreteScheduler": "starts from σ_max ε, 1/√(1 + 1/σ_max²) times the exact scale",
+    "EulerAncestralDiscreteScheduler": "stochastic; ε and v only; starts like EulerDiscreteScheduler",
+    "HeunDiscreteScheduler": "two calls a step; poor with few uneven steps; starts like EulerDiscreteScheduler",
+    "KDPM2DiscreteScheduler": "two calls a step; ε and v only; starts like EulerDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler": "stochastic; two calls a step; ε, v only; starts like EulerDiscreteScheduler",
+    "LMSDiscreteScheduler": "starts like EulerDiscreteScheduler",
 }
 # arguments that would change the levels
-_OF_THE_LEVELS = {
+_LEVEL_ARGUMENTS = {
     "num_train_timesteps", "trained_betas", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr",
     "prediction_type", "use_flow_sigmas", "sigma_min", "sigma_max", "use_dynamic_shifting", "shift",
 }  # fmt: skip
-# arguments that say how a sampler of diffusers steps, and nothing of the levels
-_OF_THE_SAMPLER = {
+# arguments that affect the steps of a diffusers sampler, but not the levels
+_SAMPLER_ARGUMENTS = {
     "algorithm_type", "corrector_order", "disable_corrector", "dynamic_thresholding_ratio", "euler_at_final",
     "final_sigmas_type", "flow_shift", "interpolation_type", "lambda_min_clipped", "lower_order_final",
     "noise_sampler_seed", "predict_x0", "predictor_order", "sample_max_value", "set_alpha_to_one", "skip_prk_steps",
     "solver_order", "solver_p", "solver_type", "tau_func", "time_shift_type", "timestep_spacing",
 }  # fmt: skip
-# other words for the variance type "fixed_small" in configs of diffusers
+# values of `variance_type` in diffusers configs that mean "fixed_small"
 SAME_AS_FIXED_SMALL = ("fixed_small_log", None)
-# what diffusers makes its table of, unless there are `trained_betas`
+# the keys that define the table in diffusers, unless `trained_betas` is given
 _LINEAR_BETAS = ("beta_start", "beta_end", "beta_schedule")
 
 
 def noise_schedule_of(scheduler: ConfigMixin) -> NoiseSchedule:
-    """γ(t) that a scheduler means: ours, or [`BetaGamma`] of the betas of one of diffusers', worked out in float64.
+    """γ(t) of one of our schedulers, or the [`BetaGamma`] of a diffusers scheduler with betas, in float64.
 
     Raises: `ValueError` for schedulers without a usable table of betas.
     """
@@ -70,7 +70,7 @@ def noise_schedule_of(scheduler: ConfigMixin) -> NoiseSchedule:
 
 
 def diffusers_betas(scheduler: ConfigMixin) -> torch.Tensor:
-    """The betas that a scheduler of diffusers means, float64 of shape `(T,)` (its own table is float32: 1.7e-4 in γ).
+    """The betas of a diffusers scheduler in float64, shape `(T,)` (its own float32 table is off by 1.7e-4 in γ).
 
     Raises: `ValueError` for schedulers without a usable table of betas.
     """
@@ -78,13 +78,16 @@ def diffusers_betas(scheduler: ConfigMixin) -> torch.Tensor:
         raise TypeError(f"scheduler must be an object, got the class {scheduler.__name__}.")
     config = getattr(scheduler, "config", {})
     if config.get("rescale_betas_zero_snr", False):
-        raise ValueError("rescale_betas_zero_snr leaves no signal at the last step: ε̂ says nothing of x there.")
+        raise ValueError(
+            "rescale_betas_zero_snr must be False, got True: zero SNR at the last step has no finite γ, and ε̂ does "
+            "not determine x̂ there."
+        )
     if config.get("trained_betas") is not None:
         return checked_betas(config["trained_betas"])
     if "beta_schedule" not in config or not hasattr(scheduler, "betas"):
         raise ValueError(
-            f"{type(scheduler).__name__} has no table of betas, so no likelihood can be read off it; give the "
-            "scheduler that the network was trained with."
+            f"{type(scheduler).__name__} has no table of betas, so it defines no likelihood; use the scheduler that "
+            "the network was trained with."
         )
     else:
         steps, start, end = config["num_train_timesteps"], config["beta_start"], config["beta_end"]
@@ -105,7 +108,7 @@ def diffusers_betas(scheduler: ConfigMixin) -> torch.Tensor:
 def checked_betas(
     betas: Sequence[float] | torch.Tensor, name: str = "trained_betas", count: int | None = None
 ) -> torch.Tensor:
-    """`betas` in float64; `ValueError` unless they are at least two numbers within (0, 1), and `count` of them."""
+    """`betas` in float64; `ValueError` unless they are at least two numbers within (0, 1), and `count` if given."""
     try:
         table = torch.as_tensor(betas, dtype=torch.float64)
     except (TypeError, ValueError) as error:
@@ -114,28 +117,28 @@ def checked_betas(
         raise ValueError(f"{name} must be at least two numbers within (0, 1), got {reprlib.repr(table.tolist())}.")
     if count is not None and len(table) != count:
         raise ValueError(
-            f"{name} must hold one beta for each of num_train_timesteps={count}, got {len(table)} of them; give "
+            f"{name} must hold one beta for each of num_train_timesteps={count}, got {len(table)} of them; set "
             f"num_train_timesteps={len(table)}."
         )
     return table
 
 
 def same_betas(one: Any, other: torch.Tensor) -> bool:
-    """Whether both tables are those of the same levels, up to the rounding of a table that was computed elsewhere."""
+    """Whether both tables describe the same levels, up to rounding."""
     one = torch.as_tensor(one, dtype=torch.float64)
     return one.shape == other.shape and torch.allclose(one, other, rtol=1e-6, atol=0)
 
 
 def check_keys(cls: type, config: dict[str, Any], has_levels: bool) -> None:
-    """`ValueError` for a key of a config that `cls`, a scheduler of ours, neither knows nor may ignore.
+    """Raises `ValueError` for a config key that `cls`, one of our schedulers, neither knows nor may ignore.
 
-    It may ignore what says nothing of the levels: the arguments by which a sampler of diffusers steps, the betas that
-    `trained_betas` overrides, and what has the value that diffusers gives it by default.
+    It may ignore keys that do not affect the levels: the arguments for the steps of a diffusers sampler, the betas
+    that `trained_betas` overrides, and arguments with the default value of diffusers.
 
     Args:
-        cls (`type`): the class that the config is for.
+        cls (`type`): the class to load.
         config (`dict`): the config of a scheduler.
-        has_levels (`bool`): whether the config says the noise levels in words that `cls` knows.
+        has_levels (`bool`): whether the config defines the noise levels by keys of `cls`.
     """
     known = arguments_of(cls)
     source = config.get("_class_name", "scheduler's")
@@ -152,24 +155,24 @@ def check_keys(cls: type, config: dict[str, Any], has_levels: bool) -> None:
         if not has_levels or (key in _LINEAR_BETAS and not overridden and not linear):
             raise ValueError(
                 f"{cls.__name__} cannot take its noise levels from a {source} config with {key}={shown}"
-                f"{' and trained_betas=None' if has_levels else ''}; linear betas "
-                "go with LinearBetaScheduler, a table of γ with VDMScheduler(trained_gammas=…), and the levels of any "
-                "scheduler of diffusers with betas with VDMScheduler.from_diffusers(scheduler)."
+                f"{' and trained_betas=None' if has_levels else ''}; use LinearBetaScheduler for linear betas, "
+                "VDMScheduler(trained_gammas=…) for a table of γ, and VDMScheduler.from_diffusers(scheduler) for any "
+                "diffusers scheduler with betas."
             )
-        if key not in _OF_THE_SAMPLER and key not in _LINEAR_BETAS and not _is_among(value, allowed):
+        if key not in _SAMPLER_ARGUMENTS and key not in _LINEAR_BETAS and not _is_among(value, allowed):
             raise ValueError(
-                f"{cls.__name__} cannot honor {key}={shown} of a {source} config: it takes {allowed} only, as other "
-                "values change the levels or what the network says."
+                f"{cls.__name__} cannot honor {key}={shown} of a {source} config: it takes {allowed} only, because "
+                "other values change the levels or the prediction."
             )
 
 
 def arguments_of(cls: type) -> set[str]:
-    """The names of the arguments that build an object of a class."""
+    """The names of the arguments of a class's constructor."""
     return set(inspect.signature(cls.__init__).parameters) - {"self"}
 
 
 def unknown_key(cls: type, key: str, value: Any) -> str:
-    """What to say of a key that is no argument of `cls`, and most likely misspelt."""
+    """The error message for a key that is not an argument of `cls`, with a guess at the intended one."""
     known = arguments_of(cls)
     close = difflib.get_close_matches(key, known, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"it knows {sorted(known)}."
@@ -177,30 +180,30 @@ def unknown_key(cls: type, key: str, value: Any) -> str:
 
 
 def _is_among(value: Any, allowed: list[Any]) -> bool:
-    return (value is None or isinstance(value, str | int | float)) and value in allowed  # it may be an array
+    return (value is None or isinstance(value, str | int | float)) and value in allowed  # `in` fails for arrays
 
 
 def _allowed_values(key: str) -> list[Any] | None:
-    """The values of a key that say nothing; `None` for what is no argument of the schedulers that we go along with."""
+    """The values of a key that may be ignored; `None` if no supported diffusers scheduler has such an argument."""
     if key == "variance_type":
         return [*get_args(VarianceType), *SAME_AS_FIXED_SMALL]
-    return _defaults_of_diffusers().get(key, [] if key in _OF_THE_SAMPLER else None)
+    return _defaults_of_diffusers().get(key, [] if key in _SAMPLER_ARGUMENTS else None)
 
 
 @cache
 def _defaults_of_diffusers() -> dict[str, list[Any]]:
-    """By argument, the defaults of it in the schedulers of diffusers that take our levels."""
+    """For each argument, its default values in the diffusers schedulers that accept our levels."""
     defaults: dict[str, list[Any]] = {}
     for name in sorted({*EXPORTABLE, *(each.name for each in KarrasDiffusionSchedulers)}):
         for key, parameter in inspect.signature(getattr(diffusers, name).__init__).parameters.items():
-            # one of them is a stand-in that takes (*args, **kwargs) where its own dependency is missing
+            # a class whose dependency is missing is a dummy that takes (*args, **kwargs)
             if key != "self" and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
                 defaults.setdefault(key, []).append(parameter.default)
     return {key: [v for i, v in enumerate(values) if v not in values[:i]] for key, values in defaults.items()}
 
 
 def betas_of_gammas(gammas: torch.Tensor) -> torch.Tensor:
-    """β_i = 1 − ᾱ_i/ᾱ_{i−1} with ᾱ_{−1} = 1, of increasing γ_i; float64, the inverse of `gammas_from_betas`."""
+    """β_i = 1 − ᾱ_i/ᾱ_{i−1} with ᾱ_{−1} = 1, from increasing γ_i; float64, the inverse of `gammas_from_betas`."""
     zero = torch.zeros(1, dtype=torch.float64)
     return -torch.expm1(torch.diff(log_alpha_squared(gammas.double()), prepend=zero))
 
@@ -208,28 +211,32 @@ def betas_of_gammas(gammas: torch.Tensor) -> torch.Tensor:
 def scheduler_of_gammas(
     scheduler_class: type[SchedulerMixin], gammas: torch.Tensor, network: dict[str, str], **kwargs: Any
 ) -> SchedulerMixin:
-    """A scheduler of diffusers whose timestep i is the level γ_i, with float64 tables.
+    """A diffusers scheduler whose timestep i has the level γ_i, with float64 tables.
 
-    Where it has the option it takes steps from the last level on (`timestep_spacing="trailing"`) and does not clip.
-    `save_pretrained` keeps what its config holds, the betas: a scheduler that is loaded again has float32 tables.
+    If it has these options, its steps start at the last level (`timestep_spacing="trailing"`) and it does not clip.
+    `save_pretrained` stores only the betas in its config, so a scheduler that is loaded again has float32 tables.
 
     Args:
         scheduler_class (`type`): one of [`EXPORTABLE`].
         gammas (`torch.Tensor` of shape `(N,)`): increasing levels of the timesteps 0 … N − 1.
-        network (`dict`): what the network predicts: its `prediction_type`, and its `variance_type` if it is learned.
-        kwargs: further arguments of the class, `use_karras_sigmas=True` say.
+        network (`dict`): the network's `prediction_type`, and its `variance_type` if it is learned.
+        kwargs: further arguments of the class, such as `use_karras_sigmas=True`.
 
-    Raises: `TypeError` for what is no scheduler class, `ValueError` for one that takes no table, and for arguments
-        that would change the levels.
+    Raises: `TypeError` for anything but a scheduler class, `ValueError` for a class that accepts no table, and for
+        arguments that would change the levels.
     """
     if not (inspect.isclass(scheduler_class) and issubclass(scheduler_class, SchedulerMixin)):
-        raise TypeError(f"scheduler_class must be a class of diffusers, as DDIMScheduler, got {scheduler_class!r}.")
+        raise TypeError(
+            f"scheduler_class must be a diffusers scheduler class, such as DDIMScheduler, got {scheduler_class!r}."
+        )
     name, known = scheduler_class.__name__, arguments_of(scheduler_class)
     if name not in EXPORTABLE:
-        raise ValueError(f"{name} cannot be given noise levels by a table; these can: {', '.join(EXPORTABLE)}.")
-    wrong = sorted(set(kwargs) & _OF_THE_LEVELS)
+        raise ValueError(
+            f"scheduler_class must accept a table of noise levels, got {name}; use one of {', '.join(EXPORTABLE)}."
+        )
+    wrong = sorted(set(kwargs) & _LEVEL_ARGUMENTS)
     if wrong:
-        raise ValueError(f"{wrong[0]} cannot be given: the levels and the prediction are those of this scheduler.")
+        raise ValueError(f"{wrong[0]} must be left out: the levels and the prediction are those of this scheduler.")
     unknown = sorted(set(kwargs) - known)
     if unknown:
         raise ValueError(f"{name} has no argument {unknown[0]!r}; it knows {sorted(known)}.")
@@ -243,9 +250,9 @@ def scheduler_of_gammas(
         "skip_prk_steps": True,
         **network,
     }
-    scheduler = scheduler_class(**{key: value for key, value in wanted.items() if key in known} | kwargs)
+    scheduler: Any = scheduler_class(**{key: value for key, value in wanted.items() if key in known} | kwargs)
     scheduler.alphas_cumprod = torch.sigmoid(-gammas.double())
     if hasattr(scheduler, "final_alpha_cumprod") and not kwargs.get("set_alpha_to_one", True):
         scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
-    scheduler.set_timesteps(len(gammas))  # what was laid out already came from float32
+    scheduler.set_timesteps(len(gammas))  # the constructor used its float32 table
     return scheduler

@@ -1,14 +1,14 @@
 """The equations of the diffusion process, as pure functions of γ.
 
 γ = −log SNR, so **γ grows with the noise**: α² = sigmoid(−γ), σ² = sigmoid(γ), SNR = α²/σ² = exp(−γ).
-Everything else in the package calls these functions; nothing derives them again.
+The rest of the package calls these functions instead of repeating the equations.
 
 Conventions of every function:
 
-* `gamma…` is a tensor of shape `()` or `(B,)`, float64 where the device has it. Coefficients are worked out in the
-  precision of γ and only then cast to that of the data, because γ_t − γ_s of neighboring steps does not survive
+* `gamma…` is a tensor of shape `()` or `(B,)`, float64 where the device supports it. Coefficients are computed in the
+  precision of γ and only then cast to that of the data, because γ_t − γ_s of neighboring steps loses its digits in
   float32. γ = −inf is the noise-free end (α = 1, σ = 0).
-* data and latents have shape `(B, ...)`; half precision is promoted to float32.
+* Data and latents have shape `(B, ...)`; half precision is promoted to float32.
 * s < t, hence γ_s < γ_t: s is the cleaner of the two levels.
 
 Papers: VDM = Kingma et al. 2021, "Variational Diffusion Models" (arXiv 2107.00630); DDPM = Ho et al. 2020 (arXiv
@@ -18,7 +18,8 @@ Papers: VDM = Kingma et al. 2021, "Variational Diffusion Models" (arXiv 2107.006
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from collections.abc import Iterable
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ Generators = torch.Generator | list[torch.Generator] | None
 
 
 def to_high_precision(tensor: torch.Tensor) -> torch.Tensor:
-    """float64 where the device has it, else float32 (Apple's GPUs)."""
+    """`tensor` in float64 where the device supports it, else in float32 (Apple's GPUs)."""
     return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
 
 
@@ -51,12 +52,12 @@ def snr(gamma: torch.Tensor) -> torch.Tensor:
 
 
 def log_alpha_squared(gamma: torch.Tensor) -> torch.Tensor:
-    """log α² = logsigmoid(−γ), in DDPM's terms log ᾱ. Shape of `gamma`."""
+    """log α² = logsigmoid(−γ), which is log ᾱ in DDPM's notation. Shape of `gamma`."""
     return F.logsigmoid(-gamma)
 
 
 def gamma_from_log_alpha_squared(log_alpha_squared: torch.Tensor) -> torch.Tensor:
-    """γ = log((1 − ᾱ)/ᾱ) from log ᾱ ≤ 0, as log(expm1(−log ᾱ)), which loses nothing near ᾱ = 1. Same shape."""
+    """γ = log((1 − ᾱ)/ᾱ) from log ᾱ ≤ 0, as log(expm1(−log ᾱ)), which stays accurate near ᾱ = 1. Same shape."""
     y = -log_alpha_squared
     # log(expm1(y)) = y + log(1 − e^{−y}): the second form does not overflow for large y
     return torch.where(y < 30, torch.log(torch.expm1(y.clamp(max=30))), y + torch.log1p(-torch.exp(-y)))
@@ -76,30 +77,30 @@ def linear_betas(
         raise ValueError(
             f"betas must satisfy 0 < beta_start <= beta_end and beta_end < 1 after rescaling, got "
             f"beta_start={beta_start}, beta_end={beta_end} times {scale:g} for num_train_timesteps="
-            f"{num_train_timesteps}; use more steps, or rescale_betas=False with betas of your own."
+            f"{num_train_timesteps}; use more steps, or rescale_betas=False with your own betas."
         )
     return torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float64) * scale
 
 
 def gammas_from_betas(betas: torch.Tensor) -> torch.Tensor:
-    """γ_i = log((1 − ᾱ_i)/ᾱ_i), ᾱ_i = Π_{j ≤ i} (1 − β_j), by the sum of log(1 − β) in float64. Shape of `betas`."""
+    """γ_i = log((1 − ᾱ_i)/ᾱ_i), ᾱ_i = Π_{j ≤ i} (1 − β_j), summing log(1 − β) in float64. Shape of `betas`."""
     return gamma_from_log_alpha_squared(torch.log1p(-betas.double()).cumsum(0))
 
 
 def expand_like(coefficient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """A coefficient of shape `()` or `(B,)` on the device of `x` `(B, ...)`, of as many axes, float32 or better."""
+    """A coefficient of shape `()` or `(B,)` in float32 or better, with the device and number of axes of `x`."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     if coefficient.ndim > 1 or (coefficient.ndim == 1 and coefficient.shape[0] not in (1, x.shape[0])):
         raise ValueError(
-            f"gamma must have shape () or ({x.shape[0]},) to go with data of shape {tuple(x.shape)}, "
+            f"gamma must have shape () or ({x.shape[0]},) for data of shape {tuple(x.shape)}, "
             f"got {tuple(coefficient.shape)}; give one noise level, or one for each sample."
         )
-    # of as many dimensions as x, because a tensor without any would not promote a half-precision x
+    # with the dimensions of x, because a zero-dimensional tensor would not promote a half-precision x
     return coefficient.to(device=x.device, dtype=dtype).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def q_sample(x: torch.Tensor, eps: torch.Tensor, gamma_t: torch.Tensor) -> torch.Tensor:
-    """Draw of q(z_t | x) for given noise: z_t = α_t x + σ_t ε [VDM eq. 1; DDPM eq. 4].
+    """Sample of q(z_t | x) for the given noise: z_t = α_t x + σ_t ε [VDM eq. 1; DDPM eq. 4].
 
     Args:
         x, eps (`torch.Tensor` of shape `(B, ...)`): data in [−1, 1] and standard normal noise.
@@ -126,12 +127,12 @@ def eps_from_x(z_t: torch.Tensor, x: torch.Tensor, gamma_t: torch.Tensor) -> tor
 def predicted_x_and_eps(
     model_output: torch.Tensor, z_t: torch.Tensor, gamma_t: torch.Tensor, prediction_type: PredictionType
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x̂ and ε̂ from what the network returns, in any parameterisation.
+    """x̂ and ε̂ from the network's output, in any parameterization.
 
-    epsilon: ε̂ given; sample: x̂ given; v_prediction: x̂ = α z_t − σ v̂ and ε̂ = σ z_t + α v̂.
+    epsilon: the output is ε̂; sample: it is x̂; v_prediction: x̂ = α z_t − σ v̂ and ε̂ = σ z_t + α v̂.
 
     Args:
-        model_output, z_t (`torch.Tensor` of shape `(B, ...)`): output of the network and the latent that it saw.
+        model_output, z_t (`torch.Tensor` of shape `(B, ...)`): the network's output and input.
         gamma_t (`torch.Tensor` of shape `()` or `(B,)`): noise level of `z_t`.
         prediction_type (`"epsilon"`, `"sample"` or `"v_prediction"`): what `model_output` is.
 
@@ -175,10 +176,10 @@ def ancestral_step(
 
     mean = (α_s/α_t)(z_t − c σ_t ε̂),  std = σ_s √c,  c = −expm1(γ_s − γ_t)
 
-    The same as [`posterior`] at x̂ = (z_t − σ_t ε̂)/α_t. Add **normal** noise times std to the mean.
+    Equal to [`posterior`] at x̂ = (z_t − σ_t ε̂)/α_t. Add **standard normal** noise times std to the mean.
 
     Args:
-        z_t, eps_hat (`torch.Tensor` of shape `(B, ...)`): latent at the noisier level, and its predicted noise.
+        z_t, eps_hat (`torch.Tensor` of shape `(B, ...)`): latent at the noisier level and its predicted noise.
         gamma_s, gamma_t (`torch.Tensor` of shape `()` or `(B,)`): noise levels, γ_s < γ_t.
 
     Returns: `(mean, std)`, of shape `(B, ...)` and broadcastable to it.
@@ -201,15 +202,15 @@ def ddim_step(z_t: torch.Tensor, eps_hat: torch.Tensor, gamma_s: torch.Tensor, g
 
 
 def posterior_log_variance(gamma_s: torch.Tensor, gamma_t: torch.Tensor) -> torch.Tensor:
-    """log Var q(z_s | z_t, x) = log σ_s² c, c = −expm1(γ_s − γ_t), in DDPM's terms log β̃ [DDPM eq. 7].
+    """log Var q(z_s | z_t, x) = log σ_s² c, c = −expm1(γ_s − γ_t), log β̃ in DDPM's notation [DDPM eq. 7].
 
-    −inf at γ_s = −inf. Shape of the γs.
+    −inf at γ_s = −inf. Shape of `gamma_s` and `gamma_t`.
     """
     return F.logsigmoid(gamma_s) + torch.log(-torch.expm1(gamma_s - gamma_t))
 
 
 def forward_log_variance(gamma_s: torch.Tensor, gamma_t: torch.Tensor) -> torch.Tensor:
-    """log Var q(z_t | z_s) = log(1 − α_t²/α_s²), in DDPM's terms log β [VDM app. A.1]. Shape of the γs."""
+    """log Var q(z_t | z_s) = log(1 − α_t²/α_s²), log β in DDPM's notation [VDM app. A.1]. Shape of `gamma_s`."""
     return torch.log(-torch.expm1(log_alpha_squared(gamma_t) - log_alpha_squared(gamma_s)))
 
 
@@ -220,7 +221,7 @@ def dpm_solver_2m_correction(
     gamma_t: torch.Tensor,
     last_gamma: torch.Tensor,
 ) -> torch.Tensor:
-    """What DPM-Solver++ 2M adds to [`ddim_step`]: −α_s expm1(−h) (x̂ − x̂_last)/(2r) [Lu et al. 2022, alg. 2].
+    """The term DPM-Solver++ 2M adds to [`ddim_step`]: −α_s expm1(−h) (x̂ − x̂_last)/(2r) [Lu et al. 2022, alg. 2].
 
     h = (γ_t − γ_s)/2 is the step in half log SNR, r = (γ_last − γ_t)/(γ_t − γ_s). Shape of `x_hat`.
     """
@@ -232,15 +233,15 @@ def dpm_solver_2m_correction(
 def step_weight(gamma_s: torch.Tensor, gamma_t: torch.Tensor) -> torch.Tensor:
     """KL(q(z_s|z_t,x) ‖ p(z_s|z_t)) per ‖ε − ε̂‖², in nats: ½ expm1(γ_t − γ_s) [VDM §4, discrete time].
 
-    Its limit for small steps is ½ (dγ/dt)(t − s) [VDM §5, continuous time]. Shape of the γs.
+    Its limit for small steps is ½ (dγ/dt)(t − s) [VDM §5, continuous time]. Shape of `gamma_s` and `gamma_t`.
     """
     return 0.5 * torch.expm1(gamma_t - gamma_s)
 
 
 def eps_error_weight(gamma_t: torch.Tensor, prediction_type: PredictionType) -> torch.Tensor:
-    """What turns the squared error of the network's own output into ‖ε − ε̂‖².
+    """Factor that turns the squared error of the network's output into ‖ε − ε̂‖².
 
-    epsilon: 1; sample: SNR, as ε − ε̂ = −(α/σ)(x − x̂); v_prediction: α², as ε − ε̂ = α (v − v̂). Shape of γ.
+    epsilon: 1; sample: SNR, as ε − ε̂ = −(α/σ)(x − x̂); v_prediction: α², as ε − ε̂ = α (v − v̂). Shape of `gamma_t`.
     """
     check_prediction_type(prediction_type)
     if prediction_type == "epsilon":
@@ -258,12 +259,12 @@ def prior_kl_nats(x: torch.Tensor, gamma_1: torch.Tensor) -> torch.Tensor:
     Returns: `torch.Tensor` of the shape of `x`.
     """
     alpha_squared = torch.sigmoid(-gamma_1)
-    # σ₁² − 1 − log σ₁² = −α₁² − log(1 − α₁²), of order α₁⁴: as log1p it keeps its digits
+    # σ₁² − 1 − log σ₁² = −α₁² − log(1 − α₁²) is of order α₁⁴; log1p keeps its digits
     constant = -alpha_squared - torch.log1p(-alpha_squared)
     return 0.5 * (expand_like(alpha_squared, x) * x * x + expand_like(constant, x))
 
 
-# ---- data are integers -------------------------------------------------------------------------------------------
+# ---- integer data ------------------------------------------------------------------------------------------------
 
 
 def x_from_levels(levels: torch.Tensor, num_levels: int = 256, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -272,7 +273,7 @@ def x_from_levels(levels: torch.Tensor, num_levels: int = 256, dtype: torch.dtyp
 
 
 def nearest_levels(x: torch.Tensor, num_levels: int = 256) -> torch.Tensor:
-    """The level k whose x is nearest, the inverse of [`x_from_levels`] on its range; int64 of the shape of `x`."""
+    """The level whose value is nearest to x, the inverse of [`x_from_levels`] on its range; int64, shape of `x`."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return torch.floor((x + 1) * (num_levels / 2)).clamp(0, num_levels - 1).long()
 
@@ -284,19 +285,19 @@ def decoder_log_prob_nats(
     num_levels: int = 256,
     max_gamma_0: float | None = None,
 ) -> torch.Tensor:
-    """log p(x | z_0) of each element, exact over all levels, in nats [VDM §3.3 and the official decoder].
+    """log p(x | z_0) of each element, normalized over all levels, in nats [VDM §3.3 and the official decoder].
 
     p(x = x_k | z_0) = softmax_k(−½ e^{−γ_0} (z_0/α_0 − x_k)²) over the `num_levels` values x_k.
 
-    No tensor with an axis of levels is ever made: levels are visited one by one, those that weigh less than e^{−72}
-    of the nearest are left out, and the gradient is the closed form.
+    No tensor with a level axis is allocated: levels are visited one by one, levels that weigh less than e^{−72} times
+    the nearest one are skipped, and the gradient is computed in closed form.
 
     Args:
         levels (integer `torch.Tensor` of shape `(B, ...)`): the true data, in [0, num_levels).
         z_0 (`torch.Tensor` of shape `(B, ...)`): the least noisy latent.
         gamma_0 (`torch.Tensor` of shape `()` or `(B,)`): its noise level.
         num_levels (`int`, defaults to 256): number of levels of the data.
-        max_gamma_0 (`float`, *optional*): an upper bound of `gamma_0`, which spares reading it from the device.
+        max_gamma_0 (`float`, *optional*): an upper bound of `gamma_0`, which avoids a device synchronization.
 
     Returns: `torch.Tensor` of shape `(B, ...)`, ≤ 0.
     """
@@ -305,11 +306,11 @@ def decoder_log_prob_nats(
     radius = _decoder_radius(gamma_0, num_levels, max_gamma_0)
     nearest = nearest_levels(y.detach(), num_levels)
     d = y - x_from_levels(nearest, num_levels, y.dtype)
-    # all relative to the nearest level, as (y − x_k)² − d² = o (o + 2d) with the exact o = x_nearest − x_k: squares of
-    # y itself would lose every digit of their difference where y is far outside of the data
+    # relative to the nearest level, (y − x_k)² − d² = offset (offset + 2d) with the exact offset = x_nearest − x_k:
+    # the difference of squares of y itself would cancel where y is far outside the data range
     offset = (nearest - levels).to(y.dtype) * (2 / num_levels)
     log_normalizer = _LogNormalizer.apply(d, precision, nearest, num_levels, radius)
-    # below 0 in exact arithmetic; rounding must not make a likelihood above 1
+    # at most 0 in exact arithmetic; rounding must not push a likelihood above 1
     return (-0.5 * precision * offset * (offset + 2 * d) - log_normalizer).clamp(max=0)
 
 
@@ -320,10 +321,10 @@ def decode(
     draw: bool = False,
     generator: Generators = None,
 ) -> torch.Tensor:
-    """Data from the least noisy latent through p(x | z_0): its mode, or with `draw` a sample of it.
+    """Data from the least noisy latent through p(x | z_0): its mode, or with `draw` a sample.
 
     Args:
-        z_0 (`torch.Tensor` of shape `(B, ...)`): latent at `gamma_0`; γ_0 = −inf means that `z_0` is x itself.
+        z_0 (`torch.Tensor` of shape `(B, ...)`): latent at `gamma_0`; with γ_0 = −inf, `z_0` is x itself.
         gamma_0 (`torch.Tensor` of shape `()` or `(B,)`): its noise level.
         num_levels (`int`, defaults to 256): number of levels of the data.
         draw (`bool`, defaults to `False`): draw from p(x | z_0) instead of taking its most probable level.
@@ -335,10 +336,10 @@ def decode(
     mode = nearest_levels(y, num_levels)
     if not draw or bool((gamma_0 == -math.inf).all()):
         return mode
-    gamma_0 = gamma_0.clamp(min=-40)  # noise-free samples of a batch: so narrow that nothing but the mode is left
+    gamma_0 = gamma_0.clamp(min=-40)  # for noise-free samples of a batch, where only the mode has any weight
     precision = expand_like(snr(gamma_0), y)
     radius = _decoder_radius(gamma_0, num_levels, None)
-    # a uniform number through randn_tensor, which knows lists of generators: Φ(n)
+    # uniform numbers Φ(n) from normal ones, because randn_tensor accepts lists of generators
     noise = randn_tensor(y.shape, generator=generator, device=y.device, dtype=y.dtype)
     d = y - x_from_levels(mode, num_levels, y.dtype)
     threshold = 0.5 * torch.erfc(-noise / math.sqrt(2)) * _level_sums(d, precision, mode, num_levels, radius)[0]
@@ -353,34 +354,36 @@ def decode(
 
 
 def _decoder_radius(gamma_0: torch.Tensor, num_levels: int, max_gamma_0: float | None) -> int:
-    """How many levels on each side of the nearest one weigh more than e^{−72}: their distance is below 12 σ_0/α_0."""
+    """Number of levels on each side of the nearest one that weigh more than e^{−72}, i.e. within 12 σ_0/α_0."""
     gamma = max_gamma_0
     if gamma is None:
         low, gamma = (float(end) for end in gamma_0.detach().aminmax())
         if not (math.isfinite(low) and math.isfinite(gamma)):
             raise ValueError(
-                f"gamma_0 must be finite to give p(x | z_0) a width, got {low if low < gamma else gamma}."
+                f"gamma_0 must be finite, as it sets the width of p(x | z_0), got {low if low < gamma else gamma}."
             )
     reach = 12 * math.exp(min(0.5 * gamma, 50.0)) * num_levels / 2
     return min(math.ceil(reach) + 1, num_levels - 1)
 
 
 def _visit_levels(d: torch.Tensor, precision: torch.Tensor, nearest: torch.Tensor, num_levels: int, radius: int):
-    """Yields `(k, weight of level k relative to the nearest, o)` in increasing order of k.
+    """Yields `(k, weight, offset)` in increasing order of k; the weight of level k is relative to the nearest level.
 
-    o = x_nearest − x_k, d = y − x_nearest, and the weight is exp(−½ P ((d + o)² − d²)).
+    offset = x_nearest − x_k, d = y − x_nearest, weight = exp(−½ P ((d + offset)² − d²)).
     """
     whole = 2 * radius + 1 >= num_levels
-    for k in range(num_levels) if whole else (nearest + step for step in range(-radius, radius + 1)):
+    levels: Iterable[Any] = range(num_levels) if whole else (nearest + step for step in range(-radius, radius + 1))
+    for k in levels:
         offset = (nearest - k).to(d.dtype) * (2 / num_levels)
         weight = torch.exp(-0.5 * precision * offset * (offset + 2 * d))
         if not whole:
-            weight = torch.where((k >= 0) & (k < num_levels), weight, 0)
+            is_level: Any = (k >= 0) & (k < num_levels)
+            weight = torch.where(is_level, weight, 0)
         yield k, weight, offset
 
 
 def _level_sums(d, precision, nearest, num_levels: int, radius: int) -> tuple[torch.Tensor, ...]:
-    """Σ w, Σ w o and Σ w o (o + 2d) over the levels, see [`_visit_levels`]."""
+    """Σ weight, Σ weight · offset and Σ weight · offset (offset + 2d) over the levels, see [`_visit_levels`]."""
     total, first, second = torch.zeros_like(d), torch.zeros_like(d), torch.zeros_like(d)
     for _, weight, offset in _visit_levels(d, precision, nearest, num_levels, radius):
         total += weight
@@ -390,7 +393,7 @@ def _level_sums(d, precision, nearest, num_levels: int, radius: int) -> tuple[to
 
 
 class _LogNormalizer(torch.autograd.Function):
-    """log Σ_k exp(−½ P o_k (o_k + 2d)) with two moments kept for the backward pass, and nothing else."""
+    """log Σ_k exp(−½ P offset_k (offset_k + 2d)); saves only P and two moments for the backward pass."""
 
     @staticmethod
     def forward(ctx, d, precision, nearest, num_levels, radius):
@@ -400,7 +403,7 @@ class _LogNormalizer(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         precision, first, second = ctx.saved_tensors
         grad_d = grad_precision = None
         if ctx.needs_input_grad[0]:
@@ -418,7 +421,7 @@ def _alpha_ratio(gamma_s: torch.Tensor, gamma_t: torch.Tensor) -> torch.Tensor:
 
 
 def check_order(gamma_s: torch.Tensor, gamma_t: torch.Tensor) -> None:
-    """Raises `ValueError` unless γ_s < γ_t everywhere (NaN included)."""
+    """Raises `ValueError` unless γ_s < γ_t everywhere; NaN raises too."""
     if not bool((gamma_s < gamma_t).all()):
         raise ValueError(
             f"gamma_s must be below gamma_t (less noise), got gamma_s={_show(gamma_s)}, gamma_t={_show(gamma_t)}; "
@@ -433,11 +436,11 @@ def check_levels(images: torch.Tensor, num_levels: int) -> None:
     if images.ndim < 2 or images.is_floating_point() or images.is_complex() or images.dtype == torch.bool:
         raise TypeError(
             f"images must be integers of shape (B, ...) in [0, {num_levels}), got {images.dtype} of shape "
-            f"{tuple(images.shape)}; a likelihood is of integer data, so pass uint8 pixels as they are."
+            f"{tuple(images.shape)}; the likelihood is that of integer data, so pass uint8 pixels unchanged."
         )
     if images.numel() == 0:
-        raise ValueError(f"images must not be empty: there is no likelihood of nothing; got {tuple(images.shape)}.")
-    if images.device.type == "cpu":  # on an accelerator this would wait for the device
+        raise ValueError(f"images must not be empty, got shape {tuple(images.shape)}.")
+    if images.device.type == "cpu":  # on an accelerator this would synchronize with the device
         low, high = int(images.min()), int(images.max())
         if low < 0 or high >= num_levels:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, what they hold, and a lock that ends with its process."""
+"""Atomic writes, file hashes, and a lock that is released when its process ends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 @contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A file to write into, beside `path`, which gets that name when all is in it and on the disk; else it is gone."""
+    """A temporary file beside `path`, synced and renamed to `path` at the end, or removed if there is an error."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -30,13 +30,13 @@ def whole_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
-    """Writes `content` to `path` so that no half file ever stands in the place of a good one."""
+    """Writes `content` to `path` without ever replacing a good file by an incomplete one."""
     with whole_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 def file_digest(path: str | os.PathLike) -> str:
-    """Hash of all that a file holds, 16 bytes of BLAKE2b in hexadecimal; `OSError` for one that cannot be read."""
+    """Hash of a file's content, 16 bytes of BLAKE2b in hexadecimal; `OSError` if it cannot be read."""
     digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
         for block in iter(lambda: file.read(1 << 20), b""):
@@ -45,12 +45,12 @@ def file_digest(path: str | os.PathLike) -> str:
 
 
 class Lock:
-    """A file that one process at a time can hold. A process that dies, however it dies, holds nothing any more.
+    """A file lock that one process at a time can hold; it is released when the process ends, for whatever reason.
 
-    Folders that `path` lacks are created. [`release`] removes the file, and those folders if they are still empty.
+    Missing parent folders are created. [`release`] removes the file, and those folders if they are still empty.
 
     Args:
-        path (`str` or `os.PathLike`): the file; nothing is written into it.
+        path (`str` or `os.PathLike`): the file; nothing is written to it.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -59,9 +59,9 @@ class Lock:
         self._created: list[Path] = []
 
     def acquire(self) -> bool:
-        """Takes the lock without waiting: `False` if another process holds it, or another `Lock` of this one.
+        """Acquires the lock without waiting; `False` if another process, or another `Lock` of this one, holds it.
 
-        On a file system without locks a warning says so, and the answer is `True`.
+        On a file system without locks it warns and returns `True`.
 
         Raises: `OSError` if the file cannot be created.
         """
@@ -71,8 +71,8 @@ class Lock:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-            except (FileNotFoundError, FileExistsError):  # the holder ended just now, and removed the folder
-                if attempt == _ATTEMPTS - 1:  # or a file stands in its place
+            except (FileNotFoundError, FileExistsError):  # the holder just released the lock and removed the folder
+                if attempt == _ATTEMPTS - 1:  # or the folder's name is taken by a file
                     raise
                 time.sleep(0.005)
                 continue
@@ -83,14 +83,14 @@ class Lock:
                 self._handle = handle
                 _HELD.append(self)
                 return True
-            os.close(handle)  # the holder ended just now, and removed this file: another process may hold a new one
-        raise OSError(f"{self.path} could not be locked: it is removed again and again.")
+            os.close(handle)  # the holder just removed this file, so another process may hold a new one
+        raise OSError(f"{self.path} could not be locked: other processes keep removing it.")
 
     def release(self) -> None:
-        """Gives the lock back; nothing happens if it is not held."""
+        """Releases the lock; does nothing if it is not held."""
         if self._handle is None:
             return
-        if os.name == "nt":  # Windows removes no open file
+        if os.name == "nt":  # Windows cannot remove an open file
             self._close()
             with suppress(OSError):
                 self.path.unlink()
@@ -98,14 +98,15 @@ class Lock:
             self.path.unlink(missing_ok=True)
             self._close()
         for folder in sorted(self._created, key=lambda folder: -len(folder.parts)):
-            with suppress(OSError):  # something else is in it
+            with suppress(OSError):  # the folder is not empty
                 folder.rmdir()
         self._created.clear()
 
     def _close(self) -> None:
-        os.close(self._handle)
-        self._handle = None
-        _HELD.remove(self)
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+            _HELD.remove(self)
 
 
 _HELD: list[Lock] = []
@@ -136,7 +137,8 @@ def _lock(handle: int, path: Path) -> bool:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
             return False
         warnings.warn(
-            f"the file system of {path} has no locks; make sure that no other run writes there.", stacklevel=3
+            f"the file system of {path} does not support locks; make sure that no other run writes there.",
+            stacklevel=3,
         )
     return True
 

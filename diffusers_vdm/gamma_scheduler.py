@@ -1,7 +1,6 @@
-"""What both schedulers are: a chain of γs, the steps along it, and checks. The subclasses say which γ a timestep has.
+"""Base class of both schedulers: a chain of noise levels γ, the steps along it, and checks.
 
-γ = −log SNR grows with the noise; a step goes from γ_t down to γ_s. Everything is worked out in float64 on the CPU up
-to the coefficients.
+γ = −log SNR grows with the noise; a step goes from γ_t down to γ_s. Coefficients are computed in float64 on the CPU.
 """
 
 from __future__ import annotations
@@ -27,23 +26,24 @@ from .diffusers_schedulers import (
 )
 from .diffusion import Generators
 from .noise_schedules import TableGamma, as_written
+from .typed_config import TypedConfig
 
 Algorithm = Literal["ancestral", "ddim", "dpmsolver++"]
 
 
 @dataclass
 class VDMSchedulerOutput(BaseOutput):
-    """What `step` returns: z_s, the input of the next step, and x̂, the data that the network expects; `(B, ...)`."""
+    """Output of `step`: z_s, the input of the next step, and x̂, the predicted data; shape `(B, ...)`."""
 
     prev_sample: torch.Tensor
     pred_original_sample: torch.Tensor | None = None
 
 
-class GammaScheduler(SchedulerMixin, ConfigMixin):
-    """The step, the noising and the checks that both schedulers share; the subclasses say which γ a timestep has."""
+class GammaScheduler(TypedConfig, SchedulerMixin, ConfigMixin):
+    """The step, `add_noise` and the checks that both schedulers share; a subclass maps timesteps to γ."""
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]
-    _words_of_levels: set[str] = set()  # keys of a config, one of which says that its levels are of this class
+    _level_keys: set[str] = set()  # any of these config keys marks the levels as those of this class
     order = 1
     init_noise_sigma = 1.0
 
@@ -57,7 +57,7 @@ class GammaScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def final_gamma(self) -> torch.Tensor:
-        """γ of the sample that the last step returns: γ_0 for a VDM, −inf (the data itself) for DDPM. Shape `()`."""
+        """γ of the sample returned by the last step: γ_0 for a VDM, −inf (the data) for DDPM. Shape `()`."""
         raise NotImplementedError
 
     @property
@@ -74,11 +74,11 @@ class GammaScheduler(SchedulerMixin, ConfigMixin):
         return self.config.num_train_timesteps
 
     def to_diffusers(self, scheduler_class: type[SchedulerMixin], **kwargs: Any) -> SchedulerMixin:
-        """A scheduler of diffusers with the levels of this one, see [`scheduler_of_gammas`].
+        """A diffusers scheduler with the noise levels of this one, see [`scheduler_of_gammas`].
 
-        Its timestep i is the level that the network knows by the timestep i, for i = 0 … `num_train_timesteps` − 1. A
-        [`VDMScheduler`] of normalized γ thus gives levels uniform in γ from `gamma_min` to just below `gamma_max`,
-        whatever its γ(t); levels beyond these configured ends are left out.
+        For i = 0 … `num_train_timesteps` − 1, its timestep i is the level of the network's timestep i. For a
+        [`VDMScheduler`] of normalized γ, the levels are therefore uniform in γ from `gamma_min` to just below
+        `gamma_max`, whatever its γ(t); levels beyond these configured ends are left out.
         """
         gammas = self._gammas_at(torch.arange(len(self)))
         own = {"prediction_type": self.config.prediction_type}
@@ -87,7 +87,7 @@ class GammaScheduler(SchedulerMixin, ConfigMixin):
         return scheduler_of_gammas(scheduler_class, gammas, own, **kwargs)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | float | None = None) -> torch.Tensor:
-        """Returns `sample` as it is: the latents have unit variance at every noise level."""
+        """Returns `sample` unchanged: the process preserves variance, so no scaling is needed."""
         return sample
 
     def step(
@@ -98,24 +98,24 @@ class GammaScheduler(SchedulerMixin, ConfigMixin):
         generator: Generators = None,
         return_dict: bool = True,
     ) -> VDMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
-        """One step of `algorithm`, by default the ancestral one: a draw of p(z_s | z_t) [VDM app. A.4, eq. 34].
+        """One step of `algorithm`, by default ancestral: a sample of p(z_s | z_t) [VDM app. A.4, eq. 34].
 
         z_s = (α_s/α_t)(z_t − c σ_t ε̂) + σ_s √c ε,  c = −expm1(γ_s − γ_t),  ε ~ N(0, I)
 
-        s is the timestep that follows `timestep` in `self.timesteps`, and after the last one the end of the chain.
-        With a learned `variance_type` the noise has the variance that the network predicts instead of σ_s² c.
+        s is the timestep after `timestep` in `self.timesteps`; the last step goes to the end of the chain. With a
+        learned `variance_type` the noise has the variance that the network predicts instead of σ_s² c.
 
         Args:
             model_output (`torch.Tensor` of shape `(B, C, ...)` or `(B, 2C, ...)`): the network's output, see
-                `prediction_type`, with the values of the variance behind it where the network predicts one. Steps
-                without noise ignore these.
+                `prediction_type`. In 2C channels, the second half holds the variance values, which steps without noise
+                ignore.
             timestep (`torch.Tensor` of shape `()` or `float`): one of `self.timesteps`, or a value between them.
             sample (`torch.Tensor` of shape `(B, ...)`): z_t.
-            generator (`torch.Generator` or a list of B of them, *optional*): with a list, each sample has its own
-                noise, whatever batch it is in.
+            generator (`torch.Generator` or a list of B of them, *optional*): with a list, the noise of each sample
+                does not depend on the batch that it is in.
             return_dict (`bool`, defaults to `True`): return a [`VDMSchedulerOutput`] instead of a tuple of its parts.
 
-        Raises: `ValueError` for shapes that differ and timesteps outside of the schedule.
+        Raises: `ValueError` for shapes that differ and timesteps outside the schedule.
         """
         gamma_t, gamma_s = self._step_gammas(timestep)
         z_t = sample.to(torch.promote_types(sample.dtype, torch.float32))
@@ -148,7 +148,7 @@ class GammaScheduler(SchedulerMixin, ConfigMixin):
         return VDMSchedulerOutput(prev_sample=prev_sample, pred_original_sample=x_hat)
 
     def _predicted_std(self, prediction: denoiser.Prediction, gamma_s: torch.Tensor) -> torch.Tensor:
-        """Standard deviation of p(z_s | z_t) of each dimension, as the network predicts it."""
+        """Predicted standard deviation of p(z_s | z_t) in each dimension."""
         small = diffusion.posterior_log_variance(gamma_s, prediction.gamma_t)
         large = diffusion.forward_log_variance(gamma_s, prediction.gamma_t)
         values, variance_type = prediction.variance_values, self.config.variance_type
@@ -159,23 +159,23 @@ class GammaScheduler(SchedulerMixin, ConfigMixin):
             eps_hat = diffusion.eps_from_x(z_t, x_hat, gamma_t)
         z_s = diffusion.ddim_step(z_t, eps_hat, gamma_s, gamma_t)
         last, self._last = self._last, (gamma_t, x_hat)
-        # not for the step to the data itself, which is infinitely long in log SNR
+        # no correction for the step to the data, which is infinitely long in log SNR
         if self.config.algorithm == "dpmsolver++" and last is not None and gamma_s.isfinite():
             last_gamma, last_x_hat = last
-            # a step much longer than the one before would extrapolate far beyond the two x̂
+            # a step much longer than the previous one would extrapolate too far
             near = 0 < gamma_t - gamma_s <= 2 * (last_gamma - gamma_t)
             if near and last_x_hat.shape == x_hat.shape:
                 z_s = z_s + diffusion.dpm_solver_2m_correction(x_hat, last_x_hat, gamma_s, gamma_t, last_gamma)
         return z_s
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """z_t = α_t x + σ_t ε for data and noise of shape `(B, ...)`, at 1 or B timesteps in range [VDM eq. 1]."""
+        """z_t = α_t x + σ_t ε for data and noise of shape `(B, ...)` and 1 or B timesteps [VDM eq. 1]."""
         gamma_t = self._gammas_at(torch.as_tensor(timesteps)).flatten()
         dtype = torch.promote_types(original_samples.dtype, torch.float32)
         return diffusion.q_sample(original_samples.to(dtype), noise.to(dtype), gamma_t).to(original_samples.dtype)
 
     def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """v = α_t ε − σ_t x, the target of v-prediction; `sample` is the clean data x, the rest as in `add_noise`."""
+        """v = α_t ε − σ_t x, the target of v-prediction; `sample` is the clean data x; shapes as in `add_noise`."""
         gamma_t = self._gammas_at(torch.as_tensor(timesteps)).flatten()
         dtype = torch.promote_types(sample.dtype, torch.float32)
         return diffusion.velocity(sample.to(dtype), noise.to(dtype), gamma_t).to(sample.dtype)
@@ -187,24 +187,24 @@ class GammaScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"clip_sample_range must be positive, got {clip_sample_range}.")
         if self.config.algorithm not in get_args(Algorithm):
             raise ValueError(f"algorithm must be one of {get_args(Algorithm)}, got {self.config.algorithm!r}.")
-        # what makes `from_config` of diffusers' schedulers take these levels and not their own; without the list of
-        # defaults, as no value of ours is to be replaced by a default of theirs
-        betas = (self.betas if betas is None else betas).tolist()
-        self._internal_dict = FrozenDict(as_written({**self.config, "trained_betas": betas}))
+        # `trained_betas` gives diffusers' schedulers these levels in `from_config`; without the list of default
+        # values, which would let their defaults replace our values
+        table = (self.betas if betas is None else betas).tolist()
+        self._internal_dict = FrozenDict(as_written({**self.config, "trained_betas": table}))
         self.num_inference_steps = None
         self.set_timesteps(self.config.num_train_timesteps)
         self.num_inference_steps = None
 
     def _set_chain(self, gammas: torch.Tensor, timesteps: torch.Tensor, device) -> None:
-        """Fixes the chain: decreasing γs (float64, CPU) and the timesteps that stand for them."""
+        """Sets the chain: decreasing γ (float64, CPU) and their timesteps."""
         self._chain = gammas.tolist()
         self.timesteps = timesteps.to(device)
         self._chain_timesteps = timesteps.tolist()
         self.num_inference_steps = len(self._chain)
-        self._last: tuple[torch.Tensor, torch.Tensor] | None = None  # γ and x̂ of the step before, for second order
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None  # γ and x̂ of the previous step, for second order
 
     def _step_gammas(self, timestep: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
-        """γ_t of a timestep and γ_s of the one after it, float64 of shape `()`."""
+        """γ_t of a timestep and γ_s of the next one, float64 of shape `()`."""
         if torch.is_tensor(timestep) and timestep.numel() != 1:
             raise ValueError(f"timestep must be a single value, got shape {tuple(timestep.shape)}.")
         value = float(timestep)
@@ -218,40 +218,40 @@ class GammaScheduler(SchedulerMixin, ConfigMixin):
         gamma_s = rest[0] if rest else final_gamma
         return torch.tensor(gamma_t, dtype=torch.float64), torch.tensor(gamma_s, dtype=torch.float64)
 
-    def _check_num_inference_steps(self, num_inference_steps: int | None, timesteps: Sequence | None) -> None:
+    def _checked_num_inference_steps(self, num_inference_steps: int | None, timesteps: Sequence | None) -> int:
+        """The number of steps of the chain; `ValueError` unless one of the arguments is given and valid."""
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError(
-                f"give either num_inference_steps or timesteps, got num_inference_steps={num_inference_steps} and "
+                f"pass either num_inference_steps or timesteps, got num_inference_steps={num_inference_steps} and "
                 f"timesteps={'None' if timesteps is None else 'a list'}."
             )
         if timesteps is None:
-            call_arguments.positive_integer("num_inference_steps", num_inference_steps)
-        else:
-            call_arguments.decreasing_numbers("timesteps", timesteps)
+            return call_arguments.positive_integer("num_inference_steps", num_inference_steps)
+        return len(call_arguments.decreasing_numbers("timesteps", timesteps))
 
     @classmethod
     def from_config(cls, config=None, return_unused_kwargs: bool = False, **kwargs):
-        """As [`ConfigMixin.from_config`], but a key that this class does not know is an error, not a shrug.
+        """As [`ConfigMixin.from_config`], but an unknown key is an error.
 
-        A config of diffusers' own schedulers is taken where it describes levels that this class can have; so a
-        scheduler that was swapped for one of `compatibles` by `from_config` can be swapped back, and has the same
-        levels. What says nothing of the levels, as `solver_order`, is ignored.
+        The config of a diffusers scheduler is accepted if this class supports its noise levels. So a scheduler that
+        was swapped for one of `compatibles` by `from_config` can be swapped back with the same levels. Keys that do
+        not affect the levels, such as `solver_order`, are ignored.
 
-        Raises: `ValueError` for keys that contradict the levels, and for keys that nobody knows.
+        Raises: `ValueError` for keys that contradict the levels, and for unknown keys.
         """
         if isinstance(config, dict):
             config = as_written(config)
-            check_keys(cls, config, has_levels=bool(cls._words_of_levels & set(config)))
+            check_keys(cls, config, has_levels=bool(cls._level_keys & set(config)))
             known = arguments_of(cls)
             for key, value in kwargs.items():
                 if key not in known and not key.startswith("_"):
                     raise ValueError(unknown_key(cls, key, value))
             if config.get("variance_type", "") in SAME_AS_FIXED_SMALL:
                 config = {**config, "variance_type": "fixed_small"}
-            config = cls._with_own_levels(config, kwargs)
+            config = cls._with_levels(config, kwargs)
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     @classmethod
-    def _with_own_levels(cls, config: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """`config` with its levels said once, in the words of this class; `ValueError` if it says two kinds."""
+    def _with_levels(cls, config: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """`config` with its levels given only by arguments of this class; `ValueError` if it defines two sets."""
         raise NotImplementedError

@@ -8,8 +8,9 @@ from typing import Any
 
 def number(value: object) -> float | None:
     """A finite number, else `None`."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
 
 
 def count(value: object) -> int | None:

@@ -1,8 +1,8 @@
 """Noise schedules: maps t ∈ [0, 1] → γ(t) = −log SNR(t), increasing by construction.
 
 γ **grows with t**: t = 0 is nearly clean data, t = 1 nearly pure noise. A *schedule* is this map; a *scheduler*
-(schedulers.py) is the sampler that reads it. γ is worked out in float64 whatever the type of the parameters, and no
-cast of a pipeline to half precision can touch those.
+(schedulers.py) is the sampler that uses it. γ is computed in float64 whatever the type of the parameters, and casting
+a pipeline to half precision does not cast them.
 
 Papers: VDM = Kingma et al. 2021 (arXiv 2107.00630); DDPM = Ho et al. 2020 (arXiv 2006.11239).
 """
@@ -13,6 +13,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -24,18 +25,18 @@ from .diffusion import gammas_from_betas, linear_betas, prior_kl_nats, to_high_p
 from .pchip import pchip, pchip_slopes
 from .whole_models import WholeModelMixin
 
-# bits/dim above which sampling starts from noise that training never saw
+# prior KL in bits/dim above which sampling starts from noise that training never saw
 PRIOR_KL_WARNING_BPD = 0.01
-# values of `device_map` that name no device
+# values of `device_map` that are strategies, not devices
 _STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
-_NOTHING_AMISS = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
+_EMPTY_LOADING_INFO = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": [], "error_msgs": []}
 
 
 @dataclass(frozen=True)
 class ScheduleSummary:
-    """The ends of a noise schedule in the units that papers quote.
+    """The ends of a noise schedule in the units of the papers.
 
-    γ at t = 0 and 1 (log SNR is −γ); ᾱ_T = α² at t = 1, the share of the data's power that is left there; and the
+    γ at t = 0 and 1 (log SNR is −γ); ᾱ_T = α² at t = 1, the fraction of the data's power that remains there; and the
     prior KL(q(z_1|x) ‖ N(0, I)) in bits per dimension for data with E[x²] = `data_power`.
     """
 
@@ -58,32 +59,33 @@ class ScheduleSummary:
 
 
 class NoiseSchedule(WholeModelMixin, ConfigMixin):
-    """Base of the schedules: what every γ(t) can do, given `gamma_and_slope(t)` and the two ends."""
+    """Base class of the schedules; a subclass defines `gamma_and_slope(t)` and `ends()`."""
 
     _has_parameters = True
     _place = torch.device("cpu")
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """As [`ModelMixin.from_pretrained`]; a schedule without parameters is its config and has no weight file."""
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As [`ModelMixin.from_pretrained`]; a schedule without parameters has only a config and no weight file."""
         if cls._has_parameters:
-            if not is_accelerate_available():  # diffusers would build it in that type
+            if not is_accelerate_available():  # diffusers would create the parameters in that dtype
                 kwargs = {name: value for name, value in kwargs.items() if name not in ("dtype", "torch_dtype")}
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         wants_info, device_map = kwargs.pop("output_loading_info", False), kwargs.pop("device_map", None)
         config, _ = cls.load_config(pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs)
-        schedule = cls.from_config(config).eval()
+        schedule: Any = cls.from_config(config)
+        schedule.eval()
         place = device_map.get("") if isinstance(device_map, dict) else device_map
         if place is not None and place not in (*_STRATEGIES, "disk"):
             schedule.to(place)
-        return (schedule, dict(_NOTHING_AMISS)) if wants_info else schedule
+        return (schedule, dict(_EMPTY_LOADING_INFO)) if wants_info else schedule
 
     @classmethod
     def from_config(cls, config=None, return_unused_kwargs: bool = False, **kwargs):
-        """As [`ConfigMixin.from_config`], every value as it is written; `ValueError` for another class's config."""
+        """As [`ConfigMixin.from_config`], keeping every value in the file; `ValueError` for another class's config."""
         name = config.get("_class_name", cls.__name__) if isinstance(config, dict) else cls.__name__
         if name != cls.__name__:
-            raise ValueError(f"this is the config of a {name}; load it by {name}, not by {cls.__name__}.")
+            raise ValueError(f"this is the config of a {name}; load it with {name}, not with {cls.__name__}.")
         return super().from_config(as_written(config), return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def ends(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,8 +100,8 @@ class NoiseSchedule(WholeModelMixin, ConfigMixin):
         Args:
             t (`torch.Tensor`): times in [0, 1], any shape.
             scale_shape_grad (`Callable`, *optional*): called in the backward pass; its result, of the shape of `t`,
-                multiplies the gradient that reaches the parameters of the *inside* of γ, if it has any, and leaves
-                that of the ends alone (see `VariationalBound`).
+                multiplies the gradient of the parameters of the *interior* of γ, if it has any, and leaves the
+                gradient of the ends unchanged (see `VariationalBound`).
         """
         raise NotImplementedError(f"{type(self).__name__} must define gamma_and_slope().")
 
@@ -113,9 +115,9 @@ class NoiseSchedule(WholeModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def inverse(self, gamma: torch.Tensor) -> torch.Tensor:
-        """t with γ(t) = `gamma` of any shape, by bisection to the last bit of float64.
+        """t with γ(t) = `gamma` of any shape, by bisection to float64 precision.
 
-        Raises: `ValueError` where `gamma` is outside of [γ(0), γ(1)].
+        Raises: `ValueError` if any `gamma` is outside [γ(0), γ(1)].
         """
         gamma = torch.as_tensor(gamma, dtype=torch.float64, device=self._device())
         gamma_0, gamma_1 = self.ends()
@@ -132,18 +134,18 @@ class NoiseSchedule(WholeModelMixin, ConfigMixin):
         return torch.where(gamma == gamma_1, 1.0, torch.where(gamma == gamma_0, 0.0, 0.5 * (low + high)))
 
     def timestep(self, t: torch.Tensor | None, gamma_t: torch.Tensor) -> torch.Tensor:
-        """What the network is conditioned on: `num_train_timesteps` · (γ − γ_min)/(γ_max − γ_min).
+        """The timestep that conditions the network: `num_train_timesteps` · (γ − γ_min)/(γ_max − γ_min).
 
-        γ_min and γ_max are the *configured* ends, as in the official network, also while ends are learned. `t` may be
-        `None` where only γ is known.
+        γ_min and γ_max are the *configured* ends, as in the official network, even if the ends are learned. `t` may be
+        `None` if only γ is known.
         """
         low, high = self.config.gamma_min, self.config.gamma_max
         return self.config.num_train_timesteps * (gamma_t - low) / (high - low)
 
     def gamma_of_timestep(self, timesteps: torch.Tensor | float) -> torch.Tensor:
-        """γ of what the network is conditioned on, the inverse of `timestep`; float64, of the shape of `timesteps`.
+        """γ of a timestep of the network, the inverse of `timestep`; float64, of the shape of `timesteps`.
 
-        A timestep may lie beyond γ(0) and γ(1), where the configured ends are further apart than those.
+        The result may lie outside [γ(0), γ(1)] if the configured ends are further apart.
         """
         position = _in_float64(timesteps) / self.config.num_train_timesteps
         return self.config.gamma_min * (1 - position) + self.config.gamma_max * position
@@ -157,10 +159,10 @@ class NoiseSchedule(WholeModelMixin, ConfigMixin):
     def describe(self, data_power: float = 0.25) -> ScheduleSummary:
         """ᾱ at t = 1, the log-SNR range, and the prior KL for data with E[x²] = `data_power` (CIFAR-10: 0.25).
 
-        Warns (`UserWarning`) where the prior KL is above 0.01 bits/dim: the chain ends before the data is gone.
+        Warns (`UserWarning`) if the prior KL is above 0.01 bits/dim: z_1 then still contains information about x.
         """
         if not 0 <= data_power <= 1:
-            raise ValueError(f"data_power is E[x²] of data in [−1, 1] and must be within [0, 1], got {data_power}.")
+            raise ValueError(f"data_power, E[x²] of data in [−1, 1], must be within [0, 1], got {data_power}.")
         gamma_0, gamma_1 = (end.cpu() for end in self.ends())
         x = torch.tensor([math.sqrt(data_power)], dtype=torch.float64)
         prior_kl_bpd = float(prior_kl_nats(x, gamma_1)) / math.log(2)
@@ -169,24 +171,24 @@ class NoiseSchedule(WholeModelMixin, ConfigMixin):
         if summary.prior_kl_bpd > PRIOR_KL_WARNING_BPD:
             warnings.warn(
                 f"The prior KL of this {type(self).__name__} is {summary.prior_kl_bpd:.3g} bits/dim, above "
-                f"{PRIOR_KL_WARNING_BPD}: at t = 1 a share of {summary.alpha_bar_1:.3g} of the data's power is left, "
-                "so that samples start from noise that training never saw. Raise gamma_max, or the betas.",
+                f"{PRIOR_KL_WARNING_BPD}: at t = 1 a fraction {summary.alpha_bar_1:.3g} of the data's power remains, "
+                "so sampling starts from noise that training never saw. Raise gamma_max, or the betas.",
                 stacklevel=3,  # past the no_grad wrapper, at the caller
             )
         return summary
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the parameters; float32 without any, where diffusers' own property fails."""
+        """Type of the parameters; float32 without parameters, where diffusers' property fails."""
         return next((p.dtype for p in self.parameters()), torch.float32)
 
     @property
     def device(self) -> torch.device:
-        """Of the parameters; without any, where the schedule was last moved to, so that a pipeline can ask for it."""
+        """Device of the parameters; without parameters, the device that the schedule was last moved to."""
         return super().device if self._has_parameters else self._place
 
     def _device(self) -> torch.device:
-        """Where γ is worked out for times that come without a device: the tables of schedules are on the CPU."""
+        """The device for times that are Python numbers; schedules without parameters keep their tables on the CPU."""
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
     @staticmethod
@@ -198,7 +200,7 @@ class NoiseSchedule(WholeModelMixin, ConfigMixin):
         return to_high_precision(t)
 
     def _apply(self, fn, recurse=True):
-        # `.to(bfloat16)` of a whole pipeline would move γ(1) from 11.30 to 11.25: change the device, keep the digits
+        # `.to(bfloat16)` of a pipeline would move γ(1) from 11.30 to 11.25: change the device, not the precision
         def keep_digits(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor)
             too_low = moved.is_floating_point() and moved.element_size() < 4
@@ -210,20 +212,20 @@ class NoiseSchedule(WholeModelMixin, ConfigMixin):
 
 
 def _in_float64(numbers: torch.Tensor | float) -> torch.Tensor:
-    """A tensor, or what becomes one: by itself PyTorch would round a Python number to float32."""
+    """A tensor or Python number in float64; PyTorch by default rounds a Python number to float32."""
     return to_high_precision(numbers if torch.is_tensor(numbers) else torch.tensor(numbers, dtype=torch.float64))
 
 
 def _moved(place: torch.device, fn: Callable[[torch.Tensor], torch.Tensor]) -> torch.device:
-    """Where `fn`, which `nn.Module.to` and its like apply to every tensor, takes a tensor that is at `place`."""
+    """The device to which `fn`, a function for `nn.Module._apply`, moves a tensor on `place`."""
     try:
         return fn(torch.empty(0, device=place)).device
-    except NotImplementedError:  # from meta: a real tensor would have no data to copy, and there is none
+    except NotImplementedError:  # a meta tensor has no data to copy
         return fn(torch.empty(0)).device
 
 
 def as_written(config):
-    """A config without diffusers' list of defaults: it holds arguments given by position too, and drops them."""
+    """A config without diffusers' list of default values, which also lists positional arguments and so drops them."""
     return {k: v for k, v in config.items() if k != "_use_default_values"} if isinstance(config, dict) else config
 
 
@@ -243,24 +245,24 @@ def check_num_train_timesteps(num_train_timesteps: int) -> None:
 
 
 def _if_accelerate(names: list[str]) -> list[str] | None:
-    """`names`, to be loaded in float32; without accelerate diffusers refuses that, and nothing is cast in loading."""
+    """`names`, to be loaded in float32; `None` without accelerate, where diffusers rejects the option."""
     return names if is_accelerate_available() else None
 
 
 class _StraightLine(NoiseSchedule):
-    """What a γ(t) that is a straight line between its ends can do, fixed or learned."""
+    """Base class of schedules that are a straight line between their ends, fixed or learned."""
 
     def gamma_and_slope(self, t, scale_shape_grad=None):
         gamma_0, gamma_1 = self.ends()
         return torch.lerp(gamma_0.to(t), gamma_1.to(t), t), (gamma_1 - gamma_0).to(t).expand(t.shape)
 
     def table(self, num_knots: int = 2) -> torch.Tensor:
-        """Two knots are exact for a straight line; see [`NoiseSchedule.table`]."""
+        """As [`NoiseSchedule.table`]; two knots are exact for a straight line."""
         return super().table(num_knots)
 
 
 class FixedLinearGamma(_StraightLine):
-    """γ(t) = γ_min + (γ_max − γ_min) t, without parameters [the fixed schedule of VDM].
+    """γ(t) = γ_min + (γ_max − γ_min) t, without parameters [VDM's fixed linear schedule].
 
     Args:
         gamma_min, gamma_max (`float`, default to −13.3 and 5.0): γ(0) and γ(1).
@@ -276,13 +278,17 @@ class FixedLinearGamma(_StraightLine):
         check_num_train_timesteps(num_train_timesteps)
 
     def ends(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return tuple(torch.tensor(g, dtype=torch.float64) for g in (self.config.gamma_min, self.config.gamma_max))
+        gamma_0, gamma_1 = (
+            torch.tensor(g, dtype=torch.float64) for g in (self.config.gamma_min, self.config.gamma_max)
+        )
+        return gamma_0, gamma_1
 
 
 class LearnedLinearGamma(_StraightLine):
     """γ(t) = b + |w| t with learned ends, the official code's `learnable_scalar` [VDM §3.2].
 
-    The arguments of [`FixedLinearGamma`]; γ_min and γ_max are where the ends start, and scale the timestep for good.
+    The arguments are those of [`FixedLinearGamma`]; γ_min and γ_max are the initial ends, and always scale the
+    timestep.
     """
 
     _keep_in_fp32_modules = _if_accelerate(["bias", "weight"])
@@ -305,15 +311,15 @@ class MonotoneGammaNetwork(NoiseSchedule):
     f(t) = t + (1/n) Σ_j |a_j| 2 sigmoid(|w_j| (2t − 1) + b_j)
     γ(t) = γ_0 + (γ_1 − γ_0) (f(t) − f(0))/(f(1) − f(0))
 
-    The straight part of f has weight one, because the normalization cancels a common factor; it keeps the slope
-    positive for any parameters. The published code does not normalize, and its ends drift from the values that scale
-    the time embedding.
+    The linear term of f has weight one, because the normalization cancels a common factor; it keeps the slope positive
+    for any parameters. The published code does not normalize, so its ends drift from the values that scale the time
+    embedding.
 
     Args:
         gamma_min, gamma_max (`float`, default to −13.3 and 5.0):
-            the ends, or with `learn_ends` where they start; they also scale the network's timestep for good.
+            the ends, or with `learn_ends` their initial values; they also scale the network's timestep.
         hidden_dim (`int`, defaults to 1024): n, the number of hidden units.
-        learn_ends (`bool`, defaults to `False`): train γ_0 and γ_1 = γ_0 + |w| too.
+        learn_ends (`bool`, defaults to `False`): also train γ_0 and γ_1 = γ_0 + |w|.
         num_train_timesteps (`int`, defaults to 1000): scale of the network's timestep.
     """
 
@@ -336,7 +342,7 @@ class MonotoneGammaNetwork(NoiseSchedule):
         if learn_ends:
             self.bias = nn.Parameter(torch.tensor([float(gamma_min)]))
             self.weight = nn.Parameter(torch.tensor([float(gamma_max) - float(gamma_min)]))
-        # units spread evenly over t, all alike: nearly a straight line, and each can bend its own part of it
+        # equal units spread evenly over t: γ starts nearly straight, and each unit can bend its own part
         steepness = 8.0
         centers = (torch.arange(hidden_dim) + 0.5) / hidden_dim
         self.hidden_weight = nn.Parameter(torch.full((hidden_dim,), steepness))
@@ -347,7 +353,8 @@ class MonotoneGammaNetwork(NoiseSchedule):
         if self.config.learn_ends:
             return _learned_ends(self.bias, self.weight)
         ends = (self.config.gamma_min, self.config.gamma_max)
-        return tuple(torch.tensor(g, dtype=torch.float64, device=self._device()) for g in ends)
+        gamma_0, gamma_1 = (torch.tensor(g, dtype=torch.float64, device=self._device()) for g in ends)
+        return gamma_0, gamma_1
 
     def gamma_and_slope(self, t, scale_shape_grad=None):
         unit, unit_slope = self._unit(t)
@@ -365,7 +372,7 @@ class MonotoneGammaNetwork(NoiseSchedule):
         span = 1 + (a * (at_1 - at_0)).sum()
         at_t = torch.sigmoid(w * (2 * t[..., None] - 1) + b)
         unit = (t + (a * (at_t - at_0)).sum(-1)) / span
-        # exact ends whatever the rounding of the sums: the first step of a T-step bound ends at γ(0) itself
+        # exact ends despite the rounding of the sums: the first step of a T-step bound must end at γ(0) itself
         unit = torch.where(t <= 0, 0.0, torch.where(t >= 1, 1.0, unit))
         return unit, (1 + (a * 2 * w * at_t * (1 - at_t)).sum(-1)) / span
 
@@ -401,7 +408,7 @@ class TableGamma(NoiseSchedule):
 
     def _set_table(self, gammas: torch.Tensor) -> None:
         check_gamma_table(gammas)
-        # plain attributes, not buffers: no cast and no state dict can change them
+        # plain attributes, not buffers, so that no cast or state dict changes them
         self._gammas = gammas
         self._knot_slopes = pchip_slopes(gammas)
 
@@ -409,7 +416,7 @@ class TableGamma(NoiseSchedule):
         return self._gammas[0], self._gammas[-1]
 
     def table(self, num_knots: int | None = None) -> torch.Tensor:
-        """Its own knots, or γ at `num_knots` times; see [`NoiseSchedule.table`]."""
+        """The knots of this table, or γ at `num_knots` times; see [`NoiseSchedule.table`]."""
         return self._gammas.clone() if num_knots is None else super().table(num_knots)
 
     def gamma_and_slope(self, t, scale_shape_grad=None):
@@ -417,7 +424,7 @@ class TableGamma(NoiseSchedule):
 
 
 class BetaGamma(TableGamma):
-    """γ_i = log((1 − ᾱ_i)/ᾱ_i), ᾱ_i = Π_{j ≤ i} (1 − β_j), of any betas, at t = i/(T − 1); the timestep is i itself.
+    """γ_i = log((1 − ᾱ_i)/ᾱ_i), ᾱ_i = Π_{j ≤ i} (1 − β_j), of any betas, at t = i/(T − 1); the timestep is i.
 
     Args:
         betas (`Sequence[float]`): T numbers in (0, 1), at least two.
@@ -429,12 +436,12 @@ class BetaGamma(TableGamma):
         self._set_table(gammas_from_betas(torch.as_tensor(betas, dtype=torch.float64)))
 
     def timestep(self, t: torch.Tensor | None, gamma_t: torch.Tensor) -> torch.Tensor:
-        """DDPM's own index i = t (T − 1), a float between two of them. Shape of `gamma_t`."""
+        """DDPM's index i = t (T − 1), a fractional number between two indices. Shape of `gamma_t`."""
         t = self.inverse(gamma_t) if t is None else t
         return t * (len(self._gammas) - 1)
 
     def gamma_of_timestep(self, timesteps: torch.Tensor | float) -> torch.Tensor:
-        """γ of an index, interpolated between two of them; `ValueError` outside of [0, T − 1]: there is no level."""
+        """γ of an index, interpolated between integers; `ValueError` outside [0, T − 1]."""
         timesteps, last = _in_float64(timesteps), len(self._gammas) - 1
         position = timesteps / last
         if not bool(((position >= 0) & (position <= 1)).all()):
@@ -445,15 +452,15 @@ class BetaGamma(TableGamma):
 class LinearBetaGamma(BetaGamma):
     """DDPM's linear-beta schedule: γ_i = log((1 − ᾱ_i)/ᾱ_i), ᾱ_i = Π_{j ≤ i} (1 − β_j) [DDPM §4].
 
-    Index i of DDPM is the time t = i/(T − 1) here, so that γ(0) is the level of its first step; between the indices γ
-    is interpolated. The network's timestep is i itself.
+    DDPM's index i is the time t = i/(T − 1) here, so that γ(0) is the level of its first step; γ is interpolated
+    between the indices. The network's timestep is i.
 
-    The betas 1e-4 … 0.02 belong to 1,000 steps. For another number they are **rescaled** by 1000/T, which keeps ᾱ_T;
-    left alone at T = 200, a share ᾱ_T = 0.13 of the data's power would be left at the end.
+    The betas 1e-4 … 0.02 are meant for 1,000 steps. For another number they are **rescaled** by 1000/T, which keeps
+    ᾱ_T; without rescaling, a fraction ᾱ_T = 0.13 of the data's power would remain at the end for T = 200.
 
     Args:
         num_train_timesteps (`int`, defaults to 1000): T, at least 2.
-        beta_start, beta_end (`float`, default to 1e-4 and 0.02): first and last β, as for 1,000 steps.
+        beta_start, beta_end (`float`, default to 1e-4 and 0.02): first and last β for 1,000 steps.
         rescale_betas (`bool`, defaults to `True`): multiply the betas by 1000/T.
     """
 
@@ -471,7 +478,7 @@ class LinearBetaGamma(BetaGamma):
 
 
 def check_gamma_table(gammas: torch.Tensor) -> None:
-    """Raises `ValueError` unless `gammas` is one-dimensional, finite, strictly increasing and at least 2 long."""
+    """Raises `ValueError` unless `gammas` is one-dimensional with at least 2 finite, strictly increasing values."""
     if gammas.ndim != 1 or len(gammas) < 2:
         raise ValueError(f"gammas must be a list of at least 2 numbers, got shape {tuple(gammas.shape)}.")
     if not bool(gammas.isfinite().all()):

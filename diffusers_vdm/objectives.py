@@ -1,4 +1,4 @@
-"""What a network is trained on: the variational bound on −log₂ p(x) in bits/dim, and DDPM's simple objective.
+"""Training objectives: the variational bound on −log₂ p(x) in bits/dim, and DDPM's simple objective.
 
 −log p(x) ≤ prior KL(q(z_1|x) ‖ p(z_1)) + reconstruction E[−log p(x|z_0)] + diffusion loss        [VDM eq. 11]
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.utils import BaseOutput
@@ -20,51 +21,56 @@ from .diffusion import PredictionType, to_high_precision
 from .noise_schedules import LinearBetaGamma, NoiseSchedule
 from .times import stratified_times
 
+# accelerate rebuilds an output from a dict under mixed precision, for which all fields but the first need defaults
+_UNSET: Any = None
+
 
 @dataclass
 class SimpleObjectiveOutput(BaseOutput):
-    """DDPM's unweighted objective; not a likelihood.
+    """Output of DDPM's unweighted objective, which is not a likelihood.
 
     Attributes:
         loss (`torch.Tensor` of shape `()`): mean of `mse`.
         mse (`torch.Tensor` of shape `(B,)`): mean squared error of the network's output over the dimensions.
-        gamma_t (`torch.Tensor` of shape `(B,)`): the noise levels that were drawn.
+        gamma_t (`torch.Tensor` of shape `(B,)`): the sampled noise levels.
     """
 
     loss: torch.Tensor
-    mse: torch.Tensor = None
-    gamma_t: torch.Tensor = None
+    mse: torch.Tensor = _UNSET
+    gamma_t: torch.Tensor = _UNSET
 
 
 def check_times(t: torch.Tensor, batch_size: int) -> None:
     if not torch.is_tensor(t) or t.shape != (batch_size,):
         got = tuple(t.shape) if torch.is_tensor(t) else t
-        raise ValueError(f"t must have shape ({batch_size},), a tensor with a time for each image, got {got}.")
+        raise ValueError(f"t must be a tensor of shape ({batch_size},), one time for each image, got {got}.")
     if t.device.type == "cpu" and not bool(((t >= 0) & (t <= 1)).all()):
         raise ValueError(f"t must be within [0, 1], got values from {float(t.min()):.6g} to {float(t.max()):.6g}.")
 
 
 class Objective(nn.Module):
-    """What both objectives share: the network, the schedule, and images that are integers."""
+    """Base class of both objectives: the network, the schedule, and integer images."""
 
-    def __init__(self, unet: nn.Module, noise_schedule: NoiseSchedule, num_levels: int, prediction_type: str):
+    def __init__(
+        self, unet: nn.Module, noise_schedule: NoiseSchedule, num_levels: int, prediction_type: PredictionType
+    ):
         super().__init__()
         diffusion.check_prediction_type(prediction_type)
         if not isinstance(noise_schedule, NoiseSchedule):
             raise TypeError(
-                f"noise_schedule must be a NoiseSchedule, got {type(noise_schedule).__name__}; of a scheduler take "
+                f"noise_schedule must be a NoiseSchedule, got {type(noise_schedule).__name__}; for a scheduler use "
                 "scheduler.noise_schedule()."
             )
         if not isinstance(num_levels, int) or not 2 <= num_levels <= 65536:
-            raise ValueError(f"num_levels must be within [2, 65536], an integer, got {num_levels}.")
+            raise ValueError(f"num_levels must be an integer within [2, 65536], got {num_levels}.")
         self.unet = unet
         self.noise_schedule = noise_schedule
         self.num_levels = num_levels
-        self.prediction_type = prediction_type
+        self.prediction_type: PredictionType = prediction_type
 
     @property
     def _no_split_modules(self) -> list[str]:
-        """The blocks that Accelerate shards one by one under FSDP, by their classes."""
+        """Class names of the blocks that Accelerate shards separately under FSDP."""
         names = getattr(self.unet, "_no_split_modules", None) or ["ResnetBlock2D"]
         here = {type(module).__name__ for module in self.unet.modules()}
         return [name for name in names if name in here]
@@ -96,43 +102,43 @@ class Objective(nn.Module):
 
 @dataclass
 class VariationalBoundOutput(BaseOutput):
-    """Terms of the bound, all in **bits per dimension**.
+    """The terms of the bound, all in **bits per dimension**.
 
     Attributes:
         loss (`torch.Tensor` of shape `()`): mean of `total`, to be minimized.
         total (`torch.Tensor` of shape `(B,)`): prior + reconstruction + diffusion of each image.
         prior, reconstruction, diffusion (`torch.Tensor` of shape `(B,)`): the three terms of each image.
         gamma_t (`torch.Tensor` of shape `(B,)`): the noise level at which the diffusion term was estimated.
-        mse (`torch.Tensor` of shape `(B,)`): mean of (ε − ε̂)² over the dimensions, there.
+        mse (`torch.Tensor` of shape `(B,)`): mean of (ε − ε̂)² over the dimensions at that level.
     """
 
-    # BaseOutput can be rebuilt from a dict, as accelerate does under mixed precision, only if the rest has defaults
+    # accelerate rebuilds a BaseOutput from a dict under mixed precision, which needs defaults for all but one field
     loss: torch.Tensor
-    total: torch.Tensor = None
-    prior: torch.Tensor = None
-    reconstruction: torch.Tensor = None
-    diffusion: torch.Tensor = None
-    gamma_t: torch.Tensor = None
-    mse: torch.Tensor = None
+    total: torch.Tensor = _UNSET
+    prior: torch.Tensor = _UNSET
+    reconstruction: torch.Tensor = _UNSET
+    diffusion: torch.Tensor = _UNSET
+    gamma_t: torch.Tensor = _UNSET
+    mse: torch.Tensor = _UNSET
 
 
 class VariationalBound(Objective):
-    """The variational bound as one module: what DDP, FSDP, `torch.compile` and Accelerate should wrap.
+    """The variational bound as one module, to be wrapped by DDP, FSDP, `torch.compile` or Accelerate.
 
-    In continuous time the bound does not depend on γ between its ends [VDM §5.1]: its gradient there is pure noise.
-    What the inside of γ does change is the *variance* of the estimate. So the inside is trained by the gradient of the
-    squared diffusion loss, which costs no second pass: what arrives at γ(t_i) and γ′(t_i) is multiplied by
-    2 · diffusion_i [VDM app. I.2]. The ends always follow the bound, and with a finite T all of γ does.
+    In continuous time the bound does not depend on γ between its ends [VDM §5.1], so its gradient there is pure noise.
+    The interior of γ only changes the *variance* of the estimate. It is therefore trained with the gradient of the
+    squared diffusion loss, without a second pass: the gradients at γ(t_i) and γ′(t_i) are multiplied by
+    2 · diffusion_i [VDM app. I.2]. The ends always follow the bound, and so does all of γ for finite T.
 
     Args:
-        unet (`nn.Module`): called as `unet(z_t, timesteps, return_dict=False, …)[0]`; a `VDMUNet2DModel`, a
+        unet (`nn.Module`): called as `unet(z_t, timesteps, return_dict=False, …)[0]`, such as a `VDMUNet2DModel` or a
             `UNet2DModel`.
-        noise_schedule ([`NoiseSchedule`]): γ(t); of a scheduler, `scheduler.noise_schedule()`.
+        noise_schedule ([`NoiseSchedule`]): γ(t); for a scheduler, `scheduler.noise_schedule()`.
         num_timesteps (`int`, *optional*): T of the discrete-time bound; continuous time if not given.
-        num_levels (`int`, defaults to 256): levels of the data, 2 to 65536.
+        num_levels (`int`, defaults to 256): number of levels of the data, 2 to 65536.
         prediction_type (`"epsilon"`, `"sample"` or `"v_prediction"`, defaults to `"epsilon"`): what `unet` predicts.
-        minimize_variance (`bool`, defaults to `True`): train the inside of γ as described above; `False` leaves it the
-            bound's own gradient, as the published code does.
+        minimize_variance (`bool`, defaults to `True`): train the interior of γ as described above; `False` uses the
+            gradient of the bound instead, as in the published code.
     """
 
     def __init__(
@@ -147,7 +153,9 @@ class VariationalBound(Objective):
     ):
         super().__init__(unet, noise_schedule, num_levels, prediction_type)
         if num_timesteps is not None and (int(num_timesteps) != num_timesteps or num_timesteps < 1):
-            raise ValueError(f"num_timesteps must be a positive integer, or None (continuous time): {num_timesteps}.")
+            raise ValueError(
+                f"num_timesteps must be a positive integer or None (continuous time), got {num_timesteps}."
+            )
         self.num_timesteps = num_timesteps
         self.minimize_variance = minimize_variance
 
@@ -163,20 +171,21 @@ class VariationalBound(Objective):
         eps_0: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> VariationalBoundOutput:
-        """An unbiased estimate of the bound of each image, from one t, one ε and one ε_0 each.
+        """An unbiased estimate of the bound for each image, from one t, one ε and one ε_0 per image.
 
         Args:
-            images (integer `torch.Tensor` of shape `(B, ...)`): data in [0, num_levels), uint8 as a rule.
-            class_labels, augmentation_flags (`torch.Tensor` of shape `(B,)`, *optional*): handed to the network.
+            images (integer `torch.Tensor` of shape `(B, ...)`): data in [0, num_levels), usually uint8.
+            class_labels, augmentation_flags (`torch.Tensor` of shape `(B,)`, *optional*): passed to the network.
             t (`torch.Tensor` of shape `(B,)`, *optional*): times in [0, 1], defaults to [`stratified_times`]. With
                 `num_timesteps` they are rounded up to a multiple of 1/T.
-            t_density (`torch.Tensor` of shape `(B,)`, *optional*): density that `t` was drawn with, uniform if not
-                given; the diffusion term is divided by it [times.py].
+            t_density (`torch.Tensor` of shape `(B,)`, *optional*): density from which `t` was drawn, uniform if not
+                given; the diffusion term is divided by it (times.py).
             eps, eps_0 (`torch.Tensor` of shape `(B, ...)`, *optional*): noise of z_t and of z_0.
-            generator (`torch.Generator`, *optional*): for what is not given, drawn in the order t, eps, eps_0.
+            generator (`torch.Generator`, *optional*): for the values that are not given, drawn in the order t, eps,
+                eps_0.
 
         Returns: [`VariationalBoundOutput`], in bits per dimension.
-        Raises: `TypeError` for images that are not integers, `ValueError` for values and shapes that do not fit.
+        Raises: `TypeError` for images that are not integers, `ValueError` for invalid values and shapes.
         """
         x = self._data(images)
         if t is None:
@@ -192,12 +201,12 @@ class VariationalBound(Objective):
         squared_loss_slope: list[torch.Tensor] = []
         hook = None
         if self.minimize_variance and self.num_timesteps is None:
-            hook = lambda: squared_loss_slope[0]  # noqa: E731  known only once the loss is
+            hook = lambda: squared_loss_slope[0]  # noqa: E731  set below, once the loss is known
         if self.num_timesteps is None:
             gamma_t, slope = self.noise_schedule.gamma_and_slope(t, scale_shape_grad=hook)
             weight = 0.5 * slope
         else:
-            # k/T as a number stays step k: (k/T) T may round to a little more than k
+            # t = k/T must give step k, although (k/T) T may round to slightly more than k
             step = (t * self.num_timesteps - self.num_timesteps * rounding).ceil().clamp(min=1)
             t = step / self.num_timesteps
             gamma_t = self.noise_schedule(t)
@@ -230,7 +239,7 @@ class VariationalBound(Objective):
         )
 
     def _max_gamma_0(self) -> float | None:
-        """γ_0 as a number where it is not learned, which spares a wait for the device in each step."""
+        """γ_0 as a number if it is not learned, which avoids a device synchronization in each step."""
         gamma_0 = self.noise_schedule.ends()[0]
         if gamma_0.requires_grad or gamma_0.device.type != "cpu":
             return None
@@ -238,10 +247,10 @@ class VariationalBound(Objective):
 
 
 class SimpleObjective(Objective):
-    """DDPM's objective: the unweighted mean squared error, t uniform for each sample [DDPM eq. 14].
+    """DDPM's objective: the unweighted mean squared error, with t uniform for each sample [DDPM eq. 14].
 
-    γ is never trained by it: the minimizer would be one γ for all t > 0. With [`LinearBetaGamma`] t is one of DDPM's
-    indices, else it is uniform in [0, 1].
+    It never trains γ, because its minimizer would be a constant γ for all t > 0. With [`LinearBetaGamma`] t is one of
+    DDPM's indices; otherwise it is uniform in [0, 1].
 
     Args:
         unet, noise_schedule, num_levels, prediction_type: as in [`VariationalBound`].
@@ -267,7 +276,7 @@ class SimpleObjective(Objective):
         eps: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> SimpleObjectiveOutput:
-        """The loss of each image at one t and one ε each; arguments as in [`VariationalBound.forward`]."""
+        """The loss at one t and one ε per image; arguments as in [`VariationalBound.forward`]."""
         x = self._data(images)
         if t is None:
             source = generator.device if generator is not None else x.device

@@ -1,13 +1,13 @@
-"""The probability-flow ODE in γ: exact log-density of a model by it, and samples.
+"""The probability-flow ODE in γ: exact log-densities and samples of a model.
 
     dz/dγ = ½ σ (ε̂(z, γ) − σ z)                                        [Song et al. 2021, eq. 13, with γ = −log SNR]
     log p(z at γ_0) = log N(z at γ_1; 0, I) + ∫ tr(∂(dz/dγ)/∂z) dγ     from γ_0 to γ_1 [ibid. eq. 39]
 
-Every sample has γ and steps of its own: its answer does not depend on what else is in the batch, and a process never
-waits for another. (Of the libraries with steps per sample torchode evaluates finished ones, too, and needs the retired
-torchtyping.) γ and log-densities are float64; the network works in its own type.
+Every sample has its own γ and step size, so its result does not depend on the rest of the batch, and processes do not
+wait for each other. (torchode also has steps per sample, but it keeps evaluating finished samples and needs the
+retired torchtyping.) γ and log-densities are float64; the network uses its own dtype.
 
-For data that are integers, see dequantization.py. Paper: Song et al. 2021 (arXiv 2011.13456).
+For integer data, see dequantization.py. Paper: Song et al. 2021 (arXiv 2011.13456).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -24,11 +24,11 @@ from . import denoiser, diffusion
 from .diffusion import PredictionType, to_high_precision
 from .noise_schedules import NoiseSchedule
 
-# (z of shape (b, ...), γ of shape (b,), which samples of the batch these are, shape (b,)) → ε̂
+# (z of shape (b, ...), γ of shape (b,), indices of these samples in the batch, shape (b,)) → ε̂
 EpsModel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Divergence = Literal["hutchinson", "exact"]
 
-# Dormand & Prince 1980: nodes, stages, and the difference of the two orders; the last stage is the next step's first
+# Dormand & Prince 1980: nodes, stages, and the difference of the two orders; the last stage starts the next step
 _NODES = (0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1)
 _STAGES = (
     (),
@@ -43,7 +43,7 @@ _ERROR = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 /
 
 
 class SampleError(ValueError):
-    """What went wrong with one sample of a batch: `sample` is its position."""
+    """An error with one sample of a batch; `sample` is its index."""
 
     def __init__(self, message: str, sample: int):
         super().__init__(message)
@@ -52,13 +52,13 @@ class SampleError(ValueError):
 
 @dataclass
 class OdeSolution:
-    """What a solve returns.
+    """The solution of the ODE.
 
     Attributes:
-        z (`torch.Tensor` of shape `(B, ...)`): the latents at the other end.
-        log_prob_nats (`torch.Tensor` of shape `(B,)` or `None`): log-density of what went in, float64 on the CPU.
-        log_prob_by_probe_nats (`torch.Tensor` of shape `(P, B)` or `None`): the same by each probe.
-        num_calls (`torch.Tensor` of shape `(B,)`): network calls that each sample took.
+        z (`torch.Tensor` of shape `(B, ...)`): the latents at the end of the solve.
+        log_prob_nats (`torch.Tensor` of shape `(B,)` or `None`): log-density of the input, float64 on the CPU.
+        log_prob_by_probe_nats (`torch.Tensor` of shape `(P, B)` or `None`): the log-density estimate of each probe.
+        num_calls (`torch.Tensor` of shape `(B,)`): number of network calls for each sample.
     """
 
     z: torch.Tensor
@@ -73,7 +73,7 @@ def eps_model(
     prediction_type: PredictionType = "epsilon",
     class_labels: torch.Tensor | None = None,
 ) -> EpsModel:
-    """ε̂ of a network as a function of z, γ and the samples' places in the batch, in float32 or better.
+    """ε̂ of a network as a function of z, γ and the indices of the samples in the batch, in float32 or better.
 
     `class_labels` are those of the whole batch.
     """
@@ -101,27 +101,27 @@ def log_prob_nats(
     atol: float = 1e-5,
     max_steps: int = 2000,
 ) -> OdeSolution:
-    """log p(z) of latents at the level `gamma_start`, by the ODE up to `gamma_end`, where p is N(0, I).
+    """log p(z) of latents at the level `gamma_start`, from the ODE up to `gamma_end`, where p is N(0, I).
 
     Args:
         model (`Callable`): ε̂, see [`eps_model`].
         z (`torch.Tensor` of shape `(B, ...)`): latents.
         gamma_start, gamma_end (`float`): γ_0 < γ_1.
-        divergence (`"hutchinson"` or `"exact"`): vᵀ (∂ε̂/∂z) v with noise v that is fixed for the whole solve, which is
-            unbiased [Hutchinson 1989]; or the trace itself, at one backward pass for each dimension.
-        probes (`torch.Tensor` of shape `(P, B, ...)`, *optional*): the v, ±1 say; the mean over P is taken.
-        rtol, atol (`float`, default to 1e-5): allowed error of a step, root mean square over the dimensions of z and,
-            as absolute error in nats per dimension, of the log-density.
-        max_steps (`int`, defaults to 2000): most steps of a sample, counting rejected ones.
+        divergence (`"hutchinson"` or `"exact"`): vᵀ (∂ε̂/∂z) v with noise v that is fixed for the whole solve, an
+            unbiased estimate [Hutchinson 1989]; or the exact trace, which takes one backward pass per dimension.
+        probes (`torch.Tensor` of shape `(P, B, ...)`, *optional*): the v, such as ±1; the result is the mean over P.
+        rtol, atol (`float`, default to 1e-5): tolerances of a step. They bound the root mean square error over the
+            dimensions of z; atol also bounds the error of the log-density in nats per dimension.
+        max_steps (`int`, defaults to 2000): maximum number of steps of a sample, including rejected ones.
 
     Returns: [`OdeSolution`].
-    Raises: [`SampleError`], a `ValueError` with the position of the sample, where the network returns NaN or where the
-        steps do not suffice.
+    Raises: [`SampleError`], a `ValueError` with the index of the sample, if the network returns NaN or `max_steps` is
+        not enough.
     """
     if divergence not in get_args(Divergence):
         raise ValueError(f"divergence must be one of {get_args(Divergence)}, got {divergence!r}.")
     if (probes is None) != (divergence == "exact"):
-        raise ValueError("give probes for divergence='hutchinson', and none for 'exact'.")
+        raise ValueError("probes must be given for divergence='hutchinson' and left out for divergence='exact'.")
     if probes is not None and probes.shape[1:] != z.shape:
         raise ValueError(f"probes must have shape (P, {', '.join(map(str, z.shape))}), got {tuple(probes.shape)}.")
     if not gamma_start < gamma_end:
@@ -162,9 +162,9 @@ def solve(
     atol: float = 1e-5,
     max_steps: int = 2000,
 ) -> OdeSolution:
-    """The latents at `gamma_end` of latents at `gamma_start`: from noise to data γ falls, from data to noise it grows.
+    """Latents at `gamma_end` from latents at `gamma_start`: γ decreases from noise to data, and increases vice versa.
 
-    Arguments, returns and errors as in [`log_prob_nats`], without a log-density.
+    Arguments, results and errors as in [`log_prob_nats`], without a log-density.
     """
     shape = z.shape[1:]
 
@@ -183,11 +183,11 @@ def sample(
     *,
     prediction_type: PredictionType = "epsilon",
     class_labels: torch.Tensor | None = None,
-    **tolerances: float,
+    **tolerances: Any,
 ) -> OdeSolution:
-    """z_0 from noise `z_1` along the probability-flow ODE, over the whole of `noise_schedule`: γ(1) down to γ(0).
+    """z_0 from noise `z_1` along the probability-flow ODE, from γ(1) down to γ(0) of `noise_schedule`.
 
-    `tolerances` are `rtol`, `atol` and `max_steps` of [`solve`]. [`decode`] of diffusion.py makes images of z_0.
+    `tolerances` are `rtol`, `atol` and `max_steps` of [`solve`]. [`decode`] of diffusion.py turns z_0 into images.
     """
     gamma_0, gamma_1 = (float(end) for end in noise_schedule.ends())
     return solve(eps_model(unet, noise_schedule, prediction_type, class_labels), z_1, gamma_1, gamma_0, **tolerances)
@@ -205,8 +205,8 @@ def _quadratic_form(eps_hat: torch.Tensor, z: torch.Tensor, v: torch.Tensor, kee
 
 
 def _trace(eps_hat: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-    """tr ∂ε̂/∂z of each sample, one dimension after another."""
-    flat, total = eps_hat.flatten(1), 0
+    """tr ∂ε̂/∂z of each sample, one dimension at a time."""
+    flat, total = eps_hat.flatten(1), torch.zeros((), device=eps_hat.device)
     for i in range(flat.shape[1]):
         row = torch.autograd.grad(flat[:, i].sum(), z, retain_graph=i + 1 < flat.shape[1])[0]
         total = total + to_high_precision(row.flatten(1)[:, i])
@@ -217,7 +217,7 @@ def _integrate(
     derivative: Callable, y: torch.Tensor, start: float, end: float, rtol: float, atol: float, max_steps: int,
     densities: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Dormand–Prince 5(4), each row of `y` with γ and a step of its own; only rows that are not done are worked on."""
+    """Dormand–Prince 5(4), where each row of `y` has its own γ and step size; finished rows are not evaluated."""
     if not (rtol > 0 and atol > 0):
         raise ValueError(f"rtol and atol must be positive, got {rtol} and {atol}.")
     batch, span = len(y), end - start
@@ -231,8 +231,8 @@ def _integrate(
         tries += 1
         if tries > max_steps:
             raise SampleError(
-                f"the ODE is at gamma = {float(gamma[rows[0]]):.4g} after {max_steps} steps, on the way to {end:.4g}; "
-                f"allow larger errors by rtol and atol, or more steps by max_steps. (Sample {int(rows[0])}.)",
+                f"the ODE must reach gamma = {end:.4g} within max_steps={max_steps} steps, got to "
+                f"{float(gamma[rows[0]]):.4g}; increase rtol and atol, or max_steps. (Sample {int(rows[0])}.)",
                 int(rows[0]),
             )
         here = rows.to(y.device)
@@ -240,10 +240,11 @@ def _integrate(
         last = step[rows].abs() >= left.abs()
         h = torch.where(last, left, step[rows])
         h_device = to_high_precision(h.float() if y.device.type == "mps" else h).to(y.device)[:, None]
-        y_0, stages = y[here], [slope[here]]
+        y_k = y_0 = y[here]
+        stages = [slope[here]]
         for node, weights in zip(_NODES[1:], _STAGES[1:], strict=True):
             y_k = y_0 + h_device * sum(w * k for w, k in zip(weights, stages, strict=True) if w)
-            # γ + (end − γ) may round to beyond the end, where there is no noise level
+            # γ + (end − γ) may round to beyond the end, where γ is outside the schedule
             gamma_k = torch.where(last & (node == 1), end, gamma[rows] + node * h).clamp(
                 min(start, end), max(start, end)
             )
@@ -260,14 +261,14 @@ def _integrate(
         gamma[done] = torch.where(last, end, gamma[rows] + h)[accepted]
         y[done.to(y.device)] = y_k[accepted.to(y.device)]
         slope[done.to(y.device)] = stages[-1][accepted.to(y.device)]
-        # order 5 of the error estimate; a shortened last step says nothing of the next
+        # order 5 of the error estimate
         step[rows] = h * (0.9 * size.clamp(min=1e-10) ** -0.2).clamp(0.2, 5)
         rows = rows[gamma[rows] != end]
     return y, calls
 
 
 def _error_size(error, y_0, y_1, rtol: float, atol: float, densities: int) -> torch.Tensor:
-    """Largest error of each row in units of what is allowed."""
+    """The largest error of each row in units of the tolerance."""
     count = error.shape[1] - densities
     scale = atol + rtol * torch.maximum(y_0.abs(), y_1.abs())
     size = (error / scale)[:, :count].square().mean(1).sqrt()

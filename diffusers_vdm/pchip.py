@@ -6,7 +6,7 @@ import torch
 
 
 def pchip_slopes(values: torch.Tensor) -> torch.Tensor:
-    """Slopes at the knots, per knot distance, shape of `values` `(n + 1,)`; none is negative."""
+    """Slopes at the knots, per knot distance and never negative; shape of `values`, `(n + 1,)`."""
     rise = values[1:] - values[:-1]
     if len(rise) == 1:
         return rise.expand(2)
@@ -17,7 +17,7 @@ def pchip_slopes(values: torch.Tensor) -> torch.Tensor:
 
 
 def pchip(values: torch.Tensor, slopes: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The interpolant of `values` `(n + 1,)` with `slopes` of [`pchip_slopes`] and its derivative, at t ∈ [0, 1]."""
+    """The interpolant of `values` `(n + 1,)` and its derivative at t ∈ [0, 1]; `slopes` are from [`pchip_slopes`]."""
     n = len(values) - 1
     k = (t * n).floor().clamp(0, n - 1).long()
     r = t * n - k

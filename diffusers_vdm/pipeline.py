@@ -19,6 +19,7 @@ from . import call_arguments, components, denoiser, diffusion, noise_schedules, 
 from .diffusion import Generators
 from .gamma_scheduler import GammaScheduler
 from .noise_schedules import NoiseSchedule
+from .typed_config import TypedConfig
 from .unet import VDMUNet2DModel
 
 # diffusers reads these annotations: old versions need `Union`, not strings or `X | Y`; `from_pipe` needs exact classes
@@ -40,7 +41,7 @@ _REFUSED: dict[str, str] = {
 }
 
 
-class VDMPipeline(DiffusionPipeline):
+class VDMPipeline(TypedConfig, DiffusionPipeline):
     """Unconditional or class-conditional image generation with a VDM or a DDPM.
 
     Args:
@@ -135,7 +136,7 @@ class VDMPipeline(DiffusionPipeline):
         repository.check_files(folder, files, where)
         return str(folder)
 
-    def save_pretrained(
+    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         save_directory: str | os.PathLike,
         safe_serialization: bool = True,
@@ -301,25 +302,26 @@ class VDMPipeline(DiffusionPipeline):
             # float32 for any network dtype: half-precision latents are too coarse for the last steps
             dtype = denoiser.working_dtype(self.unet)
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        latents = latents.to(device) * self.scheduler.init_noise_sigma
+        z_t = latents.to(device) * self.scheduler.init_noise_sigma
         step_kwargs = {}
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             step_kwargs["generator"] = generator
 
         self._num_timesteps = len(self.scheduler.timesteps)
-        with self.progress_bar(total=self._num_timesteps) as progress_bar:
+        bar: Any = self.progress_bar  # whose annotations are those of another method in newer diffusers
+        with bar(total=self._num_timesteps) as progress_bar:
             for i, t in enumerate(self.scheduler.timesteps):
-                model_input = self.scheduler.scale_model_input(latents, t).to(latents.dtype)
+                model_input = self.scheduler.scale_model_input(z_t, t).to(z_t.dtype)
                 model_output = denoiser.call_network(self.unet, model_input, t, class_labels=labels)
-                model_output = self._channels_for_step(model_output, latents)
-                latents = self.scheduler.step(model_output, t, latents, return_dict=False, **step_kwargs)[0]
+                model_output = self._channels_for_step(model_output, z_t)
+                z_t = self.scheduler.step(model_output, t, z_t, return_dict=False, **step_kwargs)[0]
                 if callback_on_step_end is not None:
-                    available = {"latents": latents}
+                    available = {"latents": z_t}
                     given = {name: available[name] for name in tensor_names}
-                    latents = self._latents_after_callback(callback_on_step_end(self, i, t, given), latents)
+                    z_t = self._latents_after_callback(callback_on_step_end(self, i, t, given), z_t)
                 progress_bar.update()
 
-        images = latents if output_type == "latent" else self._images(latents, decode, output_type, generator)
+        images: Any = z_t if output_type == "latent" else self._images(z_t, decode, output_type, generator)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -330,7 +332,8 @@ class VDMPipeline(DiffusionPipeline):
         prediction, values = denoiser.split_output(model_output, latents)
         if not isinstance(self.scheduler, DDPMScheduler | DDPMParallelScheduler):
             return prediction  # other schedulers ignore predicted variances, or keep only three channels
-        denoiser.check_variance_values(self.scheduler.config.variance_type, values)
+        config: Any = self.scheduler.config
+        denoiser.check_variance_values(config.variance_type, values)
         return model_output
 
     def _images(self, latents: torch.Tensor, decode: str, output_type: str, generator: Generators):
@@ -361,10 +364,12 @@ class VDMPipeline(DiffusionPipeline):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """`(C, H, W)` of the network's images; raises `ValueError` if its config has no `sample_size`."""
-        size = self.unet.config.sample_size
+        config: Any = self.unet.config
+        size = config.sample_size
         if size is None:
             raise ValueError("unet.config.sample_size must be set, got None; create the network with its image size.")
-        return (self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+        height, width = (size, size) if isinstance(size, int) else size
+        return config.in_channels, height, width
 
     def _batch_and_labels(
         self, batch_size: int | None, class_labels: Any, num_images_per_prompt: int

@@ -1,4 +1,4 @@
-"""Pictures of a model: its schedule, its loss over γ, grids of samples, and the way there as an animation."""
+"""Plots of a model: its schedule, its training, its loss over γ, and grids and animations of samples."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .noise_schedules import NoiseSchedule
 def image_grid(
     images: torch.Tensor, columns: int | None = None, scale: int | None = None, gap: int = 1
 ) -> Image.Image:
-    """Images side by side, enlarged without smoothing so that each pixel can be seen.
+    """A grid of images, enlarged without smoothing so that each pixel is visible.
 
     Args:
         images (`torch.Tensor` of shape `(N, C, H, W)`): values in [0, 1], with 1 or 3 channels.
-        columns (`int`, *optional*): images in a row, defaults to a square.
-        scale (`int`, *optional*): how often a pixel is repeated, defaults to about 64 pixels an image.
-        gap (`int`, defaults to 1): space between the images, in their own pixels.
+        columns (`int`, *optional*): images per row, defaults to a square grid.
+        scale (`int`, *optional*): enlargement factor, defaults to about 64 pixels per image.
+        gap (`int`, defaults to 1): space between the images, in pixels before enlargement.
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
         raise ValueError(f"images must have shape (N, 1 or 3, H, W), got {tuple(images.shape)}.")
@@ -41,7 +41,7 @@ def image_grid(
 
 
 def save_animation(frames: Sequence[Image.Image], path: str | os.PathLike, seconds: float = 4.0) -> None:
-    """Saves frames as a GIF that lasts about `seconds`, and rests on the last one."""
+    """Saves frames as a GIF that lasts about `seconds` and pauses on the last frame."""
     if not frames:
         raise ValueError("frames must not be empty.")
     each = max(20, round(1000 * seconds / len(frames)))
@@ -50,7 +50,7 @@ def save_animation(frames: Sequence[Image.Image], path: str | os.PathLike, secon
 
 
 def plot_schedule(noise_schedule: NoiseSchedule, path: str | os.PathLike, title: str = "") -> None:
-    """γ(t) with the straight line between its ends, and α², σ² over t."""
+    """Plots γ(t) with the straight line between its ends, and α² and σ² over t."""
     figure, (left, right) = _figure(2)
     device = next((p.device for p in noise_schedule.parameters()), None)
     t = torch.linspace(0, 1, 401, dtype=torch.float64, device=device)
@@ -62,25 +62,25 @@ def plot_schedule(noise_schedule: NoiseSchedule, path: str | os.PathLike, title:
     left.set(xlabel="t", ylabel="γ = −log SNR")
     right.plot(t, diffusion.alpha(gamma) ** 2, label="α²  (data)")
     right.plot(t, diffusion.sigma(gamma) ** 2, label="σ²  (noise)")
-    right.set(xlabel="t", ylabel="share of the power")
+    right.set(xlabel="t", ylabel="fraction of the power")
     for axes in (left, right):
         axes.legend(frameon=False)
     _save(figure, path, title)
 
 
 def plot_training(lines: Sequence[dict[str, Any]], path: str | os.PathLike, title: str = "") -> None:
-    """The loss and the held-out bits/dim, with their errors, over the steps of `metrics.jsonl`, and the speed.
+    """Plots the loss and the held-out bits/dim, with error bars, over the steps of `metrics.jsonl`, and the speed.
 
-    The first tenth of the steps, where everything falls, may run out of the picture.
+    The first tenth of the steps, where the loss falls steeply, may lie outside the axes.
     """
     if not lines:
-        raise ValueError("lines must not be empty: there is nothing to draw of a run without metrics.")
+        raise ValueError("lines must not be empty: a run without metrics cannot be plotted.")
     figure, (left, right) = _figure(2)
     for name, label in (("train_bpd", "loss"), ("train_mse", "loss (unweighted squared error)")):
         points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
         if points:
             left.plot(*zip(*points, strict=True), label=label, linewidth=1)
-            if name == "train_bpd":  # the held-out ones stand on the same axis
+            if name == "train_bpd":  # held-out bits/dim are on the same axis
                 points += [(line["step"], line["eval_bpd"]) for line in lines if line.get("eval_bpd") is not None]
             later = [y for step, y in points if step >= lines[-1]["step"] / 10] or [points[-1][1]]
             left.set_ylim(0.97 * min(later), 1.1 * max(later))
@@ -110,20 +110,20 @@ def plot_loss_by_gamma(
     terms_bpd: dict[str, float] | None = None,
     title: str = "",
 ) -> None:
-    """Where the bits are: the density of the diffusion loss over γ, ½ mse(γ)/ln 2 bits/dim per unit of γ.
+    """Plots the density of the diffusion loss over γ, ½ mse(γ)/ln 2 bits/dim per unit of γ.
 
-    The area under the curve is the diffusion loss. Points are means over equal shares of the draws, with a band of
-    two standard errors.
+    The area under the curve is the diffusion loss. Each point is the mean over an equal number of draws, with a band
+    of two standard errors.
 
     Args:
-        gamma_t, mse (`torch.Tensor` of one shape): noise levels, and mean squared errors of ε̂ there.
+        gamma_t, mse (`torch.Tensor` of the same shape): noise levels, and the mean squared errors of ε̂ at them.
         path (`str` or `os.PathLike`): file to write.
-        terms_bpd (`dict[str, float]`, *optional*): terms of the bound, drawn as a stacked bar beside.
-        title (`str`, *optional*): above the figure.
+        terms_bpd (`dict[str, float]`, *optional*): terms of the bound, drawn as a stacked bar beside the curve.
+        title (`str`, *optional*): title of the figure.
     """
     order = gamma_t.flatten().argsort()
     gamma, density = gamma_t.flatten()[order], 0.5 * mse.flatten()[order] / math.log(2)
-    bins = min(len(gamma), max(2, min(40, len(gamma) // 20)))  # no share is empty
+    bins = min(len(gamma), max(2, min(40, len(gamma) // 20)))  # no bin is empty
     groups = list(zip(gamma.tensor_split(bins), density.tensor_split(bins), strict=True))
     center = torch.stack([g.mean() for g, _ in groups])
     mean = torch.stack([d.mean() for _, d in groups])
@@ -144,7 +144,7 @@ def plot_loss_by_gamma(
 
 
 def plot_bits_histogram(per_image_bpd: torch.Tensor, path: str | os.PathLike, title: str = "") -> None:
-    """How the bits/dim of single images are spread, with their mean."""
+    """Plots a histogram of the bits/dim of single images, with their mean."""
     figure, (axes,) = _figure(1)
     axes.hist(per_image_bpd.numpy(), bins=min(60, max(5, len(per_image_bpd) // 8)))
     mean = float(per_image_bpd.mean())
@@ -155,7 +155,7 @@ def plot_bits_histogram(per_image_bpd: torch.Tensor, path: str | os.PathLike, ti
 
 
 def _figure(columns: int, ratios: tuple[int, ...] | None = None):
-    # figures without pyplot: no global state, no window system
+    # without pyplot, which has global state and may need a display
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.6 * columns, 3.6), layout="constrained")

@@ -17,9 +17,10 @@ def register() -> None:
 
     Raises: `RuntimeError` if diffusers defines another class of that name.
     """
-    if getattr(diffusers, "VDMPipeline", VDMPipeline) is not VDMPipeline:
-        raise RuntimeError(f"diffusers has a VDMPipeline of its own, {diffusers.VDMPipeline}: load by ours instead.")
-    diffusers.VDMPipeline = VDMPipeline
+    found = getattr(diffusers, "VDMPipeline", VDMPipeline)
+    if found is not VDMPipeline:
+        raise RuntimeError(f"diffusers has a VDMPipeline of its own, {found}: load by ours instead.")
+    setattr(diffusers, "VDMPipeline", VDMPipeline)  # noqa: B010  type checkers know no such attribute
     methods = ["save_pretrained", "from_pretrained"]
     for module in MODULES:
         base = "SchedulerMixin" if module == "schedulers" else "ModelMixin"

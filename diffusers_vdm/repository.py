@@ -1,7 +1,7 @@
-"""A repository of a pipeline: which of its files are needed, what it may not hold, and how they come from the Hub.
+"""Pipeline repositories: select the files to load, check them, and download them from the Hub.
 
-A folder or a repository is checked before anything of it is loaded. Nothing of it is ever run or unpickled: code is
-not fetched, pickles are neither, weights are safetensors and all else is JSON.
+A folder or repository is checked before anything is loaded. Nothing in it is run or unpickled: code and pickles are
+not downloaded, weights must be safetensors, and all other files JSON.
 """
 
 from __future__ import annotations
@@ -37,27 +37,27 @@ logger = logging.get_logger(__name__)
 
 INDEX = "model_index.json"
 MAX_JSON_BYTES = 16 << 20  # a γ table of 1,025 knots takes 24 KiB
-MAX_HEADER_BYTES = 25_000_000  # as the Hub itself; a network of 10,000 tensors has 1 MB
+MAX_HEADER_BYTES = 25_000_000  # the Hub's limit; a network of 10,000 tensors has 1 MB
 _WEIGHTS, _SHARD, _SUFFIX = "diffusion_pytorch_model", r"(-\d{5}-of-\d{5})?", r"\.safetensors"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-# huggingface_hub's errors come from requests' (all of them OSError) or, from 1.0, from httpx's (only some are)
-UNREACHABLE = (HfHubHTTPError.__bases__[0], OSError)
-_PASSING = (429, 500, 502, 503, 504)
+# errors of huggingface_hub derive from those of requests (all OSError) or, from 1.0, of httpx (only some OSError)
+UNREACHABLE: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], OSError)  # pyright: ignore[reportAssignmentType]
+_TEMPORARY_STATUSES = (429, 500, 502, 503, 504)
 
 Components = dict[str, type]
 
 
-# ---- what a repository says of itself ----------------------------------------------------------------------------
+# ---- the index and the files of a repository ---------------------------------------------------------------------
 
 
 def canonical_index(index: dict[str, Any], ours: dict[str, str]) -> dict[str, Any]:
-    """A `model_index.json` with our classes in our modules, wherever it says that they are.
+    """A `model_index.json` with our classes mapped to our modules.
 
-    Module paths of older versions, and those of repositories with code beside the weights, name the same classes.
+    Older versions, and repositories with code beside the weights, store other module paths for the same classes.
 
     Args:
-        index (`dict`): what the file holds.
-        ours (`dict`): the names of our classes, and their modules.
+        index (`dict`): content of the file.
+        ours (`dict`): maps the names of our classes to their modules.
     """
     out = dict(index)
     if isinstance(out.get("_class_name"), list):
@@ -69,18 +69,18 @@ def canonical_index(index: dict[str, Any], ours: dict[str, str]) -> dict[str, An
 
 
 def component_classes(index: dict[str, Any], needed: Iterable[str], names: Collection[str], where: str) -> Components:
-    """The classes of the components that are not null, without importing anything that the repository names.
+    """The classes of the components that are not null, without importing any module that the repository names.
 
     Args:
         index (`dict`): the canonical `model_index.json`.
-        needed (`Iterable[str]`): the components to load; the others are given by the caller.
+        needed (`Iterable[str]`): the components to load; the caller passes the others.
         names (`Collection[str]`): the files of the repository.
-        where (`str`): its name, for errors.
+        where (`str`): name of the repository, for error messages.
 
-    Raises: `ValueError` for a class that is neither of diffusers nor of a module that is loaded by now, for one that
-        is no model or scheduler, and for code that diffusers would run in its place.
+    Raises: `ValueError` for a class that is neither in diffusers nor in an imported module, for a class that is not a
+        model or scheduler, and for code that diffusers would run instead.
     """
-    if "None.py" in names:  # diffusers takes it for the pipeline that was not asked for
+    if "None.py" in names:  # some versions of diffusers run it as a custom pipeline
         raise ValueError(f"{where} holds None.py, which diffusers would run as a custom pipeline: it is not loaded.")
     classes = {}
     for name in needed:
@@ -92,55 +92,55 @@ def component_classes(index: dict[str, Any], needed: Iterable[str], names: Colle
             continue
         if f"{name}/{library}.py" in names:
             raise ValueError(
-                f"{where} gives {name} as code of its own, {name}/{library}.py, which is not run. Read it; if you "
+                f"{where} gives {name} as its own code, {name}/{library}.py, which is not run. Read it; if you "
                 f"trust it, import it yourself and pass {name}=… to from_pretrained."
             )
         module = diffusers if library == "diffusers" else sys.modules.get(library)
         cls = getattr(module, class_name, None)
         if not (isinstance(cls, type) and issubclass(cls, ModelMixin | SchedulerMixin)):
             raise ValueError(
-                f"{where} gives {name} as {class_name} of {library}, which is no model or scheduler of diffusers, of "
-                f"diffusers_vdm or of a module that is imported by now. Nothing is imported because a repository "
-                f"names it: import {library} yourself if you trust it, or pass {name}=… to from_pretrained."
+                f"{where} gives {name} as {class_name} of {library}, which is not a model or scheduler of diffusers, "
+                f"diffusers_vdm or an imported module. A repository cannot import modules: import {library} yourself "
+                f"if you trust it, or pass {name}=… to from_pretrained."
             )
         classes[name] = cls
     return classes
 
 
 def check_repository_name(name: str) -> None:
-    """`OSError` if what is no folder here cannot be the name of a repository on the Hub, either."""
+    """Raises `OSError` if `name`, which is not a local folder, is not a valid repository name either."""
     if os.path.exists(name):
-        raise OSError(f"{name!r} is a file and not the folder of a pipeline: give the folder with {INDEX}.")
+        raise OSError(f"{name!r} is a file and not the folder of a pipeline: pass the folder with {INDEX}.")
     try:
         validate_repo_id(name)
     except HFValidationError:
         raise OSError(
-            f"{name!r} is neither a folder here nor a name that the Hub allows, as 'user/name' is: there is no such "
-            "folder; give the one that the pipeline was saved in."
+            f"{name!r} is neither a local folder nor a valid Hub name such as 'user/name'; pass the folder that the "
+            "pipeline was saved in."
         ) from None
 
 
 def check_names(names: Iterable[str], where: str) -> None:
-    """`ValueError` if a file's name leads out of the repository's folder, or is none."""
+    """Raises `ValueError` for a file name that is outside the repository's folder, or invalid."""
     for name in names:
         parts = name.split("/")
         if not name.isprintable() or "\\" in name or ":" in parts[0] or {"", ".", ".."} & set(parts):
-            raise ValueError(f"{where} has a file named {name!r}, which leads out of its folder: it is not loaded.")
+            raise ValueError(f"{where} has a file named {name!r}, which is outside its folder: it is not loaded.")
 
 
 def needed_files(names: Collection[str], classes: Components, variant: str | None, where: str) -> list[str]:
-    """The configs and safetensors files of the components, those of `variant` where there are any.
+    """The configs and safetensors files of the components, of `variant` if a component has it.
 
-    A component whose folder is not there is taken from the root, where old pipelines with one model keep it.
+    A component without a folder is read from the root, where old pipelines with one model store it.
 
-    Raises: `OSError` for files that are not there; `ValueError` for a variant that no component has, and for weights
-        that are there as pickles only.
+    Raises: `OSError` for missing files; `ValueError` for a variant that no component has, and for weights that exist
+        only as pickles.
     """
     files, with_variant, lacking = [INDEX], [], None
     for name, cls in classes.items():
         folder = f"{name}/" if any(n.startswith(f"{name}/") for n in names) else ""
         if folder + cls.config_name not in names:
-            raise OSError(f"{where} has no {name}/{cls.config_name}: is it a whole pipeline?")
+            raise OSError(f"{where} has no {name}/{cls.config_name}: it is not a complete pipeline.")
         files.append(folder + cls.config_name)
         if not issubclass(cls, ModelMixin):
             continue
@@ -152,16 +152,16 @@ def needed_files(names: Collection[str], classes: Components, variant: str | Non
             pickles = sorted(n for n in here if n.endswith(_PICKLES))
             if pickles:
                 raise ValueError(
-                    f"{where} has the weights of {name} as pickles only ({', '.join(pickles)}), which run code when "
-                    "they are read: they are not loaded. Ask for safetensors, or convert them in a place that you can "
-                    "lose."
+                    f"{where} has the weights of {name} only as pickles ({', '.join(pickles)}), which can run code "
+                    "when they are read: they are not loaded. Ask the authors for safetensors, or convert the files "
+                    "in a sandbox."
                 )
             lacking = lacking or name
         files += weights
     if variant and not with_variant:
         pattern = re.compile(rf"(?:.*/)?{_WEIGHTS}\.([^.]+?){_SHARD}{_SUFFIX}")
         there = sorted({match[1] for match in map(pattern.fullmatch, names) if match})
-        raise ValueError(  # in diffusers' words, which those who fall back to no variant look for
+        raise ValueError(  # diffusers' wording, which callers match to fall back to no variant
             f"You are trying to load the model files of the `variant={variant}`, but no such modeling files are "
             f"available. {where} has {', '.join(map(repr, there)) or 'no variants'}."
         )
@@ -176,22 +176,20 @@ def _weights(names: Iterable[str], variant: str | None) -> list[str]:
     return [name for name in names if pattern.fullmatch(name)]
 
 
-# ---- what the files hold -----------------------------------------------------------------------------------------
+# ---- checks of the content ---------------------------------------------------------------------------------------
 
 
 def check_files(folder: Path, files: Iterable[str], where: str) -> None:
-    """Reads every JSON file and every header of safetensors, none of the weights.
+    """Checks every JSON file and every safetensors header, without reading the weights.
 
-    Raises: `OSError` for a file that is not there; `ValueError` for JSON that is none or too long, for a header that
-        is too long or does not describe its file, and for an index that names files elsewhere.
+    Raises: `OSError` for a missing file; `ValueError` for JSON that is invalid or too long, for a header that is too
+        long or does not match its file, and for an index that names files outside its folder.
     """
     files = list(files)
     for name in files:
         path = folder / name
         if not path.is_file():
-            raise OSError(
-                f"{where} has no {name}, or only a part of it is here: load it again, with the Hub in reach."
-            )
+            raise OSError(f"{where} has no {name}, or only a part of it: load it again with access to the Hub.")
         if path.suffix == ".json":
             content = read_json(path, f"{name} of {where}")
             if ".safetensors.index." in name:
@@ -201,7 +199,7 @@ def check_files(folder: Path, files: Iterable[str], where: str) -> None:
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """A JSON object; `ValueError` if it is too long or none."""
+    """The JSON object in a file; raises `ValueError` if it is too long or not a JSON object."""
     size = path.stat().st_size
     if size > MAX_JSON_BYTES:
         raise ValueError(f"{what} must be at most {MAX_JSON_BYTES} bytes long, got {size}: it is not loaded.")
@@ -228,16 +226,16 @@ def _check_header(path: Path, what: str) -> None:
         length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
         raise ValueError(
-            f"{what} must have a header of at most {MAX_HEADER_BYTES} bytes, and within its {size} bytes; it says "
-            f"{length}: it is damaged, or no safetensors file."
+            f"{what} must have a header of at most {MAX_HEADER_BYTES} bytes within its {size} bytes, got {length}: it "
+            "is damaged or not a safetensors file."
         )
     try:
         with safe_open(
             path, framework="pt"
-        ):  # maps the file, and compares all names, shapes and places with its length
+        ):  # maps the file, and checks all names, shapes and offsets against its length
             pass
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{what} is damaged, or no safetensors file: {error}") from None
+        raise ValueError(f"{what} is damaged or not a safetensors file: {error}") from None
 
 
 # ---- the Hub -----------------------------------------------------------------------------------------------------
@@ -253,20 +251,21 @@ def fetch(
     local_files_only: bool = False,
     force_download: bool = False,
 ) -> Path:
-    """Brings a pipeline's files from the Hub into the cache, or finds them there, all of one commit.
+    """Downloads a pipeline's files into the cache, or finds them there, all from one commit.
 
     Args:
         repo (`str`): `"user/name"`.
-        choose (`Callable`): the files that are wanted, of the folder with `model_index.json` and all names there are.
+        choose (`Callable`): returns the files to download, given the folder with `model_index.json` and all file
+            names of the repository.
         revision, cache_dir, token, local_files_only, force_download: as in `from_pretrained`.
 
     Returns: the folder of the commit in the cache.
-    Raises: `OSError` for what cannot be had, with the reason; `ValueError` for what is refused.
+    Raises: `OSError` for files that are not available, with the reason; `ValueError` for rejected content.
     """
     cached = {"cache_dir": cache_dir, "revision": revision}
-    listing, reason = None, "local_files_only=True"
-    if not local_files_only:
-        listing, reason = list_files(repo, revision, token)
+    if local_files_only:
+        return _cached(repo, choose, cached, "local_files_only=True")
+    listing, reason = list_files(repo, revision, token)
     if listing is None:
         return _cached(repo, choose, cached, reason)
     names = [file.rfilename for file in listing.siblings]
@@ -274,16 +273,16 @@ def fetch(
     _check_sizes(listing.siblings, repo)
     if INDEX not in names:
         raise OSError(
-            f"{repo} has no {INDEX}: it is not a pipeline. Components load by their own classes, as in "
+            f"{repo} has no {INDEX}: it is not a pipeline. Load a component with its own class, such as "
             f"VDMUNet2DModel.from_pretrained({repo!r})."
         )
     client = {"cache_dir": cache_dir, "token": token, "force_download": force_download}
     try:
-        # by the branch's name, so that the cache knows it without the Hub; the commit counts from here on
+        # by the branch name, so that the cache resolves it offline; from here on by the commit
         path = Path(call_with_retries(hf_hub_download, repo, INDEX, revision=revision, **client))
         if path.parent.name != listing.sha:
-            # the branch moved in between, or the Hub fell silent and the cache answered
-            logger.warning(f"{repo} is at {listing.sha}, {path.parent.name} came: that is loaded.")
+            # the branch moved in between, or the Hub stopped answering and the cache was used
+            logger.warning(f"{repo} is at {listing.sha}, but {path.parent.name} was downloaded and is loaded.")
             return fetch(repo, choose, revision=path.parent.name, **client)
         by_name = {file.rfilename: file for file in listing.siblings}
         _check_content(path.parent, [by_name[INDEX]], repo)
@@ -291,35 +290,35 @@ def fetch(
         new = [by_name[name] for name in files if force_download or not (path.parent / name).is_file()]
         call_with_retries(snapshot_download, repo, revision=listing.sha, allow_patterns=files, **client)
     except LocalEntryNotFoundError as error:
-        raise OSError(f"{repo} could not be fetched from the Hub: {error}") from error
+        raise OSError(f"{repo} could not be downloaded from the Hub: {error}") from error
     _check_content(path.parent, new, repo)
     return path.parent
 
 
-def call_with_retries(call: Callable, *args, attempts: int = 4, **kwargs):
-    """`call(*args, **kwargs)`, again where the Hub says that it is busy or ill, after the time that it asks for."""
+def call_with_retries(call: Callable[..., Any], *args: Any, attempts: int = 4, **kwargs: Any) -> Any:
+    """`call(*args, **kwargs)`, repeated for temporary errors of the Hub after the delay that it asks for."""
     for attempt in range(attempts):
         try:
             return call(*args, **kwargs)
         except HfHubHTTPError as error:
             response = error.response
-            if response is None or response.status_code not in _PASSING or attempt == attempts - 1:
+            if response is None or response.status_code not in _TEMPORARY_STATUSES or attempt == attempts - 1:
                 raise
             asked = response.headers.get("Retry-After", "")
             time.sleep(min(float(asked), 60.0) if asked.isdigit() else 2.0**attempt)
 
 
 def status_of(error: BaseException) -> int | None:
-    """The status of the answer that made an error of the Hub's client; `None` if there was no answer."""
+    """The HTTP status of an error of the Hub's client; `None` if there was no response."""
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
-def list_files(repo: str, revision: str | None, token: str | bool | None):
-    """The commit and its files with sizes and hashes; or None and the reason why the Hub does not answer."""
+def list_files(repo: str, revision: str | None, token: str | bool | None) -> tuple[Any, str]:
+    """(the commit with its files, sizes and hashes, ""), or (`None`, the reason why the Hub does not answer)."""
     try:
-        return call_with_retries(HfApi().model_info, repo, revision=revision, token=token, files_metadata=True), None
+        return call_with_retries(HfApi().model_info, repo, revision=revision, token=token, files_metadata=True), ""
     except HFValidationError as error:
-        raise OSError(f"{repo!r} is neither a folder here nor a name that the Hub allows: {error}") from error
+        raise OSError(f"{repo!r} is neither a local folder nor a valid Hub name: {error}") from error
     except GatedRepoError as error:
         raise OSError(
             f"{repo!r} is gated: accept its conditions at {HfApi().endpoint}/{repo}, then {_LOG_IN}"
@@ -328,16 +327,14 @@ def list_files(repo: str, revision: str | None, token: str | bool | None):
         raise OSError(f"{repo} has no branch, tag or commit {revision!r}.") from error
     except RepositoryNotFoundError as error:
         raise OSError(
-            f"{repo!r} is neither a folder here nor a model at {HfApi().endpoint} that this token may read. If it is "
-            f"private, {_LOG_IN} local_files_only=True takes what is in the cache."
+            f"{repo!r} is neither a local folder nor a model at {HfApi().endpoint} that this token may read. If it is "
+            f"private, {_LOG_IN} local_files_only=True loads it from the cache."
         ) from error
     except UNREACHABLE as error:
         if status_of(error) in (401, 403):
             reason = getattr(error, "server_message", None) or error
             raise OSError(f"{repo}: the token was not accepted ({reason}). Instead, {_LOG_IN}") from error
-        logger.warning(
-            f"The Hub does not answer ({type(error).__name__}: {error}); {repo} is looked for in the cache."
-        )
+        logger.warning(f"The Hub does not answer ({type(error).__name__}: {error}); looking for {repo} in the cache.")
         return None, f"{type(error).__name__}: {error}"
 
 
@@ -345,13 +342,11 @@ _LOG_IN = "pass token=… or run `hf auth login`, as a user who may read it."
 
 
 def _cached(repo: str, choose: Callable, cached: dict[str, Any], reason: str) -> Path:
-    missing = (
-        f"{repo} is not in the cache, or only a part of it, and the Hub was not asked or did not answer ({reason})"
-    )
+    missing = f"{repo} is not in the cache, or only in part, and the Hub was not asked or did not answer ({reason})"
     try:
         folder = Path(hf_hub_download(repo, INDEX, local_files_only=True, **cached)).parent
     except (LocalEntryNotFoundError, EntryNotFoundError) as error:
-        raise OSError(f"{missing}; nor is there a folder of that name here.") from error
+        raise OSError(f"{missing}; there is no local folder of that name either.") from error
     try:
         files = choose(folder, _cached_names(repo, folder, cached))
     except OSError as error:
@@ -363,7 +358,7 @@ def _cached(repo: str, choose: Callable, cached: dict[str, Any], reason: str) ->
 
 
 def _cached_names(repo: str, folder: Path, cached: dict[str, Any]) -> list[str]:
-    """All files of a cached commit, as the Hub listed them; the ones that are there, to clients that keep no list."""
+    """All files of a cached commit, as the Hub listed them; with older clients, only the files in the cache."""
     try:
         from huggingface_hub import get_cached_repo_tree
         from huggingface_hub.errors import CachedRepoTreeNotFoundError
@@ -377,7 +372,7 @@ def _cached_names(repo: str, folder: Path, cached: dict[str, Any]) -> list[str]:
 
 
 def names_in(folder: Path) -> list[str]:
-    """The files of a folder and of its folders, none deeper: a pipeline has no others."""
+    """The files of a folder and of its direct subfolders; a pipeline has no others."""
     return [path.relative_to(folder).as_posix() for pattern in ("*", "*/*") for path in folder.glob(pattern) if
             path.is_file()]  # fmt: skip
 
@@ -387,14 +382,14 @@ def _check_sizes(files: Iterable[Any], where: str) -> None:
         if file.rfilename.endswith(".json") and (file.size or 0) > MAX_JSON_BYTES:
             raise ValueError(
                 f"{file.rfilename} of {where} must be at most {MAX_JSON_BYTES} bytes long, got {file.size}: it is not "
-                "fetched."
+                "downloaded."
             )
 
 
 def _check_content(folder: Path, files: Iterable[Any], where: str) -> None:
-    """Compares what came with the hashes that the Hub lists: its client compares lengths alone.
+    """Compares downloaded files with the hashes that the Hub lists, because its client only compares lengths.
 
-    Raises: `OSError`, with the files taken out of the cache, so that the next load fetches them again.
+    Raises: `OSError`, after it has removed wrong files from the cache, so that the next load downloads them again.
     """
     wrong = []
     for file in files:
@@ -404,18 +399,18 @@ def _check_content(folder: Path, files: Iterable[Any], where: str) -> None:
             wrong.append(file.rfilename)
             blob = path.resolve()
             path.unlink()
-            # the content under another file's name is that file's; under its own name it is wrong
+            # a blob named by its own hash is the correct content of another file; any other blob is damaged
             if blob.exists() and blob.name not in (_digest(blob, True), _digest(blob, False)):
                 blob.unlink()
     if wrong:
         raise OSError(
-            f"{', '.join(wrong)} of {where} came with another content than the Hub lists: it was taken out of the "
-            "cache. Load again; if it stays so, something between here and the Hub keeps an old copy."
+            f"{', '.join(wrong)} of {where} does not match the hash that the Hub lists and was removed from the "
+            "cache. Load again; if the error persists, a proxy between this machine and the Hub has an old copy."
         )
 
 
 def _digest(path: Path, lfs: bool) -> str:
-    """sha256, or git's hash of a blob."""
+    """sha256 of a file, or its git blob hash."""
     digest = hashlib.sha256() if lfs else hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):

@@ -1,8 +1,8 @@
-"""The two schedulers: one step over two tables of γ (gamma_scheduler.py).
+"""The two schedulers, which share one step (gamma_scheduler.py) and differ in their table of γ.
 
-[`VDMScheduler`] holds a learned (or linear) γ(t) and hands the network the *normalized γ* as its timestep;
-[`LinearBetaScheduler`] holds DDPM's linear betas and hands over integer indices. Neither keeps state but the list of
-timesteps, and the last x̂ for a second-order algorithm.
+[`VDMScheduler`] has a learned (or linear) γ(t), and its timestep is the *normalized γ*. [`LinearBetaScheduler`] has
+DDPM's linear betas, and its timesteps are integer indices. The only state is the list of timesteps and, for the
+second-order algorithm, the last x̂.
 """
 
 from __future__ import annotations
@@ -27,39 +27,39 @@ TimestepType = Literal["gamma", "index"]
 class VDMScheduler(GammaScheduler):
     """Ancestral sampling for a Variational Diffusion Model, with γ(t) read from a float64 table in the config.
 
-    The timestep that the network gets is the normalized γ, `num_train_timesteps · (γ − gamma_min)/(gamma_max −
-    gamma_min)`, a float: the same noise level has the same timestep whatever γ(t) was learned. Steps are equidistant
-    in t by default, as the model was trained. The last step returns z_0; decode it through p(x | z_0), as
-    [`VDMPipeline`] does.
+    The timestep of the network is the normalized γ, `num_train_timesteps · (γ − gamma_min)/(gamma_max − gamma_min)`, a
+    float: a noise level has the same timestep whatever γ(t) was learned. By default, steps are equidistant in t, as in
+    training. The last step returns z_0; decode it through p(x | z_0), as [`VDMPipeline`] does.
 
     Args:
         num_train_timesteps (`int`, defaults to 1000): scale of the timestep.
         gamma_min, gamma_max (`float`, default to −13.3 and 5.0):
-            the levels of the timesteps 0 and `num_train_timesteps`: those that the network was *configured* with.
+            the levels of the timesteps 0 and `num_train_timesteps`, as *configured* for the network.
         trained_gammas (`list[float]`, *optional*):
-            values of γ at equidistant t from 0 to 1, increasing, with PCHIP between them; a straight line from
+            increasing values of γ at equidistant t from 0 to 1, interpolated by PCHIP; a straight line from
             `gamma_min` to `gamma_max` if not given. [`VDMScheduler.from_noise_schedule`] fills it.
-        prediction_type (`"epsilon"`, `"sample"` or `"v_prediction"`, defaults to `"epsilon"`): what the network says.
-        clip_sample (`bool`, defaults to `False`): clamp x̂ in each step. The samples are then not those whose
-            likelihood the bound measures.
+        prediction_type (`"epsilon"`, `"sample"` or `"v_prediction"`, defaults to `"epsilon"`): what the network
+            predicts.
+        clip_sample (`bool`, defaults to `False`): clamp x̂ in each step. The bound does not measure the likelihood of
+            such a sampler.
         clip_sample_range (`float`, defaults to 1.0): clamp to ± this.
         algorithm (`"ancestral"`, `"ddim"` or `"dpmsolver++"`, defaults to `"ancestral"`):
-            draws of p(z_s | z_t), for many steps; or the probability-flow ODE by DDIM, first order, or by
-            DPM-Solver++ 2M, second order, for few.
+            samples of p(z_s | z_t), for many steps; or the probability-flow ODE for few steps, by DDIM (first order)
+            or DPM-Solver++ 2M (second order).
         timestep_type (`"gamma"` or `"index"`, defaults to `"gamma"`):
-            `"index"` is for a network that was trained with betas: its timestep is the place in `trained_gammas`,
-            which then has `num_train_timesteps` values. [`VDMScheduler.from_diffusers`] sets it.
+            `"index"` is for a network that was trained with betas: its timestep is the index into `trained_gammas`,
+            which must have `num_train_timesteps` values. [`VDMScheduler.from_diffusers`] sets it.
         trained_betas (`list[float]`, *optional*):
-            the `num_train_timesteps` betas of a network that was trained with them, as diffusers' schedulers take
-            them, instead of any γ: its timestep is the index, and the last step returns z at its first level.
+            `num_train_timesteps` betas instead of γ, for a network that was trained with them, as in diffusers'
+            schedulers: the timestep is the index, and the last step returns z at the first level.
         variance_type (`"fixed_small"`, `"learned_range"` or `"learned"`, defaults to `"fixed_small"`):
-            the variance of an ancestral step: that of q(z_s | z_t, x), or what a network with twice the channels
-            predicts, read as diffusers' `DDPMScheduler` does. [`VDMScheduler.from_diffusers`] sets it.
+            the variance of an ancestral step: that of q(z_s | z_t, x), or the prediction of a network with twice the
+            channels, as in diffusers' `DDPMScheduler`. [`VDMScheduler.from_diffusers`] sets it.
 
     Raises: `ValueError` for γ_min ≥ γ_max, a table that does not increase, and unknown names.
     """
 
-    _words_of_levels = {"gamma_min"}
+    _level_keys = {"gamma_min"}
 
     @register_to_config
     def __init__(
@@ -79,7 +79,7 @@ class VDMScheduler(GammaScheduler):
         if trained_betas is not None:
             betas = checked_betas(trained_betas, count=num_train_timesteps)
             levels = {"gamma_min": gamma_min, "gamma_max": gamma_max, "trained_gammas": trained_gammas}
-            _check_left_out(levels, {"gamma_min": -13.3, "gamma_max": 5.0, "trained_gammas": None})
+            _check_default(levels, {"gamma_min": -13.3, "gamma_max": 5.0, "trained_gammas": None})
             trained_gammas, timestep_type = gammas_from_betas(betas).tolist(), "index"
             gamma_min, gamma_max = trained_gammas[0], trained_gammas[-1]
             self.register_to_config(gamma_min=gamma_min, gamma_max=gamma_max, timestep_type=timestep_type)
@@ -94,7 +94,7 @@ class VDMScheduler(GammaScheduler):
             self._schedule = TableGamma(table, gamma_min, gamma_max, num_train_timesteps)
         elif len(table) != num_train_timesteps or trained_gammas is None:
             raise ValueError(
-                f"timestep_type='index' needs trained_gammas of num_train_timesteps={num_train_timesteps} values, got "
+                f"timestep_type='index' needs num_train_timesteps={num_train_timesteps} values in trained_gammas, got "
                 f"{None if trained_gammas is None else len(table)}."
             )
         else:
@@ -102,16 +102,16 @@ class VDMScheduler(GammaScheduler):
         self._init_chain(prediction_type, clip_sample_range)
 
     @classmethod
-    def _with_own_levels(cls, config: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _with_levels(cls, config: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         names = ("num_train_timesteps", "gamma_min", "gamma_max", "trained_gammas", "timestep_type")
         own = {name: config[name] for name in names if name in config}
         table = config.get("trained_betas")
         if "gamma_min" in config and ("beta_schedule" in config or table is not None):
-            # for others, in our configs: it follows from γ, unless somebody has changed one of them
+            # our configs store trained_betas for diffusers' schedulers; they follow from γ unless a value was edited
             if table is None or not same_betas(table, cls(**own).betas):
                 raise ValueError(
                     "trained_betas of this config must be those of its gamma_min, gamma_max and trained_gammas, got "
-                    f"{'none' if table is None else 'other ones'}: leave out those that are not meant."
+                    f"{'none' if table is None else 'other ones'}: remove the ones that are wrong."
                 )
         if kwargs.get("trained_betas") is not None:
             dropped = {*names[1:], "trained_betas"} - set(kwargs)
@@ -123,10 +123,10 @@ class VDMScheduler(GammaScheduler):
     def from_noise_schedule(
         cls, noise_schedule: NoiseSchedule, num_knots: int | None = None, **kwargs
     ) -> VDMScheduler:
-        """A scheduler with γ(t) of `noise_schedule` baked into its config.
+        """A scheduler with γ(t) of `noise_schedule` as a table in its config.
 
-        The table is exact at its knots; between them the error of 1,025 knots is 1e-9 to 1e-7 in γ for learned
-        schedules, and zero for the linear ones, which need two. `kwargs` are further arguments.
+        The table is exact at its knots. Between 1,025 knots the error in γ is 1e-9 to 1e-7 for learned schedules;
+        linear schedules need two knots and have no error. `kwargs` are further arguments.
         """
         if isinstance(noise_schedule, LinearBetaGamma):
             raise ValueError(
@@ -144,19 +144,19 @@ class VDMScheduler(GammaScheduler):
 
     @classmethod
     def from_diffusers(cls, scheduler: ConfigMixin, **kwargs) -> VDMScheduler:
-        """The levels of a scheduler of diffusers with betas, for the network that was trained with them.
+        """A scheduler with the levels of a diffusers scheduler with betas, for the network that was trained with them.
 
-        γ(t) goes through its table, t = i/(T − 1); the network's timestep is the index i, fractional between two of
-        them. The last step returns z at its first level, to be decoded. A `variance_type` that the network predicts
+        γ(t) interpolates its table at t = i/(T − 1); the network's timestep is the index i, fractional between
+        integers. The last step returns z at the first level, to be decoded. A learned `variance_type`
         ("learned_range", "learned") is kept; fixed ones become "fixed_small". `kwargs` are further arguments.
 
         Raises: `ValueError` for schedulers without a usable table of betas.
         """
         if isinstance(scheduler, GammaScheduler):
-            raise TypeError(f"scheduler must be one of diffusers', got our {type(scheduler).__name__}.")
+            raise TypeError(f"scheduler must be a diffusers scheduler, got {type(scheduler).__name__}.")
         gammas = gammas_from_betas(diffusers_betas(scheduler))
         if scheduler.config.get("thresholding", False):
-            raise ValueError("thresholding=True scales x̂ by what else is in the image; it has no counterpart here.")
+            raise ValueError("thresholding must be False, got True: dynamic thresholding has no counterpart here.")
         settings = {
             "prediction_type": scheduler.config.get("prediction_type", "epsilon"),
             "clip_sample": scheduler.config.get("clip_sample", False),
@@ -178,17 +178,16 @@ class VDMScheduler(GammaScheduler):
         device: str | torch.device | None = None,
         timesteps: Sequence[float] | None = None,
     ) -> None:
-        """Lays out the chain.
+        """Sets the chain of noise levels.
 
         Args:
             num_inference_steps (`int`, *optional*): T, any number ≥ 1; levels γ(1), γ(1 − 1/T), …, γ(1/T), then γ(0).
-            device (`str` or `torch.device`, *optional*): where `self.timesteps` goes; γ stays on the CPU in float64.
-            timesteps (`Sequence[float]`, *optional*): decreasing timesteps (normalized γ) of one's own; the chain ends
-                at γ(0) in any case.
+            device (`str` or `torch.device`, *optional*): device of `self.timesteps`; γ stays on the CPU in float64.
+            timesteps (`Sequence[float]`, *optional*): custom decreasing timesteps (normalized γ); the chain always
+                ends at γ(0).
         """
-        self._check_num_inference_steps(num_inference_steps, timesteps)
+        n = self._checked_num_inference_steps(num_inference_steps, timesteps)
         if timesteps is None:
-            n = int(num_inference_steps)
             t = torch.arange(n, 0, -1, dtype=torch.float64) / n
             gammas = self._schedule(t)
             values = self._schedule.timestep(t, gammas).float()
@@ -196,7 +195,7 @@ class VDMScheduler(GammaScheduler):
             values = torch.as_tensor(timesteps, dtype=torch.float64).float()
             gammas = self._gammas_at(values)
             if not bool((gammas > self.final_gamma).all()):
-                raise ValueError("timesteps must be above that of γ(0), where the chain ends by itself.")
+                raise ValueError("timesteps must be above that of γ(0), because the chain always ends at γ(0).")
         self._set_chain(gammas, values, device)
 
     def _gammas_at(self, timesteps: torch.Tensor) -> torch.Tensor:
@@ -205,9 +204,9 @@ class VDMScheduler(GammaScheduler):
             return gammas
         low, high = self.config.gamma_min, self.config.gamma_max
         gamma_0, gamma_1 = self._schedule.ends()
-        slack = 1e-6 * (high - low)  # float32 timesteps may stick out by their rounding
+        slack = 1e-6 * (high - low)  # for the rounding of float32 timesteps
         if not bool(((gammas >= gamma_0 - slack) & (gammas <= gamma_1 + slack)).all()):
-            # levels that the network knows but that γ(t) does not reach are fine for add_noise: judge by both ranges
+            # add_noise also accepts levels that the network knows but γ(t) does not reach, so check both ranges
             if not bool(((gammas >= min(low, gamma_0) - slack) & (gammas <= max(high, gamma_1) + slack)).all()):
                 raise ValueError(
                     f"timesteps must be within [0, {self.config.num_train_timesteps}], got "
@@ -220,29 +219,30 @@ class VDMScheduler(GammaScheduler):
 class LinearBetaScheduler(GammaScheduler):
     """Ancestral sampling of DDPM with linear betas: integer timesteps, drop-in for `DDPMScheduler` [DDPM §2, §4].
 
-    Equal to diffusers' `DDPMScheduler(variance_type="fixed_small", clip_sample=False)` on the same betas, with float64
-    tables. The betas are rescaled by 1000/T (see [`LinearBetaGamma`]). The last step returns the data x̂ itself.
+    Equal to diffusers' `DDPMScheduler(variance_type="fixed_small", clip_sample=False)` with the same betas, but with
+    float64 tables. The betas are rescaled by 1000/T (see [`LinearBetaGamma`]). The last step returns the data x̂.
 
     Args:
         num_train_timesteps (`int`, defaults to 1000): T.
-        beta_start, beta_end (`float`, default to 1e-4 and 0.02): first and last β, as for 1,000 steps.
+        beta_start, beta_end (`float`, default to 1e-4 and 0.02): first and last β for 1,000 steps.
         rescale_betas (`bool`, defaults to `True`): multiply the betas by 1000/T.
-        prediction_type (`"epsilon"`, `"sample"` or `"v_prediction"`, defaults to `"epsilon"`): what the network says.
-        clip_sample (`bool`, defaults to `False`): clamp x̂ in each step; changes p(x), so that no likelihood describes
-            the samples.
+        prediction_type (`"epsilon"`, `"sample"` or `"v_prediction"`, defaults to `"epsilon"`): what the network
+            predicts.
+        clip_sample (`bool`, defaults to `False`): clamp x̂ in each step. The bound does not measure the likelihood of
+            such a sampler.
         clip_sample_range (`float`, defaults to 1.0): clamp to ± this.
         algorithm (`"ancestral"`, `"ddim"` or `"dpmsolver++"`, defaults to `"ancestral"`): see [`VDMScheduler`].
         timestep_spacing (`"linspace"`, `"leading"` or `"trailing"`, defaults to `"linspace"`):
-            which indices fewer than T steps visit, named as in diffusers. `"leading"` starts below T − 1.
+            which indices are visited by fewer than T steps, named as in diffusers. `"leading"` starts below T − 1.
         trained_betas (`list[float]`, *optional*):
-            T betas of one's own, not rescaled, instead of the linear ones, as diffusers' schedulers take them.
+            T custom betas, not rescaled, instead of the linear ones, as in diffusers' schedulers.
         variance_type (`"fixed_small"`, `"learned_range"` or `"learned"`, defaults to `"fixed_small"`): see
             [`VDMScheduler`].
 
     Raises: `ValueError` for betas outside of (0, 1) and unknown names.
     """
 
-    _words_of_levels = {"rescale_betas", "beta_schedule"}
+    _level_keys = {"rescale_betas", "beta_schedule"}
 
     @register_to_config
     def __init__(
@@ -265,18 +265,19 @@ class LinearBetaScheduler(GammaScheduler):
             )
         betas = None
         if trained_betas is None:
-            self._schedule = LinearBetaGamma(num_train_timesteps, beta_start, beta_end, rescale_betas)
+            arguments: Any = (num_train_timesteps, beta_start, beta_end, rescale_betas)  # which LinearBetaGamma checks
+            self._schedule = LinearBetaGamma(*arguments)
         else:
             betas = checked_betas(trained_betas, count=num_train_timesteps)
-            _check_left_out({"beta_start": beta_start, "beta_end": beta_end}, {"beta_start": 1e-4, "beta_end": 0.02})
+            _check_default({"beta_start": beta_start, "beta_end": beta_end}, {"beta_start": 1e-4, "beta_end": 0.02})
             self._schedule = BetaGamma(betas.tolist())
-            # a config with these has linear betas, and its table is for others to read
+            # a config with these values means linear betas and a redundant table
             self.register_to_config(beta_start=None, beta_end=None, rescale_betas=False)
         self._gammas = self._schedule.table()
         self._init_chain(prediction_type, clip_sample_range, betas)
 
     @classmethod
-    def _with_own_levels(cls, config: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _with_levels(cls, config: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         table, theirs = config.get("trained_betas"), "beta_schedule" in config
         names = ("num_train_timesteps", "beta_start", "beta_end")
         linear = dict(zip(names, (1000, 1e-4, 0.02), strict=True)) | {n: config[n] for n in names if n in config}
@@ -284,28 +285,29 @@ class LinearBetaScheduler(GammaScheduler):
         if kwargs.get("trained_betas") is not None:
             return {**config, "beta_start": None, "beta_end": None, "trained_betas": None, "rescale_betas": False}
         if table is None:
-            # diffusers never rescales, whatever the number of steps
+            # diffusers never rescales betas
             if theirs and ours and "rescale_betas" not in kwargs and linear["num_train_timesteps"] != 1000:
                 raise ValueError(
-                    "trained_betas=None of this config says betas that are not rescaled, and rescale_betas=True says "
-                    "others; leave one of them out."
+                    "rescale_betas must be False in a config with beta_schedule and trained_betas=None, because "
+                    "diffusers does not rescale betas, got True; remove one of them."
                 )
             return {**config, "rescale_betas": ours}
         if linear["beta_start"] is None and linear["beta_end"] is None:
             return config
         for rescale in [ours] if "rescale_betas" in config or not theirs else [False, True]:
-            if _are_linear(table, tuple(linear.values()), rescale, theirs or "rescale_betas" not in config):
+            of = (linear["num_train_timesteps"], linear["beta_start"], linear["beta_end"])
+            if _are_linear(table, of, rescale, theirs or "rescale_betas" not in config):
                 return {**config, "trained_betas": None, "rescale_betas": rescale}
         if "rescale_betas" in config:
             raise ValueError(
                 "trained_betas of this config must be the linear ones of its beta_start and beta_end, got others: "
-                "leave out those that are not meant."
+                "remove the ones that are wrong."
             )
         return {**config, "beta_start": None, "beta_end": None, "rescale_betas": False}
 
     @classmethod
     def from_noise_schedule(cls, noise_schedule: LinearBetaGamma, **kwargs) -> LinearBetaScheduler:
-        """The scheduler of a [`LinearBetaGamma`]; `kwargs` are further arguments, `prediction_type` say."""
+        """The scheduler of a [`LinearBetaGamma`]; `kwargs` are further arguments, such as `prediction_type`."""
         if not isinstance(noise_schedule, LinearBetaGamma):
             raise TypeError(
                 f"noise_schedule must be a LinearBetaGamma, got {type(noise_schedule).__name__}; "
@@ -325,11 +327,10 @@ class LinearBetaScheduler(GammaScheduler):
         device: str | torch.device | None = None,
         timesteps: Sequence[int] | None = None,
     ) -> None:
-        """Lays out a chain of `num_inference_steps` ≤ T steps, or one through decreasing indices of one's own."""
-        self._check_num_inference_steps(num_inference_steps, timesteps)
+        """Sets a chain of `num_inference_steps` ≤ T steps, or of custom decreasing indices `timesteps`."""
+        n = self._checked_num_inference_steps(num_inference_steps, timesteps)
         total = self.config.num_train_timesteps
         if timesteps is None:
-            n = int(num_inference_steps)
             if n > total:
                 raise ValueError(
                     f"num_inference_steps must be at most num_train_timesteps={total}, the number of noise levels "
@@ -340,7 +341,7 @@ class LinearBetaScheduler(GammaScheduler):
                 values = torch.linspace(last, 0, n, dtype=torch.float64) if n > 1 else torch.tensor([float(last)])
             elif self.config.timestep_spacing == "leading":
                 values = torch.arange(n - 1, -1, -1, dtype=torch.float64) * (total // n)
-            else:  # rounded before the subtraction, as diffusers does: halves go to the even number
+            else:  # rounded before the subtraction, as in diffusers: halves go to the even number
                 values = (torch.arange(n, 0, -1, dtype=torch.float64) * (total / n)).round() - 1
             values = values.round().long()
         else:
@@ -358,17 +359,18 @@ class LinearBetaScheduler(GammaScheduler):
         return self._gammas[rounded]
 
 
-def _are_linear(table: Any, of: tuple, rescale: bool, may_be_none: bool) -> bool:
-    """Whether `table` is that of the linear betas `of` (T, start, end), which might be none if `may_be_none`."""
+def _are_linear(table: Any, of: tuple[Any, Any, Any], rescale: bool, may_be_none: bool) -> bool:
+    """Whether `table` holds the linear betas `of` (T, start, end); invalid ones are `False` if `may_be_none`."""
     try:
-        return same_betas(table, linear_betas(*of, rescale))
+        num_steps, start, end = of
+        return same_betas(table, linear_betas(num_steps, start, end, rescale))
     except ValueError:
         if may_be_none:
             return False
         raise
 
 
-def _check_left_out(given: dict[str, Any], defaults: dict[str, Any]) -> None:
+def _check_default(given: dict[str, Any], defaults: dict[str, Any]) -> None:
     for name, value in given.items():
         if value is not None and value != defaults[name]:
-            raise ValueError(f"{name} must be left out where trained_betas are the levels, got {value!r}.")
+            raise ValueError(f"{name} must be left out if trained_betas is given, got {value!r}.")

@@ -1,4 +1,4 @@
-"""Work on threads, ahead of the one that takes its results."""
+"""A `map` on threads that works ahead of its consumer."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-Key, Result = TypeVar("Key"), TypeVar("Result")
+Key = TypeVar("Key")
+Result = TypeVar("Result")
 
 
 def in_order(
     function: Callable[[Key], Result], keys: Iterable[Key], num_workers: int, look_ahead: int
 ) -> Iterator[Result]:
-    """`map(function, keys)` on `num_workers` threads, in order, with at most `look_ahead` begun beyond the one taken.
+    """`map(function, keys)` on `num_workers` threads, in order, with at most `look_ahead` calls ahead of the consumer.
 
-    Nothing random may depend on the order of the calls. What fails is raised where its result is taken; whoever stops
-    before the end leaves no thread behind.
+    `function` must not depend on the order of the calls. An error is raised when its result is consumed. Closing the
+    iterator early leaves no thread running.
     """
     pending: deque = deque()
     with ThreadPoolExecutor(num_workers, thread_name_prefix="in_order") as pool:

@@ -1,7 +1,7 @@
-"""Times t of a batch: evenly spread, or drawn where the loss is large with the weights that make up for it.
+"""Times t of a batch: evenly spread, or importance-sampled where the loss is large, with weights that correct for it.
 
-The variance of an estimate by E[loss(t)/p(t)], t ~ p, is least for p(t) ∝ √E[loss(t)²]. A learned γ(t) comes to the
-same by bending the axis of t itself; this is for schedules that stay as they are.
+The variance of loss(t)/p(t), t ~ p, is smallest for p(t) ∝ √E[loss(t)²]. A learned γ(t) has the same effect by
+warping t itself; importance sampling is for fixed schedules.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from .diffusion import to_high_precision
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
-# share of the density that stays uniform: no weight is above its reciprocal
+# share of the density that is uniform, so that no weight exceeds its reciprocal
 UNIFORM_SHARE = 0.1
 
 
 def stratified_times(
     batch_size: int, generator: torch.Generator | None = None, device: str | torch.device | None = None
 ) -> torch.Tensor:
-    """t_i = (u + i/B) mod 1 with one uniform u: each is uniform, together they cover [0, 1] evenly [VDM app. I.1].
+    """t_i = (u + i/B) mod 1 with one uniform u: each t_i is uniform, and all cover [0, 1] evenly [VDM app. I.1].
 
     Returns: float64 `torch.Tensor` of shape `(batch_size,)`.
     """
@@ -34,15 +34,16 @@ def stratified_times(
 
 
 def lattice_times(index: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """(i·φ + shift) mod 1 with the golden ratio φ: any run of indices covers [0, 1) evenly. float64, as `index`."""
+    """(i·φ + shift) mod 1 with φ = (√5 − 1)/2: consecutive indices cover [0, 1) evenly. float64, shape of `index`."""
     return (index.double() * _GOLDEN + shift) % 1.0
 
 
 def importance_warp(level: torch.Tensor) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-    """u → (t, density of t): `level` `(bins,)` says how often to look into each of equal parts of [0, 1].
+    """A function u → (t, density of t) that samples each of `bins` equal parts of [0, 1] in proportion to `level`.
 
-    The density is in proportion to it, piecewise constant, but for a tenth of it that is uniform; t increases with u,
-    so that an even set of u gives an even set of t under it. Uniform where no level is above 0.
+    The density is piecewise constant: a share `UNIFORM_SHARE` is uniform, the rest is proportional to `level`, of
+    shape `(bins,)`. t increases with u, so evenly spread u give t evenly spread under the density. If no level is
+    above 0, the density is uniform.
     """
     bins = len(level)
     mean = level.mean()
@@ -67,19 +68,19 @@ def second_moments(t: torch.Tensor, loss: torch.Tensor, bins: int) -> torch.Tens
 
 
 def loss_level(sums: torch.Tensor) -> torch.Tensor:
-    """√E[loss²] in each part, of the sums of [`second_moments`]; a part that was not met is as the others are."""
+    """√E[loss²] in each part, from the sums of [`second_moments`]; a part without draws gets the others' mean."""
     level = (sums[0] / sums[1]).sqrt()
     return torch.where(sums[1] > 0, level, level.nanmean())
 
 
 class ImportanceTimes:
-    """Times of training in proportion to √E[loss²], of which E[loss²] is a moving average over the steps behind.
+    """Training times with density ∝ √E[loss²], where E[loss²] is a moving average over the previous steps.
 
     Args:
-        device (`torch.device`): where the losses are; nothing waits for it.
+        device (`torch.device`): the device of the losses; no call synchronizes with it.
         bins (`int`, defaults to 32): parts of [0, 1].
-        decay (`float`, defaults to 0.99): of the average, for a step.
-        warm_up (`float`, defaults to 10): draws a part needs on average before times are anything but uniform.
+        decay (`float`, defaults to 0.99): decay of the average per step.
+        warm_up (`float`, defaults to 10): times are uniform until the average number of draws per part reaches this.
     """
 
     def __init__(self, device: torch.device | str, bins: int = 32, decay: float = 0.99, warm_up: float = 10.0):
@@ -88,18 +89,18 @@ class ImportanceTimes:
         self._step = torch.zeros_like(self.sums)
 
     def warp(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(t, density of t), of the type of `u` ∈ [0, 1), by what the steps before have shown."""
+        """(t, density of t), of the type of `u` ∈ [0, 1), from the losses of the previous steps."""
         sums = self.sums.to(u.dtype)
         return importance_warp(torch.where(sums[1].mean() >= self.warm_up, loss_level(sums), 1.0))(u)
 
     def add(self, t: torch.Tensor, loss: torch.Tensor) -> None:
-        """Losses of a micro-batch, not divided by the density; none of it counts where one is not finite."""
+        """Adds the losses of a micro-batch, not divided by the density; skips it if any loss is not finite."""
         loss = loss.detach().to(self.sums)
         sums = second_moments(t.to(self.sums), torch.where(loss.isfinite(), loss, 0.0), self.sums.shape[1])
         self._step += torch.where(loss.isfinite().all(), sums, 0.0)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The moving average that times are drawn by."""
+        """The moving averages that define the density."""
         return {"sums": self.sums}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
@@ -107,6 +108,6 @@ class ImportanceTimes:
         self.sums.copy_(state["sums"])
 
     def step(self, accelerator: Any) -> None:
-        """Ends a step: what all processes have seen becomes part of the average."""
+        """Ends a step: adds the losses of all processes to the average."""
         self.sums = self.decay * self.sums + accelerator.reduce(self._step, "sum")
         self._step = torch.zeros_like(self.sums)

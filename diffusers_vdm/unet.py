@@ -1,8 +1,8 @@
-"""The network: diffusers' `UNet2DModel` with what the VDM network needs beside it.
+"""The network: diffusers' `UNet2DModel` with the additions of the VDM network.
 
-The official VDM network is a `UNet2DModel` with one level, many blocks and one attention in the middle, plus Fourier
-features of its input, its input added to its output, zero-initialized last layers and a flag for augmented images.
-DDPM's network is the same class with other arguments and none of the additions.
+The official VDM network is a `UNet2DModel` with one level, many blocks and one attention layer in the middle. It adds
+Fourier features of its input, an input residual, zero-initialized last layers and a flag for augmented images. DDPM's
+network is the same class with other arguments and no additions.
 """
 
 from __future__ import annotations
@@ -26,28 +26,29 @@ from torch import nn
 from .whole_models import WholeModelMixin
 
 
-class VDMUNet2DModel(WholeModelMixin, UNet2DModel, AttentionMixin):
+class VDMUNet2DModel(WholeModelMixin, UNet2DModel, AttentionMixin):  # pyright: ignore[reportIncompatibleVariableOverride]
     """A `UNet2DModel` with Fourier features, an input residual, zero-initialized outputs, and an augmentation flag.
 
-    All arguments of `UNet2DModel` mean what they mean there; without the additions the state dict and the outputs are
-    the same. Timesteps may be fractional.
+    The arguments of `UNet2DModel` keep their meaning; without the additions the state dict and the outputs are the
+    same. Timesteps may be fractional.
 
     Args (additions):
         fourier_exponents (`tuple[float, ...]`, defaults to `()`):
-            exponents f of sin and cos(2^f · 2π · z) of every channel, fed beside z. The paper's n = 7, 8 in its
-            2^n π z are f = 6, 7: periods of one and two levels of 256. Always worked out in float32.
+            exponents f of sin and cos(2^f · 2π · z) of every channel, concatenated with z. The paper's n = 7, 8 in
+            2^n π z are f = 6, 7: periods of two levels and one level of 256. Always computed in float32 or better.
         input_residual (`bool`, defaults to `False`): add the input to the output [the official network].
         zero_init (`bool`, defaults to `True`):
-            start as the official network does: LeCun-normal kernels, zero biases, and zero kernels where a block or
-            the network ends, so that a fresh one returns its input (with `input_residual`) or 0. `False`: PyTorch's.
+            the official initialization: LeCun-normal kernels, zero biases, and zero kernels in the last layer of each
+            block and of the network, so that a new network returns its input (with `input_residual`) or 0. `False`:
+            PyTorch's initialization.
         augmentation_flag (`bool`, defaults to `False`):
-            one more input of the time embedding: 1 for an augmented image, 0 else, so that flips do not leak into
-            samples [the official network's `conditioning`].
+            an additional input of the time embedding, 1 for an augmented image and 0 otherwise, so that augmentations
+            do not leak into samples [the official network's `conditioning`].
         null_class (`bool`, defaults to `False`):
-            one more class, of index `num_class_embeds`, that stands for "no label" when `class_labels` is not given.
+            an additional class, with index `num_class_embeds`, that means "no label" if `class_labels` is not given.
     """
 
-    keeps_float32_inputs = True  # whatever its own type: the Fourier features need the digits [denoiser.py]
+    keeps_float32_inputs = True  # in any dtype, because the Fourier features need the precision [denoiser.py]
     _skip_layerwise_casting_patterns = ["norm", "time_embedding", "conv_in"]
     _no_split_modules = ["ResnetBlock2D", "Attention"]
     _repeated_blocks = ["ResnetBlock2D", "Attention"]
@@ -129,13 +130,14 @@ class VDMUNet2DModel(WholeModelMixin, UNet2DModel, AttentionMixin):
             self.conv_in = nn.Conv2d(channels, block_out_channels[0], kernel_size=3, padding=1)
         if augmentation_flag:
             self.time_embedding = TimestepEmbedding(self.time_embedding.linear_1.in_features + 1, time_embed_dim)
-        if null_class:
+        if null_class and num_class_embeds is not None:  # as `_check_arguments` requires
             self.class_embedding = nn.Embedding(num_class_embeds + 1, time_embed_dim)
         if zero_init:
             self._init_as_official()
-        self.set_attn_processor(ImageAttnProcessor())
+        processor: Any = ImageAttnProcessor()
+        self.set_attn_processor(processor)
 
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         sample: torch.Tensor,
         timestep: torch.Tensor | float | int,
@@ -146,16 +148,16 @@ class VDMUNet2DModel(WholeModelMixin, UNet2DModel, AttentionMixin):
         """The network's prediction for noisy images.
 
         Args:
-            sample (`torch.Tensor` of shape `(B, C, H, W)`): z_t. Keep it in float32, also for a half-precision
-                network: the Fourier features need its digits.
-            timestep (`torch.Tensor` of shape `()` or `(B,)`, or a number): the scheduler's timestep, maybe fractional.
-            class_labels (`torch.Tensor` of shape `(B,)`, *optional*): classes; with `null_class` they may be left out.
-            augmentation_flags (`torch.Tensor` of shape `(B,)`, *optional*, defaults to zeros): 1 where the image was
-                augmented; only with `augmentation_flag`.
+            sample (`torch.Tensor` of shape `(B, C, H, W)`): z_t. Keep it in float32 even for a half-precision network,
+                because the Fourier features need the precision.
+            timestep (`torch.Tensor` of shape `()` or `(B,)`, or a number): the scheduler's (fractional) timestep.
+            class_labels (`torch.Tensor` of shape `(B,)`, *optional*): classes; optional only with `null_class`.
+            augmentation_flags (`torch.Tensor` of shape `(B,)`, *optional*, defaults to zeros): 1 for augmented images;
+                only with `augmentation_flag`.
             return_dict (`bool`, defaults to `True`): return a `UNet2DOutput` instead of a tuple.
 
-        Returns: `UNet2DOutput` or a tuple with the output, `(B, out_channels, H, W)`, in the type of `sample`.
-        Raises: `ValueError` for sizes that the levels do not divide, and labels or flags that the network cannot take.
+        Returns: `UNet2DOutput` or a tuple with the output, `(B, out_channels, H, W)`, in the dtype of `sample`.
+        Raises: `ValueError` for sizes that cannot be halved at each level, and for unsupported labels or flags.
         """
         self._check_inputs(sample, class_labels, augmentation_flags)
         if not torch.is_tensor(timestep):
@@ -180,7 +182,8 @@ class VDMUNet2DModel(WholeModelMixin, UNet2DModel, AttentionMixin):
             hidden = self.mid_block(hidden, emb)
         skip_sample = None
         for block in self.up_blocks:
-            used, skips = skips[-len(block.resnets) :], skips[: -len(block.resnets)]
+            resnets: Any = block.resnets
+            used, skips = skips[-len(resnets) :], skips[: -len(resnets)]
             if hasattr(block, "skip_conv"):
                 hidden, skip_sample = block(hidden, used, emb, skip_sample)
             else:
@@ -198,12 +201,12 @@ class VDMUNet2DModel(WholeModelMixin, UNet2DModel, AttentionMixin):
 
     @classmethod
     def from_config(cls, config=None, return_unused_kwargs: bool = False, **kwargs):
-        """As `ConfigMixin.from_config`; of a `UNet2DModel`'s config it makes the same network, defaults included.
+        """As `ConfigMixin.from_config`; the config of a `UNet2DModel` gives the same network, defaults included.
 
-        A config without `zero_init` is taken for one of a `UNet2DModel`, which starts as PyTorch does, unless its
-        `_class_name` is that of this class. A fresh network of a preset: [`from_preset`].
+        A config of another class without `zero_init` gets `zero_init=False`, the initialization of `UNet2DModel`. For
+        a new network of a preset use [`from_preset`].
         """
-        if isinstance(config, dict):  # what that class left at its defaults would else get ours
+        if isinstance(config, dict):  # values in diffusers' list of defaults would be replaced by our defaults
             config = {key: value for key, value in config.items() if key != "_use_default_values"}
             if config.get("_class_name") != cls.__name__:
                 config.setdefault("zero_init", False)
@@ -211,7 +214,7 @@ class VDMUNet2DModel(WholeModelMixin, UNet2DModel, AttentionMixin):
 
     @classmethod
     def from_preset(cls, preset: str, **overrides: Any) -> VDMUNet2DModel:
-        """A fresh network of one of `UNET_PRESETS`, with any of its arguments replaced by `overrides`."""
+        """A new network of one of `UNET_PRESETS`; `overrides` replace its arguments."""
         return cls(**unet_preset(preset, **overrides))
 
     def _embed(self, timesteps, class_labels, augmentation_flags) -> torch.Tensor:
@@ -239,7 +242,7 @@ class VDMUNet2DModel(WholeModelMixin, UNet2DModel, AttentionMixin):
         factor = 2 ** (len(self.config.block_out_channels) - 1)
         if sample.shape[2] % factor or sample.shape[3] % factor:
             raise ValueError(
-                f"sample must have a height and a width that {factor} divides (the network halves them "
+                f"sample must have a height and a width divisible by {factor} (the network halves them "
                 f"{len(self.config.block_out_channels) - 1} times), got {tuple(sample.shape[2:])}; resize or pad it."
             )
         if class_labels is not None and self.class_embedding is None:
@@ -256,12 +259,12 @@ class VDMUNet2DModel(WholeModelMixin, UNet2DModel, AttentionMixin):
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 fan_in = module.weight[0].numel()
-                # truncated at ±2 sd, and widened so that the variance is 1/fan_in after the truncation
+                # truncated at ±2 sd, with std scaled so that the variance after truncation is 1/fan_in
                 std = math.sqrt(1 / fan_in) / 0.87962566103423978
                 nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        ends = [self.conv_out]
+        ends: list[Any] = [self.conv_out]
         for name, module in self.named_modules():
             if name.endswith((".conv2", ".time_emb_proj", ".to_out.0")):
                 ends.append(module)
@@ -270,10 +273,9 @@ class VDMUNet2DModel(WholeModelMixin, UNet2DModel, AttentionMixin):
 
 
 class ImageAttnProcessor:
-    """Self-attention over the pixels of an image, through diffusers' dispatcher of attention back-ends.
+    """Self-attention over the pixels of an image, through diffusers' attention dispatcher.
 
-    The processor that diffusers gives this kind of block calls PyTorch directly, so that `set_attention_backend` would
-    be accepted and do nothing.
+    The default processor of this block calls PyTorch directly, so `set_attention_backend` would have no effect.
     """
 
     _attention_backend = None
@@ -284,15 +286,18 @@ class ImageAttnProcessor:
     ) -> torch.Tensor:
         residual = hidden_states
         tokens = hidden_states.flatten(2)
-        # contiguous once, or each of the three layers would make a copy of its own and keep it for its backward pass
+        # contiguous here, or each of the three layers would make its own copy and keep it for the backward pass
         tokens = (tokens if attn.group_norm is None else attn.group_norm(tokens)).transpose(1, 2).contiguous()
-        query, key, value = (to(tokens).unflatten(2, (attn.heads, -1)) for to in (attn.to_q, attn.to_k, attn.to_v))
+        layers: Any = attn
+        query, key, value = (
+            to(tokens).unflatten(2, (attn.heads, -1)) for to in (layers.to_q, layers.to_k, layers.to_v)
+        )
         out = dispatch_attention_fn(query, key, value, backend=self._attention_backend)
-        out = attn.to_out[1](attn.to_out[0](out.flatten(2).to(query.dtype)))
+        out = layers.to_out[1](layers.to_out[0](out.flatten(2).to(query.dtype)))
         out = out.transpose(1, 2).reshape(residual.shape)
         if attn.residual_connection:
-            # A sum has the memory format of its first term. That of the tokens, channels last, makes the backward pass
-            # of the next GroupNorm many times as long on a CPU; as formats round differently, only training changes.
+            # A sum has the memory format of its first term. The channels-last format of the tokens makes the backward
+            # pass of the next GroupNorm much slower on a CPU. Formats round differently, so only training swaps them.
             out = residual + out if attn.training else out + residual
         return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
 
@@ -301,7 +306,7 @@ def fourier_features(z: torch.Tensor, exponents: tuple[float, ...]) -> torch.Ten
     """sin and cos(2^f · 2π · z) of every channel and exponent f [VDM §3.4, app. C].
 
     Channels are ordered as in the official network: all sines, then all cosines, each by channel and then exponent.
-    float32 or better whatever `z` is: at f = 7 half precision would be noise.
+    Computed in float32 or better, because half precision would give noise at f = 7.
 
     Args:
         z (`torch.Tensor` of shape `(B, C, H, W)`): latents.
@@ -316,7 +321,7 @@ def fourier_features(z: torch.Tensor, exponents: tuple[float, ...]) -> torch.Ten
 
 
 def _vdm(channels: int, blocks: int, **more: Any) -> dict[str, Any]:
-    """The arguments of an official VDM network: one level, attention in the middle only."""
+    """The arguments of an official VDM network: one level, attention only in the middle."""
     return {
         "sample_size": 32,
         "block_out_channels": (channels,),
@@ -331,7 +336,7 @@ def _vdm(channels: int, blocks: int, **more: Any) -> dict[str, Any]:
 
 
 def _ddpm(sample_size: int, channels: tuple[int, ...], **more: Any) -> dict[str, Any]:
-    """The arguments of a DDPM network: two blocks a level down, three up, attention at 16×16 and in the middle."""
+    """The arguments of a DDPM network: two blocks per level down, three up, attention at 16×16 and in the middle."""
     attention = [sample_size >> i == 16 for i in range(len(channels))]
     return {
         "sample_size": sample_size,
@@ -340,13 +345,13 @@ def _ddpm(sample_size: int, channels: tuple[int, ...], **more: Any) -> dict[str,
         "down_block_types": tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attention),
         "up_block_types": tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attention)),
         "downsample_padding": 0,
-        "zero_init": True,  # as DDPM's code: conv2 of each block, attention's output, conv_out
+        "zero_init": True,  # as in DDPM's code: conv2 of each block, attention's output, conv_out
         **more,
     }
 
 
 UNET_PRESETS: dict[str, dict[str, Any]] = {
-    # 8×8 digits with 17 levels: the periods of the Fourier features are two levels and one
+    # 8×8 digits with 17 levels: the periods of the Fourier features are two levels and one level
     "digits": _vdm(
         48,
         2,
@@ -356,10 +361,10 @@ UNET_PRESETS: dict[str, dict[str, Any]] = {
         norm_num_groups=8,
         down_block_types=("AttnDownBlock2D",),
         up_block_types=("AttnUpBlock2D",),
-        fourier_exponents=(math.log2(17) - 2, math.log2(17) - 1),  # as train.py for any number of levels
+        fourier_exponents=(math.log2(17) - 2, math.log2(17) - 1),  # train.py uses the same formula for other levels
         augmentation_flag=False,
         dropout=0.05,
-        zero_init=False,  # measured: better for two blocks by 0.01 to 0.02 bits/dim (benchmarks/initialization.py)
+        zero_init=False,  # better by 0.01 to 0.02 bits/dim for two blocks (benchmarks/initialization.py)
     ),
     "cifar10": _vdm(128, 32, dropout=0.1),
     "cifar10-aug": _vdm(256, 32, dropout=0.05),
@@ -378,7 +383,7 @@ def unet_preset(preset: str, **overrides: Any) -> dict[str, Any]:
     """
     if preset not in UNET_PRESETS:
         close = difflib.get_close_matches(preset, UNET_PRESETS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are {sorted(UNET_PRESETS)}."
+        hint = f"did you mean {close[0]!r}?" if close else f"the presets are {sorted(UNET_PRESETS)}."
         raise ValueError(f"preset {preset!r} does not exist; {hint}")
     return {**UNET_PRESETS[preset], **overrides}
 
@@ -401,12 +406,13 @@ def _check_arguments(
     for channels in block_out_channels:
         if channels % norm_num_groups:
             raise ValueError(
-                f"norm_num_groups must divide every one of block_out_channels, got {norm_num_groups} and {channels}."
+                f"norm_num_groups must divide all of block_out_channels, got {norm_num_groups} and {channels}."
             )
     if min(block_out_channels) == norm_num_groups:
         warnings.warn(
-            f"norm_num_groups={norm_num_groups} on as many channels normalizes every channel by itself, which "
-            "removes the time embedding: the network cannot see the noise level. Use at most half as many groups.",
+            f"norm_num_groups={norm_num_groups} equals the number of channels, so each channel is normalized by "
+            "itself. This removes the time embedding, and the network cannot see the noise level. Use at most half as "
+            "many groups.",
             stacklevel=4,
         )
     if sample_size is not None:

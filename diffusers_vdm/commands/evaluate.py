@@ -74,7 +74,7 @@ class Evaluation:
             self.partial.rmdir()
 
     def mc(self, num_steps: int | None, num_samples: int, folder: str, **more):
-        from .. import VariationalBound, evaluate_bound
+        from .. import VariationalBound, evaluate_mc
 
         bound = VariationalBound(
             self.unet,
@@ -84,13 +84,13 @@ class Evaluation:
             prediction_type=self.prediction_type,
         ).to(self.accelerator.device)
         more |= {"num_samples": num_samples, "resume_dir": self.folder(folder)}
-        return evaluate_bound(bound, self.data.images, **more, **self.shared)
+        return evaluate_mc(bound, self.data.images, **more, **self.shared)
 
     def vlb(self):
-        from .. import evaluate_bpd
+        from .. import evaluate_vlb
 
         args = self.args
-        return evaluate_bpd(
+        return evaluate_vlb(
             self.unet,
             self.scheduler,
             self.data.images,
@@ -283,7 +283,7 @@ def run_evaluation(args: argparse.Namespace, accelerator) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Measures by the command line, or by `arguments`; `SystemExit` says in one line what is wrong."""
     tolerate_any_encoding()
-    evaluate(parse_options(__doc__, arguments))
+    evaluate(parse_options(__doc__ or "", arguments))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import argparse
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..training.options import POSITIVE, Option, train_option
 from .options import check_ranges, image_arguments, option_parser
@@ -146,7 +147,8 @@ def load_model(name: str):
     pipe = cls.from_pretrained(name)
     weights, class_names, run = "as saved in the pipeline", None, read_description(name)
     if run is not None:
-        weights = {True: "average (EMA)", False: "last step"}.get(run.options.get("use_ema"), weights)
+        averaged: Any = run.options.get("use_ema")
+        weights = {True: "average (EMA)", False: "last step"}.get(averaged, weights)
         class_names = run.class_names
     return pipe.unet, pipe.scheduler, pipe.config.get("num_levels", 256), weights, class_names
 
@@ -160,14 +162,10 @@ def load_data(
 ):
     """The images to measure, with classes if the model has `num_classes` of them, which may have names."""
     from ..data.image_sources import shared_with_other_splits
-    from ..data.images import load_digits_split, load_images
+    from ..data.images import load_images
 
     if args.dataset_name is None and args.data_dir is None:
-        name, start, stop = DIGITS_SPLIT.fullmatch(args.split).groups()
-        data = load_digits_split()[name == "test"]
-        if start or stop:
-            part = slice(int(start) if start else None, int(stop) if stop else None)
-            data = replace(data, images=data.images[part], labels=data.labels[part], name=f"{data.name}, {args.split}")
+        data = digits_of(args.split)
         if len(data) == 0:
             raise SystemExit(f"--split {args.split} of the digits is empty")
     else:
@@ -198,6 +196,23 @@ def load_data(
     if num_classes is not None and data.labels is None and progress_bar:
         print(f"{data.name} has no classes: this model, which has {num_classes}, is measured without them")
     return data
+
+
+def digits_of(split: str):
+    """The bundled digits of `"train"` or `"test"`, or a slice like `"test[:50]"`."""
+    from ..data.images import load_digits_split
+
+    train, test = load_digits_split()
+    found = DIGITS_SPLIT.fullmatch(split)
+    if found is None:
+        raise ValueError(f"split of the digits must be train or test, slices allowed: test[:50]; got {split!r}.")
+    name, start, stop = found.groups()
+    data = test if name == "test" else train
+    if not (start or stop):
+        return data
+    part = slice(int(start) if start else None, int(stop) if stop else None)
+    labels = None if data.labels is None else data.labels[part]
+    return replace(data, images=data.images[part], labels=labels, name=f"{data.name}, {split}")
 
 
 def check_classes(data, num_classes: int, class_names: list[str] | None) -> None:

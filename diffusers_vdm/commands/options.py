@@ -69,7 +69,9 @@ def check_choice(name: str, value: str | None, known: Iterable[str]) -> None:
 
 def check_ranges(args: argparse.Namespace, groups: dict[str, list[Option]]) -> None:
     """`ValueError` for an option that is outside of its range."""
-    for row in (row for rows in groups.values() for row in rows if row.range is not None):
+    for row in (row for rows in groups.values() for row in rows):
+        if row.range is None:
+            continue
         value, (low, high) = getattr(args, row.name), row.range
         if value is not None and not (low <= value <= high and math.isfinite(value)):
             rule = "positive" if row.range == POSITIVE else f"within [{low}, {high:.4g}]"

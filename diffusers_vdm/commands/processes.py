@@ -51,8 +51,9 @@ def asked_of_the_launcher() -> int | None:
     import psutil  # of accelerate
 
     try:
-        command = psutil.Process().parent().cmdline()
-    except (psutil.Error, AttributeError):  # no parent, or none that may be looked at
+        parent = psutil.Process().parent()
+        command = parent.cmdline() if parent is not None else []
+    except psutil.Error:  # no parent that may be looked at
         return None
     if not any("accelerate" in part for part in command[:4]):
         return None

@@ -17,6 +17,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -102,8 +103,8 @@ def solve_ode(pipe, generators: list, labels: list[int] | None, rtol: float, dec
     z = torch.stack([torch.randn(pipe.image_shape, generator=each) for each in generators]).to(pipe.device)
     scheduler = as_ours(pipe.scheduler)
     schedule = scheduler.noise_schedule()
-    labels = None if labels is None else torch.tensor(labels, device=pipe.device)
-    known = {"prediction_type": scheduler.config.prediction_type, "class_labels": labels}
+    class_labels = None if labels is None else torch.tensor(labels, device=pipe.device)
+    known = {"prediction_type": scheduler.config.prediction_type, "class_labels": class_labels}
     z_0 = ode.sample(pipe.unet, schedule, z, rtol=rtol, atol=rtol, **known).z
     gamma_0, levels = schedule.ends()[0].detach().cpu(), pipe.config.num_levels
     return diffusion.decode(z_0, gamma_0, levels, draw=decode == "sample", generator=generators).float() / (levels - 1)
@@ -139,7 +140,8 @@ def sample(options: argparse.Namespace) -> None:
             images.append(solve_ode(pipe, generators, some, options.rtol, options.decode).cpu())
             continue
         arguments = {"decode": options.decode, "output_type": "pt"}
-        images.append(pipe(len(index), options.num_inference_steps, generators, some, **arguments).images.cpu())
+        output: Any = pipe(len(index), options.num_inference_steps, generators, some, **arguments)
+        images.append(output.images.cpu())
     images = torch.cat(images)
     seconds = time.perf_counter() - start
 

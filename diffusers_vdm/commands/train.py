@@ -20,7 +20,7 @@ from .train_options import parse_options
 def main(arguments: list[str] | None = None) -> None:
     """Trains by the command line, or by `arguments`; `SystemExit` says in one line what is wrong."""
     tolerate_any_encoding()
-    options = parse_options(__doc__, arguments)
+    options = parse_options(__doc__ or "", arguments)
     # torch and diffusers take seconds to import: not before the arguments are known to be right
     from .train_loop import train
 

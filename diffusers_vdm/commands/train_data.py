@@ -11,7 +11,8 @@ from .options import image_arguments
 def load_data(args: argparse.Namespace, progress_bar: bool):
     """The images to train on and the held-out ones."""
     train, test = _load(args, progress_bar)
-    if args.random_rotation and train.shape[1] != train.shape[2]:
+    _, height, width = train.shape or (0, 0, 0)
+    if args.random_rotation and height != width:
         raise ValueError(f"--random_rotation needs square images, got {train.shape}; set --resolution")
     if args.class_conditional:
         check_classes(train, test)
@@ -90,11 +91,11 @@ def _load(args: argparse.Namespace, progress_bar: bool):
             raise
         slices = "" if args.streaming else ", slices allowed: 'train[1000:]' and 'train[:1000]'"
         raise ValueError(f"{str(error).rstrip('.')}; set --train_split and --eval_split{slices}") from error
-    count = min(held_out.num_images or math.inf, args.max_eval_images or math.inf)
-    if count == math.inf:
+    counts = [count for count in (held_out.num_images, args.max_eval_images) if count]
+    if not counts:
         raise ValueError(f"--max_eval_images must say how many of {held_out.name} to take: nobody declared its number")
     if not stream.num_images and (args.num_epochs or args.save_images_epochs or args.save_model_epochs):
         raise ValueError(
             f"--num_train_images must give the length of an epoch of {stream.name}, which does not declare it"
         )
-    return stream, held_out.take(count)
+    return stream, held_out.take(min(counts))

@@ -95,8 +95,8 @@ class Sharing:
         if not self.is_due(saved=True, at_end=False):
             return
         self.push("stopped")
-        failure = self.uploads and self.uploads.wait(STOP_SECONDS)
-        if failure:
+        failure = self.uploads.wait(STOP_SECONDS) if self.uploads is not None else None
+        if failure and self.uploads is not None:
             print(f"it is not on the Hub: {failure}")
             self.uploads.close()
 

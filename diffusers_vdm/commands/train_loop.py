@@ -160,7 +160,7 @@ def loop(run: Run, test, stop, bar, sharing: Sharing) -> bool:
         if due["log"] or accelerator.device.type == "cpu":  # elsewhere to look at it would be to wait for it
             run.check_finite()
 
-        metrics = {}
+        metrics, results = {}, []
         if due["log"]:
             metrics |= run.losses() | run.speed(clock)
         if any(due[name] for name in ("evaluation", "images", "pipeline")):

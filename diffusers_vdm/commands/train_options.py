@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import math
 from pathlib import Path
+from typing import Any
 
 from ..training.options import TRAIN_OPTIONS
 from .options import check_choice, check_ranges, option_parser
@@ -137,9 +138,8 @@ def build(args: argparse.Namespace, data):
     from ..unet import VDMUNet2DModel, unet_preset
 
     size, channels = tuple(data.shape[1:]), data.shape[0]
-    config = (
-        unet_preset(args.preset) if args.preset else dict(VDMUNet2DModel.load_config(args.model_config_name_or_path))
-    )
+    loaded: Any = None if args.preset else VDMUNet2DModel.load_config(args.model_config_name_or_path)
+    config: dict[str, Any] = unet_preset(args.preset) if args.preset else dict(loaded)
     config |= {"in_channels": channels, "out_channels": channels}
     config["sample_size"] = size[0] if size[0] == size[1] else size
     if args.preset and config.get("fourier_exponents"):  # the paper's 6 and 7, where there are 256 levels
@@ -148,7 +148,7 @@ def build(args: argparse.Namespace, data):
     if args.class_conditional:
         config |= {"num_class_embeds": data.num_classes, "null_class": True}
     # `from_config` would take a preset for a config of diffusers, which starts otherwise where it does not say how
-    unet = VDMUNet2DModel(**config) if args.preset else VDMUNet2DModel.from_config(config)
+    unet: Any = VDMUNet2DModel(**config) if args.preset else VDMUNet2DModel.from_config(config)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     ends = {"gamma_min": args.gamma_min, "gamma_max": args.gamma_max}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,7 +30,7 @@ def plan(run, test) -> Plan:
     held_out = HeldOutDescription(test.name, len(test), test.fingerprint, shared, test.files)
     hours = run.total * run.global_rows * cost.flops_per_image / flops_per_second / 3600
     untrained = []
-    if run.args.class_conditional and isinstance(data, ImageSet):
+    if run.args.class_conditional and isinstance(data, ImageSet) and data.labels is not None:
         untrained = sorted(set(test.labels.tolist()) - set(data.labels.tolist()))
     steps_of_bound = f"T = {args.num_timesteps}" if args.num_timesteps else "continuous time"
     lines = {
@@ -67,7 +69,7 @@ def columns_of(data) -> str:
     return f"images {data.image_column!r}, {classes}"
 
 
-def evaluation_metrics(results: list, decays: list[float | None], is_conditional: bool) -> dict:
+def evaluation_metrics(results: list, decays: Sequence[float | None], is_conditional: bool) -> dict:
     """The numbers of an evaluation, with all that bits/dim must be quoted with; of other averages only the bound."""
     from ..training.metrics import LineOfEvaluation
 
@@ -163,8 +165,8 @@ def draw(run, name: str, animation: str | None = None) -> None:
         pipeline = make_pipeline(run)
         pipeline.set_progress_bar_config(disable=not accelerator.is_main_process, leave=False)
         on_step = keep_frame if animation else None
-        samples = pipeline(share, steps, generators, output_type="pt", callback_on_step_end=on_step).images
-    samples = everyone(samples)
+        output: Any = pipeline(share, steps, generators, output_type="pt", callback_on_step_end=on_step)
+    samples = everyone(output.images)
     if accelerator.is_main_process:
         plots.image_grid(samples).save(run.out / name)
         if animation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import diffusers
 import torch
@@ -30,7 +31,7 @@ def load_diffusers(path: str | os.PathLike, scheduler: str | os.PathLike | None 
         if place is not None and not os.path.isdir(place):
             check_repository_name(os.fspath(place))
     try:
-        index = DiffusionPipeline.load_config(path)
+        index: Any = DiffusionPipeline.load_config(path)
     except OSError:  # no model_index.json
         network = _loaded(path, UNet2DModel, UNet2DModel)
     else:
@@ -55,12 +56,12 @@ def load_diffusers(path: str | os.PathLike, scheduler: str | os.PathLike | None 
     )
     ours = scheduler_of(theirs)
     with torch.random.fork_rng(devices=[]):  # random initialization must not change the global state
-        unet = VDMUNet2DModel.from_config(dict(network.config))
+        unet: Any = VDMUNet2DModel.from_config(dict(network.config))
     unet.load_state_dict(network.state_dict())
     return VDMPipeline(unet.eval(), ours)
 
 
-def _check_channels(path: str, network: UNet2DModel, scheduler) -> None:
+def _check_channels(path: str, network: Any, scheduler: Any) -> None:
     """Raises `ValueError` unless the network predicts variances if and only if `variance_type` is a learned one."""
     inputs, outputs = network.config.in_channels, network.config.out_channels
     variance_type = scheduler.config.get("variance_type")

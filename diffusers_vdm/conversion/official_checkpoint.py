@@ -133,11 +133,11 @@ def write_checkpoint(
         elif isinstance(node, tuple):  # the same tree with other arrays
             yield from pieces(*node)
         else:
-            array = np.array(node, dtype="<i4") if isinstance(node, int) else make(node).astype("<f4", order="C")
-            if array.shape != (() if isinstance(node, int) else shapes[node]) or array.nbytes > MAX_PIECE:
-                raise ValueError(
-                    f"{node} must have shape {shapes[node]} and at most 2^30 bytes, got shape {array.shape}."
-                )
+            is_count = isinstance(node, int)
+            array = np.array(node, dtype="<i4") if is_count else make(node).astype("<f4", order="C")
+            shape = () if is_count else shapes[node]
+            if array.shape != shape or array.nbytes > MAX_PIECE:
+                raise ValueError(f"{node} must have shape {shape} and at most 2^30 bytes, got shape {array.shape}.")
             content = packer.pack((array.shape, array.dtype.name, array.tobytes()))
             yield packer.pack(msgpack.ExtType(1, content))  # `pack_ext_type` of msgpack 1.0 returns None
 
@@ -176,7 +176,7 @@ def _read_map(msgpack, stream: BinaryIO, size: int, wanted: str) -> tuple[dict, 
     """The entries `wanted` and `step` of the top-level map; other entries are skipped."""
     budget = [MAX_ENTRIES]
 
-    def pairs(items: list[tuple[Any, Any]]) -> dict:
+    def pairs(items: list[tuple[Any, Any]]) -> Any:
         budget[0] -= len(items)
         if budget[0] < 0:
             raise ValueError(f"it has more than {MAX_ENTRIES} entries.")
@@ -430,4 +430,5 @@ def gamma_to_official(schedule: NoiseSchedule) -> dict[str, np.ndarray]:
 
 def _hidden_ends(w: np.ndarray, b: np.ndarray, a: np.ndarray) -> tuple[float, float]:
     """The sum over the hidden units at t = 0 and 1, for which 2σ(x) − 1 = tanh(x/2)."""
-    return tuple(float(np.mean(np.abs(a) * np.tanh((sign * np.abs(w) + b) / 2))) for sign in (-1, 1))
+    at_0, at_1 = (float(np.mean(np.abs(a) * np.tanh((sign * np.abs(w) + b) / 2))) for sign in (-1, 1))
+    return at_0, at_1

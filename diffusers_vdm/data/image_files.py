@@ -133,7 +133,7 @@ def _opened(row: dict[str, Any] | None, mode: str | None, convert: bool, frame: 
             "or 'RGB' yourself, and report the conversion with every number."
         )
     if image.has_transparency_data and (convert or image.mode in MODES):
-        alpha = image.convert("RGBA").getchannel("A").getextrema()[0]
+        alpha: Any = image.convert("RGBA").getchannel("A").getextrema()[0]
         if alpha < 255:
             raise ValueError(
                 f"mode {image.mode!r} with transparent pixels (alpha {alpha}): their color is arbitrary; composite "
@@ -168,7 +168,8 @@ def read_content(row: dict[str, Any] | None) -> bytes:
         elif content is None:
             import fsspec
 
-            with fsspec.open(row["path"], "rb") as file:  # 'hf://…', 'zip://…::…': streaming does not download them
+            opened: Any = fsspec.open(row["path"], "rb")
+            with opened as file:  # 'hf://…', 'zip://…::…': streaming does not download them
                 content = file.read()
     except FileNotFoundError as error:
         raise DamagedImage("cannot be decoded: the file is missing, or it is a broken link.") from error

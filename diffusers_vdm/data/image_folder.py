@@ -138,7 +138,8 @@ class ImageFolder:
         """The class indices in a whole split, ignoring slices; `None` without classes."""
         names = [name for name, _, _ in self._parts(split)]
         labels = [self.splits[name].columns.get("label") for name in names]
-        return {label for values in labels for label in values} if self.class_names and all(labels) else None
+        known = [values for values in labels if values]
+        return {label for values in known for label in values} if self.class_names and known == labels else None
 
     def shared_files(self, column: str = "image") -> list[tuple[str, str]]:
         """Pairs of files from two splits that are the same file, also through a link, or have equal bytes."""

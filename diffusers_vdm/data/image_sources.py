@@ -111,7 +111,7 @@ def open_source(
     own_splits = list(dict.fromkeys(split_names(split)))
     parts: list[tuple[str, int, float]] = [(name, 0, math.inf) for name in own_splits]
     if lengths and (folder is not None or not streaming or all(lengths.values())):
-        parts = split_parts(split, lengths, path)
+        parts = [*split_parts(split, lengths, path)]
     image_column, label_column, declared_mode = find_columns(data, image_column, label_column)
     shared = folder.shared_files(image_column) if folder is not None and not allow_shared else []
     if shared:
@@ -178,6 +178,7 @@ def _declares_files(path: str | os.PathLike) -> bool:
 def _open_dataset(path: str, split: str, *, config_name: str | None, cache: str | None, streaming: bool) -> Any:
     """The `datasets.Dataset`, or `IterableDataset` if `streaming`, of a Hub data set or a folder of data files."""
     import datasets
+    from datasets.exceptions import DatasetsError
 
     where = f"{path!r} ({split})"
     options: dict[str, Any] = {"cache_dir": cache}
@@ -191,7 +192,7 @@ def _open_dataset(path: str, split: str, *, config_name: str | None, cache: str 
             f"{where} has no data files; name a data set on the Hub, a folder of images or a folder of parquet files "
             f"(datasets says: {one_line(error)})."
         ) from error
-    except datasets.exceptions.DatasetsError as error:
+    except DatasetsError as error:
         raise ValueError(f"{where} cannot be read: {one_line(error.__cause__ or error)}") from error
     except _SplitError as error:
         raise ValueError(str(error)) from None
@@ -209,9 +210,9 @@ def _cache_of(state: str | None, cache_dir: str | None) -> str | None:
     """A separate cache for each state of a local data set, because `datasets` may key it by the last folder only."""
     if state is None:
         return cache_dir
-    import datasets
+    from datasets.config import HF_DATASETS_CACHE
 
-    return str(Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser() / "local_data_sets" / state)
+    return str(Path(cache_dir or HF_DATASETS_CACHE).expanduser() / "local_data_sets" / state)
 
 
 def _state_of(path: str, stamps: dict[str, tuple[int, ...]] | None) -> str | None:
@@ -354,8 +355,8 @@ def find_columns(data: Any, image_column: str | None, label_column: str | None) 
     """
     import datasets
 
-    features = data.features or {}
-    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    features: dict[str, Any] = data.features or {}
+    images: list[str] = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     if image_column is None and len(images) > 1:
         raise ValueError(f"image_column must name one of the image columns, which are {images}.")
     if (image_column or next(iter(images), None)) not in images:

@@ -145,7 +145,7 @@ class ImageStream:
         identity = [self._num_shards, self._image_column, self._label_column, self.num_classes, list(self.shape)]
         identity += [source.listing, self.class_names if self._label_column else None]
         digest = hashlib.blake2b(json.dumps(identity).encode(), digest_size=8)
-        digest.update(pixels)
+        digest.update(pixels.data)
         self._fingerprint = digest.hexdigest()
 
         self._following: Iterator[tuple[int, int, dict[str, Any]]] | None = None  # the next rows of the epoch
@@ -264,8 +264,9 @@ class ImageStream:
         length = self.num_images
         epoch, offset = divmod(position, length) if length else (0, position)
         following, self._following = self._following, None  # stays None if an error is raised
-        if following is not None and epoch != self._epoch and length - self._offset <= self._buffer_size:
-            self._check_end(following, length - self._offset)
+        left = (length or 0) - self._offset  # rows of the epoch that were not given yet
+        if following is not None and epoch != self._epoch and left <= self._buffer_size:
+            self._check_end(following, left)
         if following is None or epoch != self._epoch or offset < self._offset:
             following, self._epoch, self._offset = self._ordered(epoch, offset), epoch, offset
         row = next(islice(following, offset - self._offset, None), None)

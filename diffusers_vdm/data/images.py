@@ -86,7 +86,8 @@ class ImageSet:
     @property
     def shape(self) -> tuple[int, int, int]:
         """`(C, H, W)` of one image."""
-        return tuple(self.images.shape[1:])
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
 
     @property
     def num_classes(self) -> int | None:
@@ -118,15 +119,16 @@ def load_digits_split() -> tuple[ImageSet, ImageSet]:
     """scikit-learn's bundled 8×8 digits with 17 levels: a fixed split into 1,500 training and 297 held-out images."""
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
+    digits: Any = load_digits()
     images = torch.from_numpy(digits.images.astype(np.uint8))[:, None]
     labels = torch.from_numpy(digits.target.astype(np.int64))
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))
     names = tuple(str(digit) for digit in range(10))
-    return tuple(
+    train, test = (
         ImageSet(images[part], labels[part], 17, f"{DIGITS}, {name}", len(names), names)
         for part, name in ((order[:1500], "1500 training"), (order[1500:], "297 held-out"))
     )
+    return train, test
 
 
 def load_images(
@@ -183,6 +185,7 @@ def load_images(
         names, that cannot be read, differs in size or mode, or is not 8-bit grayscale or RGB.
     """
     import datasets
+    from datasets.config import HF_DATASETS_CACHE
 
     check_image_mode(image_mode)
     check_frames(frames)
@@ -204,7 +207,7 @@ def load_images(
 
     def read(place: tuple[int, int | None], shape: tuple[int, ...] | None) -> DecodedImage:
         i, frame = place
-        row, mode = None, declared_mode or (shape and MODE_OF[shape[0]])
+        row, mode = None, declared_mode or (MODE_OF[shape[0]] if shape else None)
         crop_key = None if center_crop else (seed, i) if not frame else (seed, i, frame)
         try:
             row = rows[i][source.image_column]
@@ -248,7 +251,7 @@ def load_images(
             "resolution": resolution, "crop": None if resolution is None else "center" if center_crop else seed,
             "frames": frames, "skip_damaged": skip_damaged,
         }  # fmt: skip
-        folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser() / "decoded_images"
+        folder = Path(cache_dir or HF_DATASETS_CACHE).expanduser() / "decoded_images"
         stored = _stored(folder, pixels_of, name, decoded)
     else:
         stored = _in_memory(decoded())
@@ -429,7 +432,7 @@ def _write_cache(
         for i, image in enumerate(new.images):
             digest.update(image.pixels)
             digests[i] = image.digest
-            file.write(image.pixels)
+            file.write(image.pixels.data)
         file.seek(start)
         file.write(digests.tobytes())
         file.seek(0)

@@ -1,6 +1,6 @@
 """Bits per dimension with every term of T steps for every image, for our models and for diffusers' checkpoints.
 
-(`evaluate_bound` in monte_carlo.py estimates the bound by draws of t, also in continuous time.) Two conventions:
+(`evaluate_mc` in monte_carlo.py estimates the bound by draws of t, also in continuous time.) Two conventions:
 
 * `"vdm"`: x = 2(k + ½)/levels − 1, p(x|z_0) = softmax over the levels, T terms of the diffusion loss [VDM §4].
 * `"ddpm"`: x = 2k/(levels − 1) − 1, T − 1 terms, and the discretized Gaussian decoder at index 0 [DDPM eq. 5 and 13;
@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from .. import denoiser, diffusion
 from ..diffusers_schedulers import noise_schedule_of
-from ..diffusion import to_high_precision
+from ..diffusion import PredictionType, to_high_precision
 from ..gamma_scheduler import GammaScheduler
 from ..randomness import keyed_noise
 from ..schedulers import VDMScheduler
@@ -64,7 +64,7 @@ class BpdEvaluation:
         variance_type (`str`): the variance of p(z_s|z_t).
         gamma_0 (`float`): where the chain ends, −inf in the DDPM convention, whose end is the data.
         gammas (`torch.Tensor` of shape `(T,)`): noise level of the latent in each diffusion term, increasing.
-        timesteps (`list`): decreasing timesteps that give this chain again, in `evaluate_bpd` and `set_timesteps`.
+        timesteps (`list`): decreasing timesteps that give this chain again, in `evaluate_vlb` and `set_timesteps`.
         terms_bpd (`torch.Tensor` of shape `(N, T)`): the diffusion terms; in the DDPM convention the first is 0 and
             the decoder stands in `reconstruction`.
         per_image_bpd (`torch.Tensor` of shape `(N,)`): the bound of each image.
@@ -101,7 +101,7 @@ class _Chain:
     timesteps: torch.Tensor
     visited: torch.Tensor  # `timesteps`, and that of `gamma_0` where it has one in the list
     convention: str
-    prediction_type: str
+    prediction_type: PredictionType
     variance_type: str
     clip_sample: bool
     clip_range: float
@@ -109,7 +109,7 @@ class _Chain:
 
 
 @torch.no_grad()
-def evaluate_bpd(
+def evaluate_vlb(
     unet: nn.Module,
     scheduler: ConfigMixin,
     images: torch.Tensor,
@@ -143,7 +143,7 @@ def evaluate_bpd(
         clip_sample (`bool`, *optional*): clamp x̂ to ± the scheduler's `clip_sample_range`; defaults to what the
             scheduler does. It changes p(x).
         num_levels, class_labels, batch_size, seed, device, accelerator, resume_dir, progress_bar: as in
-            `evaluate_bound`. Where the work is interrupted, only the term of the batch in hand is lost.
+            `evaluate_mc`. Where the work is interrupted, only the term of the batch in hand is lost.
 
     Returns: [`BpdEvaluation`].
     Raises: `TypeError`, `ValueError` for images that are not integers in range, schedulers without a usable table of
@@ -200,6 +200,9 @@ def evaluate_bpd(
     )
 
 
+evaluate_bpd = evaluate_vlb  # the name in earlier versions
+
+
 def best_timesteps(result: BpdEvaluation, num_steps: int) -> tuple[list[float], float]:
     """The T of the timesteps that a chain visited with which its bound would be best, see [`best_levels`].
 
@@ -207,13 +210,13 @@ def best_timesteps(result: BpdEvaluation, num_steps: int) -> tuple[list[float], 
         result ([`BpdEvaluation`]): a chain of many steps, measured on images that are not the ones to be judged.
         num_steps (`int`): T, the network calls, at most those of `result`.
 
-    Returns: decreasing timesteps for `evaluate_bpd`, `set_timesteps` and `VDMPipeline`, and the bound with them as far
+    Returns: decreasing timesteps for `evaluate_vlb`, `set_timesteps` and `VDMPipeline`, and the bound with them as far
         as these measurements show, in bits/dim.
     Raises: `ValueError` for T out of range, and where p(z_s|z_t) has not the variance of the posterior: the terms are
         functions of both levels then.
     """
     if not isinstance(result, BpdEvaluation):
-        raise TypeError(f"result must be what evaluate_bpd returns, got {type(result).__name__}.")
+        raise TypeError(f"result must be what evaluate_vlb returns, got {type(result).__name__}.")
     if result.variance_type != "fixed_small":
         raise ValueError(f"variance_type must be 'fixed_small' for it, got {result.variance_type!r}.")
     ddpm = result.convention == "ddpm"  # there the last network call is the decoder
@@ -350,15 +353,16 @@ def _evaluate_chain(unet, chain: _Chain, images, labels, index, seed: int, rows:
         prediction = denoiser.predict(unet, z_t, gamma_t, timestep, chain.prediction_type, class_labels=labels)
         values = prediction.variance_values
         denoiser.check_variance_values(chain.variance_type, values)
+        x_hat = None
         if chain.clip_sample:
             x_hat = prediction.x_hat.clamp(-chain.clip_range, chain.clip_range)
             error = diffusion.expand_like(diffusion.snr(gamma_t), x) * (x - x_hat).square()
         else:  # not through x̂, which would cost digits where there is little noise
             error = (eps - prediction.eps_hat).square()
         if k == 0 and chain.convention == "ddpm":
-            x_hat = x_hat if chain.clip_sample else prediction.x_hat
             log_std = 0.5 * _log_variance(chain, k, values, x)
-            columns[1] = per_image(-discretized_gaussian_log_prob_nats(x, x_hat, log_std, chain.num_levels))
+            mean = prediction.x_hat if x_hat is None else x_hat
+            columns[1] = per_image(-discretized_gaussian_log_prob_nats(x, mean, log_std, chain.num_levels))
             columns[2] = torch.zeros_like(columns[1])
         else:
             nats = diffusion.expand_like(diffusion.step_weight(gamma_s, gamma_t), x) * error

@@ -68,7 +68,7 @@ _MIN_SAMPLES_TO_STOP = 10
 
 
 @torch.no_grad()
-def evaluate_bound(
+def evaluate_mc(
     bound: VariationalBound,
     images: torch.Tensor,
     *,
@@ -146,7 +146,7 @@ def evaluate_bound(
         evaluating(bound, rows),
         bar_class(total=total, desc="bits/dim", unit="img", disable=hidden, leave=False) as bar,
     ):
-        while done < num_samples:
+        while True:
             stop = pilot if done < pilot < num_samples else num_samples
             for repeat, index, row in batches(rows.mine(done * n, stop * n), n, batch_size):
                 draws = _evaluate_rows(bound, images, class_labels, repeat, index, seed, warp, device)
@@ -167,7 +167,11 @@ def evaluate_bound(
                     num_samples = min(max(wanted, done + 1), 2 * done, max_samples)
                     rows.grow(num_samples * n)
                     bar.total += len(rows.mine(done * n, num_samples * n))
-    return result
+            if done >= num_samples:
+                return result
+
+
+evaluate_bound = evaluate_mc  # the name in earlier versions
 
 
 class _Running:

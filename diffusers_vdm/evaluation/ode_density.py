@@ -94,7 +94,7 @@ def evaluate_ode(
         unet (`nn.Module`): a `VDMUNet2DModel`, a `UNet2DModel`; without DDP.
         noise_schedule ([`NoiseSchedule`]): γ(t), of a scheduler `noise_schedule_of(scheduler)`.
         images (integer `torch.Tensor` of shape `(N, ...)`): data in [0, num_levels).
-        prediction_type, num_levels, class_labels: as in `VariationalBound` and `evaluate_bound`.
+        prediction_type, num_levels, class_labels: as in `VariationalBound` and `evaluate_mc`.
         dequantization (`str`, defaults to `"truncated_normal"`): see [`dequantize`]; `"uniform"`, as in older papers,
             costs 0.13 ± 0.01 bits/dim on the digits; `"decoder"` is the z_0 and the p(x|z_0) of the variational bound.
         num_samples (`int`, defaults to 1): repeats, each with noise of its own.
@@ -102,7 +102,7 @@ def evaluate_ode(
             `num_probes` of 2 or more, see [`cross_fitted_bpd`]: noisy weights taken as they are give no bound. (On
             the digits they read 0.19 bits/dim less at K = 16 with one probe.)
         divergence, num_probes, rtol, atol, max_steps: see [`log_prob_nats`]; probes are ±1.
-        batch_size, seed, device, accelerator, resume_dir, progress_bar: as in `evaluate_bound`.
+        batch_size, seed, device, accelerator, resume_dir, progress_bar: as in `evaluate_mc`.
 
     A solve is exact up to `rtol` and `atol` only, and float32 rounding that depends on the batch is enough to let it
     take other steps: with the defaults single images of the digits move by up to 0.006 bits/dim.
@@ -171,7 +171,7 @@ def evaluate_ode(
         if divergence == "hutchinson":
             signs = [_signs((num_probes, *images.shape[1:]), seed, "probe", repeat, i) for i in keys]
             probes = torch.stack(signs, 1).to(device, dtype)
-        log_weights = []
+        log_weights, num_calls = [], torch.zeros(len(keys), dtype=torch.float64)
         for k in range(num_importance_samples):
             noise = [
                 torch.rand(images.shape[1:], generator=keyed_generator(seed, "z", repeat, k, i), dtype=torch.float64)
@@ -182,9 +182,11 @@ def evaluate_ode(
                 model, z, gamma_start, gamma_end, divergence=divergence, probes=probes, rtol=rtol, atol=atol,
                 max_steps=max_steps,
             )  # fmt: skip
-            log_prob = solution.log_prob_by_probe_nats if fitted else solution.log_prob_nats[None]
+            log_prob: Any = solution.log_prob_by_probe_nats if fitted else solution.log_prob_nats
+            log_prob = log_prob if fitted else log_prob[None]
             log_weights.extend(log_prob + rest)
-        return torch.stack([solution.num_calls.double(), *log_weights], 1)
+            num_calls = solution.num_calls.double()
+        return torch.stack([num_calls, *log_weights], 1)
 
     hidden = not progress_bar or rows.rank > 0
     with evaluating(unet, rows), tqdm(total=len(mine), unit="img", disable=hidden, leave=False) as bar:

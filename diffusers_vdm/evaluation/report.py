@@ -63,11 +63,12 @@ class MeasuredData:
         """Reads what [`Report.to_json`] wrote; a value of another type counts as missing."""
         texts = ("name", "dataset", "split", "fingerprint", "files", "image_column", "label_column", "image_mode",
                  "frames")  # fmt: skip
+        read: dict[str, Any] = {name: text(values.get(name)) for name in texts}
+        read |= {name: values.get(name) is True for name in ("is_folder", "center_crop", "allow_shared")}
         return cls(
             shape=[size for size in items(values.get("shape")) if count(size)],
             resolution=count(values.get("resolution")),
-            **{name: text(values.get(name)) for name in texts},
-            **{name: values.get(name) is True for name in ("is_folder", "center_crop", "allow_shared")},
+            **read,
         )
 
 
@@ -176,6 +177,8 @@ class Report:
             )
         terms = {term: number(values.get(f"{term}_bpd")) for term in TERMS}
         seed = values.get("seed")
+        read: dict[str, Any] = {name: number(values.get(name)) for name in _NUMBERS}
+        read |= {name: count(values.get(name)) for name in _COUNTS} | {name: text(values.get(name)) for name in _TEXTS}
         return cls(
             method=values["method"],
             terms_bpd={term: value for term, value in terms.items() if value is not None},
@@ -187,9 +190,7 @@ class Report:
             table=[BoundAtSteps.from_json(mapping(row)) for row in items(values.get("table"))],
             details={k: v for k, v in values.items() if k not in _KEYS},
             per_image_bpd=[bpd for bpd in items(values.get("per_image_bpd")) if number(bpd) is not None],
-            **{name: number(values.get(name)) for name in _NUMBERS},
-            **{name: count(values.get(name)) for name in _COUNTS},
-            **{name: text(values.get(name)) for name in _TEXTS},
+            **read,
         )
 
     def save(self, path: str | os.PathLike) -> None:

@@ -30,7 +30,7 @@ def fingerprint(tensors: Iterable[torch.Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
         digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -175,7 +175,7 @@ class Rows:
             for path in sorted(self._folder.glob("rows-*.safetensors")):
                 self._take_over(path)
             self._resumed = self.values.isfinite().all(1)  # what is infinite is worked out, and reported, again
-            if self.world > 1:
+            if accelerator is not None and self.world > 1:
                 accelerator.wait_for_everyone()  # none may write before all have read
 
     def grow(self, num_rows: int) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..diffusers_schedulers import noise_schedule_of
 from ..evaluation.report import Report
-from ..json_values import count, number
+from ..json_values import count, items, number
 from ..schedulers import VDMScheduler
 from ..training.description import RunDescription
 from ..training.options import option_names
@@ -229,7 +229,7 @@ def _row(m: Measurement, first: Measurement, run: CardSource) -> tuple[object, .
     )
 
 
-def _terms(m: Measurement) -> tuple[str | None, ...]:
+def _terms(m: Measurement) -> tuple[object, ...]:
     values = [m.terms_bpd.get(term) for term in ("diffusion", "reconstruction", "prior")]
     return m.quantity, m.num_images, *(None if value is None else f"{value:.4f}" for value in values)
 
@@ -274,7 +274,7 @@ def training_section(run: CardSource) -> str:
     return "\n\n".join(parts)
 
 
-def _facts(run: CardSource) -> dict[str, str | None]:
+def _facts(run: CardSource) -> dict[str, object]:
     options, pipe = run.options, run.pipe
     data, description = run.data, run.description
     steps, total = run.step or (run.lines[-1]["step"] if run.lines else None), description.num_steps
@@ -284,7 +284,7 @@ def _facts(run: CardSource) -> dict[str, str | None]:
     trained = {"vdm": "the bound, " + _time(options), "ddpm": "unweighted squared error"}.get(
         str(options.get("objective"))
     )
-    decays = options.get("ema_decays") if isinstance(options.get("ema_decays"), list) else []
+    decays = items(options.get("ema_decays"))
     precision = {"no": "float32"}.get(str(options.get("mixed_precision")), options.get("mixed_precision"))
     return {
         "training data": data and data.name + (f", split {data.split}" if data.split else ""),

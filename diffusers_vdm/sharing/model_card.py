@@ -229,7 +229,7 @@ def _checked_datasets(datasets: str | Sequence[str] | None, data: DataName | Non
 
 def _metadata(run: CardSource, license: str | None, datasets: list[str]) -> ModelCardData:
     """What the Hub reads: only numbers of the weights that are here, on data that have a name."""
-    results = [_result(m) for m in run.claimed]
+    results = [_result(m, m.data) for m in run.claimed if m.data]
     kind = {"vdm": ["variational-diffusion-model"], "ddpm": ["ddpm"]}.get(str(run.options.get("objective")), [])
     conditional = ["class-conditional"] if run.pipe.unet.config.num_class_embeds is not None else []
     return ModelCardData(
@@ -243,7 +243,7 @@ def _metadata(run: CardSource, license: str | None, datasets: list[str]) -> Mode
     )
 
 
-def _result(m: Measurement) -> EvalResult:
+def _result(m: Measurement, data: DataName) -> EvalResult:
     """A number in the Hub's format, with all that it must be quoted with as arguments of the metric."""
     # a hexadecimal number may read as 1e9 in YAML, a word before it may not
     data_fingerprint = one_line(f"blake2b {m.data_fingerprint}") if m.data_fingerprint else None
@@ -262,13 +262,13 @@ def _result(m: Measurement) -> EvalResult:
         **m.details,
     }
     plain = {k: one_line(v) if isinstance(v, str) else v for k, v in arguments.items() if v not in (None, "")}
-    name = one_line(m.data.name)
+    name = one_line(data.name)
     return EvalResult(
         task_type="unconditional-image-generation",
         task_name="Unconditional image generation",
-        dataset_type=name if m.data.is_repository else re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-") or "data",
+        dataset_type=name if data.is_repository else re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-") or "data",
         dataset_name=name,
-        dataset_split=one_line(m.data.split) if m.data.split else None,
+        dataset_split=one_line(data.split) if data.split else None,
         metric_type="bits-per-dim",
         metric_name=one_line(f"bits/dim ({m.quantity})"),
         metric_value=m.bpd,

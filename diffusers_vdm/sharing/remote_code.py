@@ -139,11 +139,13 @@ def _our_components(index: dict[str, Any], root: Path) -> dict[str, str]:
     ours = {}
     for name in known:
         library, class_name = _entry(index, name, where)
+        if library is None or class_name is None:
+            continue
         if class_name in components.MODULE_OF and _is_ours(library):
             if not (root / name).is_dir():
                 raise FileNotFoundError(f"folder must hold a folder of each component, {where} has no {name}.")
             ours[name] = class_name
-        elif library is not None and not _is_of_diffusers(library, class_name):
+        elif not _is_of_diffusers(library, class_name):
             raise ValueError(
                 f"folder must hold components of diffusers_vdm or diffusers, got {name}={class_name} of {library} in "
                 f"{where}: nobody without {library} could load it. Save the pipeline with another {name}."

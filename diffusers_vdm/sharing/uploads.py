@@ -211,6 +211,8 @@ class Uploads:
             with self._changed:
                 self._changed.wait_for(lambda: self._next is not None)
                 self._current, self._next = self._next, None
+                if self._current is None:
+                    continue
                 folder, message = self._current
             failure = None
             try:

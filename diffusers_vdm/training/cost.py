@@ -91,7 +91,7 @@ def matmul_flops_per_second(device: torch.device | str, dtype: torch.dtype = tor
     for _ in range(4):  # the first one warms up
         _wait(device)
         clock = time.perf_counter()
-        a @ a
+        torch.matmul(a, a)
         _wait(device)
         best = max(best, 2 * size**3 / (time.perf_counter() - clock))
     return best

@@ -106,6 +106,9 @@ class RunDescription:
     def from_json(cls, values: Mapping[str, Any]) -> RunDescription:
         """Reads what [`RunDescription.to_json`] made, here or in an earlier version; never raises."""
         given, names, held_out = values.get("given"), values.get("class_names"), mapping(values.get("held_out"))
+        counts, texts = ("total_steps", "global_batch_size", "num_processes"), ("device", "labels", "files")
+        read: dict[str, Any] = {name: count(values.get(name)) for name in counts}
+        read |= {name: text(values.get(name)) for name in texts}
         return cls(
             options=mapping(values.get("options")),
             given=[name for name in given if text(name)] if isinstance(given, list) else None,
@@ -117,8 +120,7 @@ class RunDescription:
             class_names=[str(name) for name in names] if isinstance(names, list) else None,
             damaged=[name for name in items(values.get("damaged")) if text(name)],
             versions={k: v for k, v in mapping(values.get("versions")).items() if text(v)},
-            **{name: count(values.get(name)) for name in ("total_steps", "global_batch_size", "num_processes")},
-            **{name: text(values.get(name)) for name in ("device", "labels", "files")},
+            **read,
         )
 
     def save(self, folder: str | os.PathLike) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .sharding import replicated_like, whole
@@ -24,7 +26,7 @@ class FiniteSteps:
     def step(self, optimizer: torch.optim.Optimizer, gradient_norm: torch.Tensor, has_scaler: bool = False) -> None:
         """`optimizer.step()`, without effect if `gradient_norm` is not finite; a `GradScaler` sees to that itself."""
         bad = (~whole(gradient_norm).isfinite()).float()
-        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+        inner: Any = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
         if not has_scaler:
             inner.found_inf = replicated_like(bad, gradient_norm)
         optimizer.step()

@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from diffusers.optimization import get_scheduler
 
 from ..data.images import labels_fingerprint
-from ..evaluation.monte_carlo import evaluate_bound
+from ..evaluation.monte_carlo import evaluate_mc
 from ..objectives import SimpleObjective, VariationalBound
 from ..randomness import key_to_seed
 from ..repository import read_json
@@ -156,6 +156,8 @@ class Run:
             if (args.random_flip or args.random_rotation) and getattr(self.unet.config, "augmentation_flag", False):
                 inputs["augmentation_flags"] = batch.augmented
             if self.unet.config.num_class_embeds is not None:
+                if batch.labels is None:
+                    raise ValueError(f"{self.data.name} has no classes, which this class-conditional network needs.")
                 null = torch.full_like(batch.labels, self.unet.config.num_class_embeds)
                 inputs["class_labels"] = torch.where(batch.withheld, null, batch.labels)
             if self.accelerator.device.type == "cuda":
@@ -223,7 +225,7 @@ class Run:
     def evaluate(self, test, num_samples: int, num_images: int | None, decay: float | None):
         labels = test.labels[:num_images] if self.unet.config.num_class_embeds is not None else None
         with self.averaged_weights(decay):
-            return evaluate_bound(
+            return evaluate_mc(
                 self.bound,
                 test.images[:num_images],
                 class_labels=labels,

@@ -5,6 +5,8 @@ A sharded tensor is torch's `DTensor`. What is not sharded passes through unchan
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 
@@ -12,7 +14,7 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def whole(tensor: Any) -> torch.Tensor:
     """All of a tensor on each process; all of them must call it."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
@@ -35,7 +37,7 @@ def gathered(
     return result if keep else None
 
 
-def sharded_like(tensor: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def sharded_like(tensor: torch.Tensor, target: Any) -> torch.Tensor:
     """`tensor` cut as `target` is; all processes must call it with the same whole tensor."""
     if not is_sharded(target) or tensor.shape != target.shape:
         return tensor
@@ -44,7 +46,7 @@ def sharded_like(tensor: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(tensor.to(target.device), target.device_mesh, target.placements)
 
 
-def replicated_like(tensor: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def replicated_like(tensor: torch.Tensor, target: Any) -> torch.Tensor:
     """A tensor that is the same on all processes, as one that may meet `target` in an operation."""
     if not is_sharded(target):
         return tensor
