@@ -1,22 +1,31 @@
-"""Fixtures that every test file shares, and the watch over the global random number generators.
+"""Fixtures that all tests share, and the guards of the global random number generators.
 
 House rule: every random draw takes a `generator`; nothing in the package reads or seeds the global state. Two guards:
 
 * `poisoned_global_rng` (every test, by itself) seeds the global generators of torch, NumPy and Python from the name of
-  the test and from `VDM_TEST_SALT`. A test that leans on them gives other numbers under another salt
-  (`VDM_TEST_SALT=1 pytest`), in another file and under another name: it cannot pass by a lucky seed for long.
+  the test and from a salt, `VDM_TEST_SALT`. The salt is the current commit unless it is set, so a test that depends on
+  the global state gives other numbers after the next commit. The header of a run prints the salt:
+  `VDM_TEST_SALT=… pytest …` repeats its numbers.
 * `untouched_global_rng` fails the test if any of the three generators was used or seeded in it. A file takes it with
-  `pytestmark = pytest.mark.usefixtures("untouched_global_rng")`. Building a fresh network draws from the global
-  generator, and rightly so; do that within `torch.random.fork_rng()`, or do not take this fixture.
+  `pytestmark = pytest.mark.usefixtures("untouched_global_rng")`. Building a network draws from the global generator:
+  build it within `fixed_weights()` of models.py, which puts the generator back.
 """
 
+import multiprocessing
 import os
 import random
+import subprocess
 import zlib
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+
+from diffusers_vdm import MonotoneGammaNetwork, VDMPipeline, VDMScheduler, __version__
+from tests import hub_server
+from tests.models import fixed_weights, tiny_preset
+from tests.paths import ROOT
 
 
 @pytest.fixture
@@ -28,18 +37,56 @@ def generator() -> torch.Generator:
 @pytest.fixture(scope="module")
 def hub():
     """A Hub on this machine; `hub.reset()` empties it."""
-    import hub_server
-
     hub = hub_server.HubServer()
     yield hub
     hub.shutdown()
     hub.server_close()
 
 
+@pytest.fixture(scope="session")
+def client(tmp_path_factory):
+    """A process with a Hub and the client that talks to it, for the tests marked `in_client`."""
+    context = multiprocessing.get_context("spawn")
+    home = tmp_path_factory.mktemp("hf_home")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=hub_server.start, initargs=(home,)) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def digits_pipeline(tmp_path_factory):
+    """The folder of a saved pipeline for the digits, of a few thousand parameters."""
+    folder = tmp_path_factory.mktemp("model")
+    with fixed_weights():
+        schedule = MonotoneGammaNetwork(gamma_min=-7.5, gamma_max=5.0)
+    scheduler = VDMScheduler.from_noise_schedule(schedule)
+    VDMPipeline(tiny_preset(), scheduler, schedule, num_levels=17).save_pretrained(folder)
+    return folder
+
+
+# ---- the global random state -------------------------------------------------------------------------------------
+
+
+def pytest_configure(config):
+    # processes that pytest starts, those of xdist among them, inherit the environment: all take the same salt
+    os.environ.setdefault("VDM_TEST_SALT", _commit() or __version__)
+
+
+def pytest_report_header(config):
+    return f"global random state: VDM_TEST_SALT={os.environ['VDM_TEST_SALT']}"
+
+
+def _commit() -> str | None:
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:  # git is not installed
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
 @pytest.fixture(autouse=True)
 def poisoned_global_rng(request):
-    salt = os.environ.get("VDM_TEST_SALT", "0")
-    seed = zlib.crc32(f"{salt} {request.node.nodeid}".encode())
+    seed = zlib.crc32(f"{os.environ['VDM_TEST_SALT']} {request.node.nodeid}".encode())
     torch.manual_seed(seed)
     np.random.seed(seed)  # noqa: NPY002  the global state is what is guarded here
     random.seed(seed)

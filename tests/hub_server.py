@@ -82,7 +82,7 @@ class Repository:
         return self.commits.get(self.refs.get(revision, revision))
 
     def write(self, ref: str = "main", **files: bytes) -> Commit:
-        """A commit behind the client's back: names to contents, None to delete; `__` in a name stands for `/`."""
+        """A commit by another client: names to contents, None to delete; `__` in a name stands for `/`."""
         tree = dict(self.at(ref).files)
         for name, data in files.items():
             tree.pop(name, None)
@@ -143,7 +143,7 @@ class HubServer(ThreadingHTTPServer):
         return repo
 
     def handle_error(self, request, client_address) -> None:
-        """A client that hangs up is part of the game."""
+        """Clients may close the connection: that is no error here."""
 
 
 def route(method: str, pattern: str):
@@ -226,7 +226,7 @@ class Handler(BaseHTTPRequestHandler):
     def send_json(self, value, status: int = 200) -> None:
         self.send(status, json.dumps(value).encode())
 
-    # ---- who may what ----------------------------------------------------------------------------------------------
+    # ---- users and permissions --------------------------------------------------------------------------------
 
     def user(self) -> str | None:
         given = self.headers.get("Authorization", "").removeprefix("Bearer ")
@@ -257,7 +257,7 @@ class Handler(BaseHTTPRequestHandler):
         auth = {"type": "access_token", "accessToken": {"displayName": "test", "role": "write"}}
         self.send_json({"type": "user", "name": self.user(), "orgs": [], "auth": auth})
 
-    # ---- repositories ----------------------------------------------------------------------------------------------
+    # ---- repositories ---------------------------------------------------------------------------------------------
 
     @route("POST", "/api/repos/create")
     def create(self) -> None:
@@ -355,7 +355,7 @@ class Handler(BaseHTTPRequestHandler):
         found.refs[new] = self.commit_at(repo, start)[1].oid
         self.send_json({})
 
-    # ---- upload ----------------------------------------------------------------------------------------------------
+    # ---- upload ---------------------------------------------------------------------------------------------------
 
     @route("POST", f"/api/models/{REPO}/preupload/(?P<revision>.+)")
     def preupload(self, repo: str, revision: str) -> None:
@@ -415,7 +415,7 @@ class Handler(BaseHTTPRequestHandler):
             made = found.commit(ref, files, header.get("summary", ""))
         self.send_json(answer | {"commitOid": made.oid, "commitUrl": f"{self.server.url}/{repo}/commit/{made.oid}"})
 
-    # ---- download --------------------------------------------------------------------------------------------------
+    # ---- download -------------------------------------------------------------------------------------------------
 
     @route("GET", f"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
     def resolve(self, repo: str, revision: str, path: str) -> None:

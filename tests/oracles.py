@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from tests.tensors import F64
+
 MP = mpmath.mp.clone()
 MP.dps = 60
 
@@ -183,8 +185,11 @@ class GaussianMixture:
 
     @classmethod
     def example(cls, dimensions: int = 2) -> GaussianMixture:
-        """Three unequal components within [−1, 1]; `dimensions` 1 or 2."""
+        """Three unequal components within [−1, 1]; in more than two dimensions with means at random."""
         means = torch.tensor([[-0.6, 0.3], [0.5, 0.5], [0.1, -0.7]], dtype=torch.float64)[:, :dimensions]
+        if dimensions > 2:
+            source = torch.Generator().manual_seed(5)
+            means = 1.4 * torch.rand(3, dimensions, generator=source, dtype=torch.float64) - 0.7
         weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
         return cls(weights, means, torch.tensor([0.01, 0.04, 0.0025], dtype=torch.float64))
 
@@ -225,6 +230,32 @@ class GaussianMixture:
 def _alpha_squared(gamma):
     """1/(1 + e^γ) for a float or a tensor."""
     return 1 / (1 + (torch.exp(gamma) if torch.is_tensor(gamma) else math.exp(gamma)))
+
+
+def expected_diffusion_bpd(x: np.ndarray, data: GaussianData, schedule, num_timesteps: int | None) -> np.ndarray:
+    """E over ε (and t) of the diffusion term of each x, for the best network of Gaussian data.
+
+    ε − ε̂ = (α² s² ε − α σ (x − m))/(α² s² + σ²), of which the square has a closed form.
+    """
+
+    def mse(gamma):
+        a2, s2 = 1 / (1 + np.exp(gamma)), 1 / (1 + np.exp(-gamma))
+        v = a2 * data.variance + s2
+        return (a2 * data.variance / v) ** 2 + a2 * s2 * (x[:, None] - data.mean) ** 2 / v**2
+
+    gamma_0, gamma_1 = (float(end.detach()) for end in schedule.ends())
+    if num_timesteps is None:
+        gamma, weights = legendre(gamma_0, gamma_1, 400)
+        return (0.5 * weights * mse(gamma)).sum(1) / math.log(2)
+    with torch.no_grad():
+        gamma = schedule(torch.linspace(0, 1, num_timesteps + 1, dtype=F64)).numpy()
+    return (0.5 * np.expm1(np.diff(gamma)) * mse(gamma[1:])).sum(1) / math.log(2)
+
+
+def legendre(low: float, high: float, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights of Gauss and Legendre on [low, high]."""
+    nodes, weights = np.polynomial.legendre.leggauss(n)
+    return 0.5 * (high - low) * nodes + 0.5 * (high + low), 0.5 * (high - low) * weights
 
 
 # ---- the same as networks ----------------------------------------------------------------------------------------
@@ -296,3 +327,70 @@ class MixtureDenoiser(_ClosedFormDenoiser):
 
     def _predict(self, z, gamma):
         return self.data.eps_hat(z, gamma), self.data.x_hat(z, gamma)
+
+
+class LabelledGaussianDenoiser(nn.Module):
+    """The best network for data N(mean, variance) in each dimension, one pair for each label; counts what it does."""
+
+    dtype = torch.float64
+
+    def __init__(self, means, variances, schedule, interrupt_at=None):
+        super().__init__()
+        self.data = GaussianData(torch.tensor(means).double(), torch.tensor(variances).double())
+        self.schedule, self.interrupt_at = schedule, interrupt_at
+        self.batches = []
+
+    def forward(self, z, timestep, class_labels, return_dict=True):
+        self.batches.append(len(z))
+        if len(self.batches) == self.interrupt_at:
+            raise KeyboardInterrupt
+        low, high = self.schedule.config.gamma_min, self.schedule.config.gamma_max
+        gamma = low + (high - low) * timestep.double() / self.schedule.config.num_train_timesteps
+        mean, variance = (v[class_labels] for v in (self.data.mean, self.data.variance))
+        each = GaussianData(*(v.reshape(-1, *[1] * (z.ndim - 1)) for v in (mean, variance)))
+        return (each.eps_hat(z, gamma.reshape(-1, *[1] * (z.ndim - 1))),)
+
+
+# ---- images of independent pixels, with one pmf over the 256 levels ----------------------------------------------
+
+X_VDM, X_DDPM = 2 * (np.arange(256) + 0.5) / 256 - 1, np.arange(256) / 127.5 - 1
+
+
+def pmf():
+    """Two unequal bumps with holes in them, both outer levels, and nothing elsewhere: levels and probabilities."""
+    k = np.arange(256)
+    pi = np.exp(-(((k - 70) / 6) ** 2)) + 0.4 * np.exp(-(((k - 180) / 12) ** 2))
+    pi[(pi < 0.01) | (k % 7 == 3)] = 0
+    pi[[0, 255]] = 0.1, 0.3
+    return np.flatnonzero(pi), pi[pi > 0] / pi.sum()
+
+
+USED, PI = pmf()
+
+
+X_USED, ENTROPY = X_VDM[USED], float(-(PI * np.log2(PI)).sum())
+
+
+class BestNetwork(nn.Module):
+    """E[x | z_t] as x̂, ε̂ or v̂, in float64; `gamma_of` says what a timestep means."""
+
+    dtype = torch.float64
+
+    def __init__(self, gamma_of, x_levels, prediction="epsilon"):
+        super().__init__()
+        self.gamma_of, self.prediction = gamma_of, prediction
+        self.x, self.log_pi = torch.from_numpy(x_levels[USED]), torch.from_numpy(np.log(PI))
+
+    def forward(self, z, timestep, return_dict=False):
+        gamma = self.gamma_of(timestep).reshape(-1, 1, 1, 1)
+        a, s = torch.sigmoid(-gamma).sqrt(), torch.sigmoid(gamma).sqrt()
+        logits = self.log_pi - 0.5 * ((z[..., None] - a[..., None] * self.x) / s[..., None]).square()
+        x_hat = logits.softmax(-1) @ self.x
+        eps_hat = (z - a * x_hat) / s
+        return ({"epsilon": eps_hat, "sample": x_hat, "v_prediction": a * eps_hat - s * x_hat}[self.prediction],)
+
+
+def draw_images(*shape):
+    generator = torch.Generator().manual_seed(11)
+    drawn = torch.multinomial(torch.from_numpy(PI), math.prod(shape), replacement=True, generator=generator)
+    return torch.from_numpy(USED)[drawn].reshape(shape).to(torch.uint8)

@@ -1,19 +1,16 @@
-"""Every command, and every page of its help, where the output is not UTF-8; what is written to files always is."""
+"""console.py: every command and its help print in any encoding, and files are always UTF-8."""
 
 import io
 import json
-import os
-import subprocess
 import sys
 import unicodedata
-from pathlib import Path
 
 import pytest
-from test_examples import model  # noqa: F401  a fixture
 
 from diffusers_vdm import console
+from tests.paths import ROOT
+from tests.running import run_python
 
-ROOT = Path(__file__).parents[1]
 ENCODINGS = ["cp1252", "ascii", "latin-1", "utf-8"]
 CONVERSION = ["-m", "diffusers_vdm.conversion"]
 HELP = {
@@ -29,10 +26,9 @@ DEFAULT = ("train", "evaluate", "sample", "official")  # in the default suite, i
 
 def run(encoding, *arguments):
     """A command whose output goes to a file, and which warns of files that it opens without naming an encoding."""
-    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    environment |= {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNDEFAULTENCODING": "1"}
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=400, check=False)
+    environment = {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT), "PYTHONWARNDEFAULTENCODING": "1"}
+    options = {"text": False, "encoding": None, "timeout": 400, "check": False}
+    return run_python(*arguments, cwd=ROOT, environment=environment, **options)
 
 
 def unnamed_encodings(done):
@@ -64,8 +60,8 @@ def test_help_in_any_encoding(page, encoding):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_every_command_ends_well_in_any_encoding(tmp_path, encoding, model):  # noqa: F811
-    config = ["--model_config_name_or_path", model / "unet", "--train_batch_size", 4, "--max_train_steps", 2]
+def test_every_command_works_in_any_encoding(tmp_path, encoding, digits_pipeline):
+    config = ["--model_config_name_or_path", digits_pipeline / "unet", "--train_batch_size", 4, "--max_train_steps", 2]
     few = ["--eval_samples", 1, "--num_images", 1, "--ddpm_num_inference_steps", 2, "--logger", "none"]
     trained = run(encoding, "examples/train.py", "--output_dir", tmp_path / "run", *config, *few)
     refused = run(encoding, "examples/train.py", "--output_dir", tmp_path / "x", "--objective", "ddpm", "--schedule",
@@ -88,7 +84,7 @@ def test_every_command_ends_well_in_any_encoding(tmp_path, encoding, model):  # 
             json.loads(line)
 
 
-def test_every_character_of_ours_has_a_readable_form():
+def test_every_character_of_the_package_has_an_ascii_form():
     """Each one that stands in a string of the package or the examples becomes ASCII, and a question mark at worst."""
     sources = [*(ROOT / "diffusers_vdm").glob("*.py"), *(ROOT / "examples").glob("*.py")]
     used = {c for path in sources for c in path.read_text(encoding="utf-8") if ord(c) > 127}
@@ -101,7 +97,7 @@ def test_every_character_of_ours_has_a_readable_form():
 EXPECTED = {"utf-8": "γ ± ε̂ é …", "latin-1": "gamma ± eps é ...", "ascii": "gamma +/- eps e ..."}
 
 
-def test_streams_lose_nothing_where_they_need_not(monkeypatch):
+def test_streams_keep_the_characters_that_they_can_encode(monkeypatch):
     for encoding, expected in EXPECTED.items():
         raw = io.BytesIO()
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))

@@ -1,14 +1,15 @@
-"""The equations in γ, against mpmath at 60 digits, Bayes' rule, torch.distributions and dense softmaxes."""
+"""diffusion.py: the equations in γ, against mpmath at 60 digits, Bayes' rule and torch.distributions."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from oracles import (
+from torch.distributions import Normal, kl_divergence
+
+from diffusers_vdm import diffusion
+from tests.oracles import (
     MP,
-    GaussianData,
-    GaussianMixture,
     mp_alpha_squared,
     mp_level_log_probs,
     mp_posterior,
@@ -16,23 +17,12 @@ from oracles import (
     mp_sigma_squared,
     mp_step_weight,
 )
-from torch.distributions import Normal, kl_divergence
-
-from diffusers_vdm import diffusion
+from tests.tensors import f64, normal_from
 
 pytestmark = pytest.mark.usefixtures("untouched_global_rng")
-
 EXTREME_GAMMAS = [-30.0, -13.3, -1e-3, 0.0, 0.7, 5.0, 30.0]
 # neighbors of a chain of 1e5 steps, of a chain of 1000 steps, and the ends of everything
 GAMMA_PAIRS = [(-13.3, -13.2817), (-13.3, -13.299817), (-30.0, -29.9), (-30.0, 30.0), (4.9817, 5.0), (29.0, 30.0)]
-
-
-def f64(value):
-    return torch.tensor(value, dtype=torch.float64)
-
-
-def normal(generator, *shape, dtype=torch.float64):
-    return torch.randn(*shape, generator=generator, dtype=dtype)
 
 
 # ---- α, σ, SNR ---------------------------------------------------------------------------------------------------
@@ -51,7 +41,7 @@ def test_coefficients_are_exact_to_the_last_digits(gamma):
 
 @pytest.mark.parametrize("gamma", EXTREME_GAMMAS)
 def test_sigma_keeps_its_digits_in_float32(gamma):
-    # √(1 − α²) in float32 is off by 1.7 % at −13.3 (PITFALLS 2)
+    # √(1 − α²) in float32 is off by 1.7 % at −13.3
     exact = float(MP.sqrt(mp_sigma_squared(gamma)))
     assert float(diffusion.sigma(torch.tensor(gamma))) == pytest.approx(exact, rel=2e-6, abs=0)
 
@@ -64,7 +54,7 @@ def test_variance_is_preserved():
 
 @pytest.mark.parametrize("gamma", [*EXTREME_GAMMAS, -200.0, 29.999, 30.001, 200.0])
 def test_gamma_comes_back_from_log_alpha_squared(gamma):
-    # log ᾱ as mpmath has it: near ᾱ = 1 it is −1e-87, and γ must not notice
+    # log ᾱ from mpmath: near ᾱ = 1 it is −1e-87, and γ keeps its digits
     log_alpha_squared = f64(float(MP.log(mp_alpha_squared(gamma))) if gamma > -100 else -math.exp(gamma))
     assert float(diffusion.gamma_from_log_alpha_squared(log_alpha_squared)) == pytest.approx(
         gamma, rel=1e-14, abs=1e-14
@@ -83,7 +73,7 @@ def test_the_noise_free_end():
 
 @pytest.mark.parametrize("gamma", [f64(-13.3), f64(5.0), f64([-13.3, 0.2, 5.0])], ids=["clean", "noisy", "batch"])
 def test_x_eps_and_v_are_the_same_information(generator, gamma):
-    x, eps = normal(generator, 3, 2, 4), normal(generator, 3, 2, 4)
+    x, eps = normal_from(generator, 3, 2, 4), normal_from(generator, 3, 2, 4)
     z_t, v = diffusion.q_sample(x, eps, gamma), diffusion.velocity(x, eps, gamma)
     for prediction_type, output in [("epsilon", eps), ("sample", x), ("v_prediction", v)]:
         x_hat, eps_hat = diffusion.predicted_x_and_eps(output, z_t, gamma, prediction_type)
@@ -96,7 +86,7 @@ def test_x_eps_and_v_are_the_same_information(generator, gamma):
 @pytest.mark.parametrize("prediction_type", diffusion.PREDICTION_TYPES)
 def test_the_error_weight_turns_any_error_into_that_of_eps(generator, prediction_type):
     gamma = f64([-13.3, -2.0, 5.0])
-    x, eps, wrong = normal(generator, 3, 4), normal(generator, 3, 4), normal(generator, 3, 4)
+    x, eps, wrong = normal_from(generator, 3, 4), normal_from(generator, 3, 4), normal_from(generator, 3, 4)
     z_t = diffusion.q_sample(x, eps, gamma)
     target = {"epsilon": eps, "sample": x, "v_prediction": diffusion.velocity(x, eps, gamma)}[prediction_type]
     # a small error: at γ = −13.3 it is 800 times as large in ε as in x
@@ -108,8 +98,8 @@ def test_the_error_weight_turns_any_error_into_that_of_eps(generator, prediction
 
 
 def test_velocity_is_the_derivative_along_the_circle(generator):
-    # v = dz/dφ with α = cos φ, σ = sin φ [Salimans & Ho 2022, app. D]: a sign error cannot hide here
-    x, eps, phi, h = normal(generator, 5), normal(generator, 5), 0.8, 1e-5
+    # v = dz/dφ with α = cos φ, σ = sin φ [Salimans & Ho 2022, app. D]: this test finds a sign error
+    x, eps, phi, h = normal_from(generator, 5), normal_from(generator, 5), 0.8, 1e-5
     z = [diffusion.q_sample(x, eps, f64(2 * math.log(math.tan(p)))) for p in (phi - h, phi + h)]
     v = diffusion.velocity(x, eps, f64(2 * math.log(math.tan(phi))))
     torch.testing.assert_close((z[1] - z[0]) / (2 * h), v, rtol=0, atol=1e-9)
@@ -172,7 +162,7 @@ def test_posterior_of_the_forward_process_has_its_marginal():
 
 @pytest.mark.parametrize(("gamma_s", "gamma_t"), [*GAMMA_PAIRS[:5], (-math.inf, -9.2), (-math.inf, 5.0)])
 def test_ancestral_step_is_the_posterior_at_x_hat(generator, gamma_s, gamma_t):
-    z_t, eps_hat = normal(generator, 2, 3), normal(generator, 2, 3)
+    z_t, eps_hat = normal_from(generator, 2, 3), normal_from(generator, 2, 3)
     x_hat = diffusion.x_from_eps(z_t, eps_hat, f64(gamma_t))
     for mine, theirs in zip(
         diffusion.ancestral_step(z_t, eps_hat, f64(gamma_s), f64(gamma_t)),
@@ -185,14 +175,14 @@ def test_ancestral_step_is_the_posterior_at_x_hat(generator, gamma_s, gamma_t):
 
 
 def test_the_last_step_to_clean_data_is_x_hat_without_noise(generator):
-    z_t, eps_hat = normal(generator, 4), normal(generator, 4)
+    z_t, eps_hat = normal_from(generator, 4), normal_from(generator, 4)
     mean, std = diffusion.ancestral_step(z_t, eps_hat, f64(-math.inf), f64(-9.21))
     torch.testing.assert_close(mean, diffusion.x_from_eps(z_t, eps_hat, f64(-9.21)))
     assert float(std) == 0
 
 
 def test_coefficients_of_a_small_step_survive_float32_data():
-    # c = −expm1(γ_s − γ_t) from float32 γ is off by 1e-2 at T = 1e5 (PITFALLS 3); the data may be float32 all the same
+    # c = −expm1(γ_s − γ_t) from float32 γ is off by 1e-2 at T = 1e5; the data may be float32 all the same
     gamma_s, gamma_t = f64(-13.3), f64(-13.3 + 18.3e-5)
     std = diffusion.posterior(torch.zeros(1), torch.zeros(1), gamma_s, gamma_t)[1]
     assert std.dtype == torch.float32
@@ -221,7 +211,7 @@ def test_step_weight_is_half_the_loss_of_snr(gamma_s, gamma_t):
 
 def test_step_weight_is_the_kl_of_the_two_posteriors(generator):
     gamma_s, gamma_t = f64(-3.0), f64(-2.5)
-    x, eps, eps_hat = normal(generator, 6), normal(generator, 6), normal(generator, 6)
+    x, eps, eps_hat = normal_from(generator, 6), normal_from(generator, 6), normal_from(generator, 6)
     z_t = diffusion.q_sample(x, eps, gamma_t)
     q = Normal(*diffusion.posterior(z_t, x, gamma_s, gamma_t))
     p = Normal(*diffusion.ancestral_step(z_t, eps_hat, gamma_s, gamma_t))
@@ -255,8 +245,8 @@ def test_prior_kl_keeps_its_digits_where_it_nearly_vanishes(x):
 # ---- shapes and types --------------------------------------------------------------------------------------------
 
 
-def test_a_gamma_for_each_sample_is_the_samples_one_by_one(generator):
-    x, eps = normal(generator, 3, 2, 4, 4), normal(generator, 3, 2, 4, 4)
+def test_a_batch_of_gammas_equals_the_samples_one_by_one(generator):
+    x, eps = normal_from(generator, 3, 2, 4, 4), normal_from(generator, 3, 2, 4, 4)
     gamma_s, gamma_t = f64([-13.3, -1.0, 3.0]), f64([-13.0, 0.0, 5.0])
     levels = torch.randint(0, 256, (3, 2, 4, 4), generator=generator)
     calls = {
@@ -287,7 +277,7 @@ def test_gammas_that_do_not_fit_the_batch_are_refused(shape):
 @pytest.mark.parametrize("gamma", [f64(-1.0), f64([-1.0, -1.0])], ids=["scalar", "batch"])
 def test_half_precision_is_promoted_to_float32(generator, dtype, gamma):
     # a γ of shape () must not let the arithmetic sink to the type of the data: torch ignores the type of scalars
-    x, eps = (normal(generator, 2, 5).to(dtype) for _ in range(2))
+    x, eps = (normal_from(generator, 2, 5).to(dtype) for _ in range(2))
     results = {
         "q_sample": lambda a, b: diffusion.q_sample(a, b, gamma),
         "velocity": lambda a, b: diffusion.velocity(a, b, gamma),
@@ -308,7 +298,7 @@ def test_half_precision_is_promoted_to_float32(generator, dtype, gamma):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_decode_of_half_precision_is_that_of_the_same_numbers(generator, dtype):
-    z_0 = normal(generator, 1, 4000).to(dtype)
+    z_0 = normal_from(generator, 1, 4000).to(dtype)
     for gamma in (f64(-13.3), f64([-13.3])):
         assert torch.equal(diffusion.decode(z_0, gamma), diffusion.decode(z_0.float(), gamma))
 
@@ -322,7 +312,7 @@ def test_unknown_prediction_types_are_refused(name):
 
 
 def test_no_function_changes_its_arguments(generator):
-    x, eps = normal(generator, 2, 3), normal(generator, 2, 3)
+    x, eps = normal_from(generator, 2, 3), normal_from(generator, 2, 3)
     gamma_s, gamma_t, levels = f64([-2.0, -1.0]), f64([-1.0, 0.0]), torch.tensor([[0, 1, 2], [3, 4, 5]])
     before = [a.clone() for a in (x, eps, gamma_s, gamma_t, levels)]
     diffusion.q_sample(x, eps, gamma_t)
@@ -338,7 +328,7 @@ def test_no_function_changes_its_arguments(generator):
 
 
 @pytest.mark.parametrize("num_levels", [2, 17, 256, 65536])
-def test_levels_and_data_go_round(num_levels):
+def test_levels_are_recovered_from_data(num_levels):
     levels = torch.arange(num_levels)
     x = diffusion.x_from_levels(levels, num_levels)
     assert torch.equal(diffusion.nearest_levels(x, num_levels), levels)
@@ -374,7 +364,7 @@ class TestDecoder:
         x = diffusion.x_from_levels(
             torch.randint(0, num_levels, (40,), generator=generator), num_levels, torch.float64
         )
-        z_0 = diffusion.q_sample(x, normal(generator, 40), f64(gamma_0))
+        z_0 = diffusion.q_sample(x, normal_from(generator, 40), f64(gamma_0))
         outside = f64([-100.0, -3.0, -1.0, 1.0, 1.02, 3.0, 100.0]) * diffusion.alpha(f64(gamma_0))
         border = f64([2 * (num_levels // 2) / num_levels - 1]) * diffusion.alpha(f64(gamma_0))
         return torch.cat([z_0, outside, border])
@@ -411,7 +401,7 @@ class TestDecoder:
 def test_decoder_gradcheck(generator, num_levels, gamma_0):
     x = diffusion.x_from_levels(torch.randint(0, num_levels, (2, 3), generator=generator), num_levels, torch.float64)
     gammas = f64([gamma_0, gamma_0 + 0.3]).requires_grad_()
-    z_0 = diffusion.q_sample(x, normal(generator, 2, 3), gammas.detach()).requires_grad_()
+    z_0 = diffusion.q_sample(x, normal_from(generator, 2, 3), gammas.detach()).requires_grad_()
     levels = diffusion.nearest_levels(z_0.detach(), num_levels)
     for gamma in (gammas, gammas.detach()[0].requires_grad_()):
         assert torch.autograd.gradcheck(
@@ -428,11 +418,11 @@ def test_decoder_is_that_of_mpmath(gamma_0, z_0):
 
 
 def test_float32_decoder_is_good_to_2e_8_bits_per_dimension(generator):
-    # γ_0 = −13.3: logits reach 1.2e6, and bfloat16 gives 0.072 bits/dim for 0.0090 (PITFALLS 7)
+    # γ_0 = −13.3: logits reach 1.2e6, and bfloat16 gives 0.072 bits/dim for 0.0090
     levels = torch.randint(0, 256, (300_000,), generator=generator)
     gamma_0 = f64(-13.3)
     z_0 = diffusion.q_sample(
-        diffusion.x_from_levels(levels), normal(generator, len(levels), dtype=torch.float32), gamma_0
+        diffusion.x_from_levels(levels), normal_from(generator, len(levels), dtype=torch.float32), gamma_0
     )
     results = [
         -diffusion.decoder_log_prob_nats(levels, z, gamma_0).double().mean() / math.log(2) for z in (z_0, z_0.double())
@@ -444,7 +434,7 @@ def test_float32_decoder_is_good_to_2e_8_bits_per_dimension(generator):
 @pytest.mark.parametrize("gamma_0", [-5.0, 0.0, 5.0])
 @pytest.mark.parametrize("z_0", [5.0, 1000.0])
 def test_float32_decoder_keeps_its_digits_far_outside_of_the_data(z_0, gamma_0):
-    # an early network may say anything: −½ P (y − x)² and the normalizer are then large, and their difference is not
+    # an untrained network may give any z_0: −½ P (y − x)² and the normalizer are then large, their difference is not
     z_32 = torch.full((256,), z_0)
     log_p = diffusion.decoder_log_prob_nats(torch.arange(256), z_32, f64(gamma_0))
     exact = dense_log_probs(z_32.double()[:1], f64(gamma_0), 256)[0]
@@ -454,7 +444,7 @@ def test_float32_decoder_keeps_its_digits_far_outside_of_the_data(z_0, gamma_0):
 def test_an_upper_bound_of_gamma_0_changes_nothing(generator):
     levels = torch.randint(0, 256, (50,), generator=generator)
     gamma_0 = f64(-9.0)
-    z_0 = diffusion.q_sample(diffusion.x_from_levels(levels, dtype=torch.float64), normal(generator, 50), gamma_0)
+    z_0 = diffusion.q_sample(diffusion.x_from_levels(levels, dtype=torch.float64), normal_from(generator, 50), gamma_0)
     plain = diffusion.decoder_log_prob_nats(levels, z_0, gamma_0)
     for bound in (-9.0, -5.0, 30.0):
         bounded = diffusion.decoder_log_prob_nats(levels, z_0, gamma_0, max_gamma_0=bound)
@@ -463,7 +453,7 @@ def test_an_upper_bound_of_gamma_0_changes_nothing(generator):
 
 def test_no_tensor_has_an_axis_of_levels(generator):
     # (B, C, H, W, 256) would be 256 times the image: what is saved for the backward pass, and what is ever made
-    z_0 = normal(generator, 2, 3, 8, 8).requires_grad_()
+    z_0 = normal_from(generator, 2, 3, 8, 8).requires_grad_()
     gamma_0 = f64(-8.0).requires_grad_()
     levels = torch.randint(0, 256, z_0.shape, generator=generator)
     saved, made = [], []
@@ -487,12 +477,12 @@ def test_no_tensor_has_an_axis_of_levels(generator):
 
 
 @pytest.mark.parametrize("gamma_0", [math.inf, math.nan, -math.inf])
-def test_a_decoder_without_a_width_is_refused(gamma_0):
+def test_a_gamma_0_that_is_not_finite_is_refused_by_the_decoder(gamma_0):
     with pytest.raises(ValueError, match="gamma_0 must be finite"):
         diffusion.decoder_log_prob_nats(torch.tensor([3]), torch.zeros(1), f64(gamma_0))
 
 
-def test_a_decoder_without_a_width_for_one_sample_of_a_batch_is_refused():
+def test_a_gamma_0_that_is_not_finite_for_one_sample_of_a_batch_is_refused():
     with pytest.raises(ValueError, match="gamma_0 must be finite"):
         diffusion.decoder_log_prob_nats(torch.tensor([3, 3]), torch.zeros(2), f64([-math.inf, -5.0]))
 
@@ -503,7 +493,7 @@ def test_a_decoder_without_a_width_for_one_sample_of_a_batch_is_refused():
 @pytest.mark.parametrize("num_levels", [2, 17, 256])
 def test_mode_is_the_most_probable_level(generator, num_levels):
     gamma_0 = f64(-6.0)
-    z_0 = normal(generator, 500)
+    z_0 = normal_from(generator, 500)
     expected = dense_log_probs(z_0, gamma_0, num_levels).argmax(-1)
     result = diffusion.decode(z_0, gamma_0, num_levels)
     assert result.dtype == torch.int64 and torch.equal(result, expected)
@@ -550,36 +540,3 @@ def test_draws_take_one_generator_for_each_sample():
     ]
     assert torch.equal(together, torch.cat(alone))
     assert not torch.equal(together[0], together[1])
-
-
-# ---- the oracles that all files share ----------------------------------------------------------------------------
-
-
-def test_gaussian_oracle_adds_up():
-    # mean bound = H(x) + KL(q(z_1) ‖ p), and the T-step sum falls to the integral from above
-    for data in (GaussianData(), GaussianData(0.3, 0.04)):
-        bound = data.best_reconstruction_nats(-13.3) + data.diffusion_nats(-13.3, 5.0) + data.prior_nats(5.0)
-        assert bound == pytest.approx(data.entropy_nats() + data.marginal_prior_kl_nats(5.0), abs=1e-11)
-        sums = [data.discrete_diffusion_nats(np.linspace(-13.3, 5, n + 1)) for n in (100, 1000, 10000)]
-        assert sums[0] > sums[1] > sums[2] > data.diffusion_nats(-13.3, 5.0)
-        assert sums[2] == pytest.approx(data.diffusion_nats(-13.3, 5.0), abs=5e-3)
-
-
-def test_mixture_oracle_is_its_own_score(generator):
-    # ε̂ = −σ ∇ log q(z_t) [Tweedie]: ties the denoiser to the density
-    mixture = GaussianMixture.example()
-    gamma = f64(-1.5)
-    z = diffusion.q_sample(mixture.sample(20, generator), normal(generator, 20, 2), gamma).requires_grad_()
-    score = torch.autograd.grad(mixture.log_density_nats(z, gamma).sum(), z)[0]
-    torch.testing.assert_close(
-        mixture.eps_hat(z.detach(), gamma), -diffusion.sigma(gamma) * score, rtol=1e-10, atol=1e-10
-    )
-    one = GaussianMixture(f64([1.0]), f64([[0.3]]), f64([0.04]))
-    torch.testing.assert_close(one.x_hat(f64([[0.8]]), gamma), GaussianData(0.3, 0.04).x_hat(f64([[0.8]]), gamma))
-    assert float(
-        GaussianMixture.example(1)
-        .log_density_nats(torch.linspace(-8, 8, 16001, dtype=torch.float64)[:, None], gamma)
-        .exp()
-        .sum()
-        / 1000
-    ) == pytest.approx(1, abs=1e-9)

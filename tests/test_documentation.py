@@ -13,8 +13,10 @@ import yaml
 
 import diffusers_vdm
 from diffusers_vdm.diffusers_schedulers import EXPORTABLE
+from tests.models import tiny_preset
+from tests.paths import ROOT
+from tests.rooms import ROOMS
 
-ROOT = Path(__file__).parents[1]
 PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PATHS}
 README = PAGES["README.md"]
@@ -44,7 +46,7 @@ def python_of(page: str) -> list[str]:
     return [b.code for b in BLOCKS if b.page == page and b.language == "python" and b.mark is None]
 
 
-# ---- every block ---------------------------------------------------------------------------------------------------
+# ---- every block -------------------------------------------------------------------------------------------------
 
 
 def test_the_reader_of_blocks_sees_marks_and_languages():
@@ -57,9 +59,9 @@ def test_every_block_is_of_a_kind_that_a_test_reads():
     assert {b.language for b in BLOCKS} == {"", "python", "yaml"}
     for block in BLOCKS:
         if block.mark is not None:
-            assert re.fullmatch(r"not run: .{10,}|run by tests/test_\w+\.py\b.*", block.mark), block
+            assert re.fullmatch(r"not run: .{10,}|run by tests/[\w/]+\.py\b.*", block.mark), block
             assert block.language != "python" or compile(block.code, block.page, "exec")
-        for name in re.findall(r"tests/\w+\.py", block.mark or ""):
+        for name in re.findall(r"tests/[\w/]+\.py", block.mark or ""):
             assert (ROOT / name).is_file()
     # the pages whose code is run by a test below
     assert {b.page for b in BLOCKS if b.language == "python" and b.mark is None} == {
@@ -67,12 +69,7 @@ def test_every_block_is_of_a_kind_that_a_test_reads():
     }  # fmt: skip
 
 
-# ---- code ----------------------------------------------------------------------------------------------------------
-
-
-def small_network(preset: str = "digits", **config) -> diffusers_vdm.VDMUNet2DModel:
-    size = {"block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 2, "attention_head_dim": 8}
-    return diffusers_vdm.VDMUNet2DModel.from_preset(preset, **size, **config)
+# ---- code --------------------------------------------------------------------------------------------------------
 
 
 def random_images(generator: torch.Generator) -> torch.Tensor:
@@ -83,7 +80,7 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     schedule = diffusers_vdm.MonotoneGammaNetwork(gamma_min=-7.5, gamma_max=5.0)
     scheduler = diffusers_vdm.VDMScheduler.from_noise_schedule(schedule)
-    diffusers_vdm.VDMPipeline(small_network(), scheduler, schedule, num_levels=17).save_pretrained("runs/digits")
+    diffusers_vdm.VDMPipeline(tiny_preset(), scheduler, schedule, num_levels=17).save_pretrained("runs/digits")
     sample, likelihood = python_of("README.md")
     assert all(sum(bool(line) for line in code.splitlines()) <= 6 for code in (sample, likelihood))
     scope = {}
@@ -97,7 +94,7 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
 def test_the_code_about_measuring_runs(generator):
     [code] = python_of("docs/measuring.md")
     scope = {
-        "unet": small_network("cifar10"),
+        "unet": tiny_preset("cifar10"),
         "scheduler": diffusers_vdm.VDMScheduler(),
         "test_uint8": random_images(generator),
     }
@@ -123,7 +120,7 @@ def test_the_code_about_training_and_samplers_runs(tmp_path, monkeypatch, genera
     assert scope["images"][0].size == (32, 32)
 
 
-# ---- commands ------------------------------------------------------------------------------------------------------
+# ---- commands ----------------------------------------------------------------------------------------------------
 
 
 def commands_of(code: str) -> list[list[str]]:
@@ -261,7 +258,7 @@ def test_the_configuration_of_fsdp_has_options_of_accelerate():
         assert f"--{name}" in launch_command_parser()._option_string_actions
 
 
-# ---- names, paths, links -------------------------------------------------------------------------------------------
+# ---- names, paths, links -----------------------------------------------------------------------------------------
 
 
 def test_the_table_of_paper_and_code_names_what_exists():
@@ -301,8 +298,6 @@ def test_the_presets_are_those_of_train():
 
 
 def test_the_rooms_of_the_architecture_are_those_of_the_layout_test():
-    from test_layout import ROOMS
-
     table = PAGES["docs/architecture.md"].partition("| room | imports from |\n|---|---|\n")[2].partition("\n\n")[0]
     rows = re.findall(r"^\| (\w+) \| (.*) \|$", table, flags=re.MULTILINE)
     assert {room: set(others.split(", ")) - {"–"} for room, others in rows} == ROOMS
@@ -323,7 +318,7 @@ def slug(heading: str) -> str:
     return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower())
 
 
-def test_links_lead_somewhere():
+def test_links_lead_to_pages_and_headings_that_exist():
     links = [(page, link) for page, text in PAGES.items() for link in re.findall(r"\]\(([^)\s]+)\)", text)]
     assert len(links) > 30
     for page, link in links:
@@ -337,7 +332,7 @@ def test_links_lead_somewhere():
             assert anchor in map(slug, headings), (page, link)
 
 
-# ---- the site, and the files of the repository ---------------------------------------------------------------------
+# ---- the site, and the files of the repository -------------------------------------------------------------------
 
 
 def test_the_site_has_every_page():

@@ -1,4 +1,4 @@
-"""The house rules of DESIGN §2, read from the source with `ast`: imports, lengths of files, what is banned."""
+"""The rules of the layout, read from the source with `ast`: imports, lengths of files, and what is banned."""
 
 import ast
 import graphlib
@@ -12,29 +12,16 @@ import diffusers.pipelines
 import pytest
 
 import diffusers_vdm
+from tests.paths import PACKAGE, TESTS
+from tests.rooms import ROOMS
 
-PACKAGE = Path(diffusers_vdm.__file__).parent
 MODULES = sorted(
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
     for path in PACKAGE.rglob("*.py")
 )
 MAX_LINES = 600
-
-# Which rooms a room may import from, beside itself. The core is what lies in the root but the two modules below.
-ROOMS = {
-    "core": set(),
-    "pipeline": {"core"},
-    "registration": {"core", "pipeline"},
-    "data": {"core"},
-    "evaluation": {"core"},
-    "training": {"core", "data", "evaluation"},
-    "sharing": {"core", "pipeline", "evaluation", "training"},
-    "conversion": {"core", "pipeline"},
-    "commands": {"core", "pipeline", "data", "evaluation", "training", "sharing", "conversion"},
-}
-# push_to_hub, when it is called: what makes a card loads the pipeline for it
+# imports within a function, on the call of push_to_hub and of `python -m diffusers_vdm.conversion`
 LATER = {("pipeline", "sharing.publish"), ("conversion.__main__", "commands.convert")}
-
 # `model_index.json` of every saved pipeline names these modules: moving a class breaks what users have saved
 PINNED = {
     "FixedLinearGamma": "diffusers_vdm.noise_schedules",
@@ -64,12 +51,27 @@ def room_of(module: str) -> str:
     return first if first in ROOMS else "core"
 
 
-def imported_modules(module: str) -> set[str]:
-    """Our own modules that `module` imports, anywhere in it: also within functions and under `if TYPE_CHECKING`."""
+def imports_for_annotations(module: str) -> set[str]:
+    """Our own modules that `module` imports under `if TYPE_CHECKING:`, to name classes in annotations."""
+    blocks = [n for n in ast.walk(tree(module)) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    return imported_modules(module, [part for block in blocks for node in block.body for part in ast.walk(node)])
+
+
+def imports_that_run(module: str) -> set[str]:
+    """Our own modules that `module` imports when it is run, also within its functions."""
+    blocks = [n for n in ast.walk(tree(module)) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    lines = {
+        part.lineno for block in blocks for node in block.body for part in ast.walk(node) if hasattr(part, "lineno")
+    }
+    return imported_modules(module, [n for n in ast.walk(tree(module)) if getattr(n, "lineno", 0) not in lines])
+
+
+def imported_modules(module: str, nodes: list[ast.AST] | None = None) -> set[str]:
+    """Our own modules that `module` imports, or that some of its `nodes` do."""
     found = set()
     folder = module.split(".") if path_of(module).name == "__init__.py" else module.split(".")[:-1]
     folder = [] if module == "__init__" else folder
-    for node in ast.walk(tree(module)):
+    for node in ast.walk(tree(module)) if nodes is None else nodes:
         if isinstance(node, ast.Import):
             names = [alias.name.split(".") for alias in node.names]
             found.update(".".join(name[1:]) or "__init__" for name in names if name[0] == "diffusers_vdm")
@@ -88,7 +90,7 @@ def imported_modules(module: str) -> set[str]:
     return found
 
 
-# ---- imports --------------------------------------------------------------------------------------------------------
+# ---- imports -----------------------------------------------------------------------------------------------------
 
 
 def test_every_folder_is_a_room():
@@ -103,7 +105,7 @@ def test_every_folder_is_a_room():
 def test_imports_go_one_way(module):
     wrong = {
         other
-        for other in imported_modules(module)
+        for other in imports_that_run(module)
         if room_of(other) not in ROOMS[room_of(module)] | {room_of(module)} and (module, other) not in LATER
     }
     if _names_from_init(module) <= {"__version__", *diffusers_vdm.__all__} and room_of(module) == "commands":
@@ -111,8 +113,16 @@ def test_imports_go_one_way(module):
     assert not wrong, f"{module} must not import {sorted(wrong)}"
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_annotations_name_classes_of_lower_rooms_or_the_pipeline(module):
+    rooms = {room_of(other) for other in imports_for_annotations(module)}
+    assert rooms <= ROOMS[room_of(module)] | {room_of(module)} | (
+        {"pipeline"} if room_of(module) == "sharing" else set()
+    )
+
+
 def test_no_imports_go_round_in_a_circle():
-    graph = {m: {o for o in imported_modules(m) if (m, o) not in LATER and o != m} - {"__init__"} for m in MODULES}
+    graph = {m: imports_that_run(m) - {m, "__init__", "conversion.__main__"} for m in MODULES}
     order = graphlib.TopologicalSorter(graph)
     order.prepare()  # `CycleError` names the circle
 
@@ -124,7 +134,7 @@ def _names_from_init(module: str) -> set[str]:
 
 
 def test_the_import_reader_sees_every_form(tmp_path, monkeypatch):
-    # a test that reads the wrong thing passes for ever
+    # with a reader that misses imports, every test would pass
     source = (
         "from . import diffusion\nfrom .vlb import x\nimport diffusers_vdm.unet\nfrom diffusers_vdm.ode import y\n"
         "def f():\n    from diffusers_vdm import schedulers, __version__\n"
@@ -137,9 +147,11 @@ def test_the_import_reader_sees_every_form(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "MODULES", names)
     assert imported_modules("sample") == {"diffusion", "vlb", "unet", "ode", "schedulers", "__init__"}
     assert imported_modules("room.inner") == {"room.beside", "ode", "unet"}
+    (tmp_path / "sample.py").write_text("from . import unet\nif TYPE_CHECKING:\n    from .ode import y\n")
+    assert imports_that_run("sample") == {"unet"} and imports_for_annotations("sample") == {"ode"}
 
 
-# ---- what is in the files ------------------------------------------------------------------------------------------
+# ---- what is in the files ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -234,7 +246,7 @@ def test_every_class_that_can_be_saved_is_pinned():
             assert name in PINNED, name
 
 
-# ---- lazy imports --------------------------------------------------------------------------------------------------
+# ---- lazy imports ------------------------------------------------------------------------------------------------
 
 
 def fresh_python(code: str) -> str:
@@ -266,8 +278,60 @@ def test_components_load_what_they_need_and_no_more():
         "print(*loaded('diffusers.pipelines.stable_diffusion'))"
     )
     schedulers, components, pipelines = out.splitlines()
-    # a scheduler needs no pipeline: diffusers' are 3,400 modules (PITFALLS 36)
+    # a scheduler needs no pipeline: diffusers' are 3,400 modules
     assert schedulers == "0 0"
     # diffusers finds the classes of a saved pipeline only in modules that are loaded by then
     assert components == "1 1 1"
     assert pipelines == "0"
+
+
+# ---- the tests ----------------------------------------------------------------------------------------------------
+
+TEST_FILES = sorted(path.relative_to(TESTS).as_posix() for path in TESTS.rglob("test_*.py"))
+# the subject of a test file that is not named after a module
+SUBJECTS = {
+    "commands/test_locks.py": "two runs in one place",
+    "commands/test_main.py": "commands/__main__.py",
+    "commands/test_resume.py": "runs that were stopped",
+    "data/test_hub_data_sets.py": "data sets on the Hub",
+    "evaluation/test_exact_likelihood.py": "the bounds of data whose probabilities are known",
+    "evaluation/test_monte_carlo_statistics.py": "the statistics of monte_carlo.py",
+    "sharing/test_loading_table.py": "the table of docs/sharing.md",
+    "test_documentation.py": "the pages of the documentation",
+    "test_earlier_versions.py": "files that an earlier version saved",
+    "test_examples.py": "the self-contained examples",
+    "test_hub_server.py": "hub_server.py",
+    "test_layout.py": "the layout of the package and of the tests",
+    "test_minimize_variance.py": "the schedule that training finds",
+    "test_offloading.py": "pipelines on the devices of accelerate",
+    "test_oracles.py": "oracles.py",
+    "test_wheel.py": "the wheel",
+}
+
+
+def test_the_folders_of_the_tests_are_those_of_the_package():
+    folders = {path.name for path in TESTS.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders - {"fixtures"} == {path.name for path in PACKAGE.iterdir() if path.is_dir()} - {"__pycache__"}
+
+
+@pytest.mark.parametrize("file", TEST_FILES)
+def test_a_test_file_is_named_after_its_module_or_says_its_subject(file):
+    module = PACKAGE / file.replace("test_", "")
+    assert module.is_file() != (file in SUBJECTS), f"{file}: name it after a module of its folder, or list its subject"
+    assert ast.get_docstring(ast.parse((TESTS / file).read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("file", TEST_FILES)
+def test_no_test_file_imports_another(file):
+    modules = set()
+    for node in ast.walk(ast.parse((TESTS / file).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    wrong = [module for module in modules if module.split(".")[-1].startswith("test_") and module.startswith("test")]
+    assert not wrong, f"{file} imports {wrong}: what two files use belongs into a file that is no test"
+
+
+def test_every_subject_is_a_test_file():
+    assert set(SUBJECTS) <= set(TEST_FILES)

@@ -1,4 +1,4 @@
-"""γ(t): increasing, exact at its ends, its own inverse's inverse, and proof against casts."""
+"""noise_schedules.py: γ(t) increases, is exact at its ends, can be inverted, and is not changed by casts."""
 
 import json
 import math
@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from oracles import mp_linear_beta_gammas
 from scipy.interpolate import PchipInterpolator
 from torch import nn
 
@@ -18,14 +17,18 @@ from diffusers_vdm import (
     FixedLinearGamma,
     LearnedLinearGamma,
     LinearBetaGamma,
+    LinearBetaScheduler,
     MonotoneGammaNetwork,
     NoiseSchedule,
     TableGamma,
+    VDMPipeline,
+    VDMScheduler,
 )
 from diffusers_vdm.noise_schedules import check_gamma_table, gammas_from_betas, linear_betas
+from tests.models import tiny_unet
+from tests.oracles import mp_linear_beta_gammas
 
 pytestmark = pytest.mark.usefixtures("untouched_global_rng")
-
 CURVED_TABLE = [-13.3, -12.9, -7.0, -6.9, 0.0, 1.0, 4.5, 5.0]
 SCHEDULES = {
     "fixed": FixedLinearGamma,
@@ -63,7 +66,7 @@ def times(num: int = 257) -> torch.Tensor:
     return torch.linspace(0, 1, num, dtype=torch.float64)
 
 
-# ---- what every schedule promises ---------------------------------------------------------------------------------
+# ---- what every schedule promises --------------------------------------------------------------------------------
 
 
 def test_gamma_increases_from_end_to_end(schedule):
@@ -91,7 +94,7 @@ def test_slope_is_that_of_autograd_and_of_finite_differences(schedule):
 
 
 @pytest.mark.parametrize("t", [0.0, 0.25, 1.0, 0, 1])
-def test_a_number_is_as_good_as_a_tensor(schedule, t):
+def test_numbers_and_tensors_give_the_same_gamma(schedule, t):
     expected = schedule(torch.tensor([[t]], dtype=torch.float64))
     assert expected.shape == (1, 1)
     assert number(schedule(t)) == number(expected) and schedule(t).shape == ()
@@ -105,7 +108,7 @@ def test_numbers_out_of_range_are_refused(schedule, t):
         schedule.slope(t)
 
 
-def test_inverse_goes_round(schedule):
+def test_inverse_recovers_t(schedule):
     t = torch.cat([times(101), torch.tensor([1e-12, 1e-6, 1 - 1e-9], dtype=torch.float64)])
     middle = slice(0, 101)  # where the slope is not 0, as it may be at the first and last knot of a table
     gamma = schedule(t).detach()
@@ -128,7 +131,7 @@ def test_inverse_refuses_levels_beyond_its_ends(schedule, beyond):
 
 @pytest.mark.parametrize("num_steps", [1, 3, 7, 49, 1000, 4000])
 def test_the_first_step_of_a_finite_chain_ends_at_gamma_0_itself(schedule, num_steps):
-    # γ_0 would get its gradient from one of the two places only, and the chain a gap (PITFALLS 15)
+    # otherwise γ_0 would get its gradient from one of two places only, and the chain would have a gap
     t = torch.tensor([1 / num_steps], dtype=torch.float64)
     for first in (t - 1 / num_steps, t.float() - torch.tensor(1 / num_steps)):
         assert number(schedule(first)) == number(schedule.ends()[0])
@@ -153,7 +156,7 @@ def test_the_timestep_of_gamma_is_normalized_by_the_configured_ends(schedule):
     torch.testing.assert_close(schedule.timestep(t, gamma), expected, rtol=1e-14, atol=1e-11)
 
 
-def test_describe_tells_the_ends(schedule):
+def test_describe_names_the_ends(schedule):
     summary = schedule.describe()
     assert (summary.gamma_0, summary.gamma_1) == tuple(number(end) for end in schedule.ends())
     assert summary.alpha_bar_1 == pytest.approx(1 / (1 + math.exp(summary.gamma_1)), rel=1e-12)
@@ -163,12 +166,12 @@ def test_describe_tells_the_ends(schedule):
 
 
 @pytest.mark.parametrize("data_power", [-0.1, 1.1, math.nan])
-def test_describe_refuses_data_that_cannot_be(schedule, data_power):
+def test_describe_refuses_impossible_data_powers(schedule, data_power):
     with pytest.raises(ValueError, match="data_power"):
         schedule.describe(data_power)
 
 
-# ---- casts, saving ------------------------------------------------------------------------------------------------
+# ---- casts, saving -----------------------------------------------------------------------------------------------
 
 
 class Parent(nn.Module):
@@ -184,7 +187,7 @@ class Parent(nn.Module):
     ids=["half", "bfloat16", "to", "to_device"],
 )
 def test_no_cast_changes_gamma(schedule, cast):
-    # γ(1) = 11.30 would become 11.25 (PITFALLS 11)
+    # γ(1) = 11.30 would become 11.25
     before = schedule(times()).detach()
     parent = cast(Parent(schedule))
     assert parent.other.dtype in (torch.float16, torch.bfloat16)
@@ -237,7 +240,7 @@ def test_from_config_keeps_what_was_given_by_position(make):
     assert torch.equal(copy(times()).detach(), schedule(times()).detach())
 
 
-# ---- the network --------------------------------------------------------------------------------------------------
+# ---- the network -------------------------------------------------------------------------------------------------
 
 
 def test_the_network_increases_for_any_parameters():
@@ -362,7 +365,7 @@ def test_schedules_without_an_inside_ignore_the_scale(name):
             assert torch.equal(*grads)
 
 
-# ---- tables -------------------------------------------------------------------------------------------------------
+# ---- tables ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_knots", [2, 3, 4, 11, 200])
@@ -467,7 +470,7 @@ def test_the_config_of_a_table_is_json_in_full_digits(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["gammas"] == table
 
 
-# ---- linear betas -------------------------------------------------------------------------------------------------
+# ---- linear betas ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_steps", [200, 1000, 4000])
@@ -501,7 +504,7 @@ def test_rescaled_betas_keep_the_ends_of_a_thousand_steps(num_steps):
 
 
 def test_betas_kept_for_two_hundred_steps_leave_13_percent_and_warn():
-    with pytest.warns(UserWarning, match=r"prior KL.* 0\.0308 bits/dim.*share of 0\.132") as caught:
+    with pytest.warns(UserWarning, match=r"prior KL.* 0\.0308 bits/dim.*fraction 0\.132") as caught:
         summary = LinearBetaGamma(200, rescale_betas=False).describe()
     assert caught[0].filename == __file__
     assert summary.alpha_bar_1 == pytest.approx(0.132, abs=5e-4)
@@ -531,7 +534,7 @@ def test_gammas_from_betas_take_float32_without_losing_more_than_it_has():
     torch.testing.assert_close(gammas_from_betas(betas.float()), gammas_from_betas(betas), rtol=0, atol=1e-5)
 
 
-# ---- refusals -----------------------------------------------------------------------------------------------------
+# ---- refusals ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cls", [FixedLinearGamma, LearnedLinearGamma, MonotoneGammaNetwork])
@@ -543,7 +546,7 @@ def test_ends_in_the_wrong_order_are_refused(cls, ends):
 
 @pytest.mark.parametrize("cls", [FixedLinearGamma, LearnedLinearGamma, MonotoneGammaNetwork])
 @pytest.mark.parametrize("num", [0, -5, 1000.0, "1000", None])
-def test_step_counts_that_are_none_are_refused(cls, num):
+def test_wrong_step_counts_are_refused(cls, num):
     with pytest.raises(ValueError, match="num_train_timesteps must be an integer"):
         cls(num_train_timesteps=num)
 
@@ -565,7 +568,7 @@ def test_a_network_without_units_is_refused():
         ([3.0, 2.0, 1.0], "must increase.* index 0"),
     ],
 )
-def test_tables_that_are_no_schedule_are_refused(gammas, message):
+def test_wrong_tables_are_refused(gammas, message):
     with pytest.raises(ValueError, match=message):
         TableGamma(gammas)
 
@@ -588,7 +591,7 @@ def test_a_table_with_a_reversed_timestep_scale_is_refused():
         {"num_train_timesteps": 20},  # 0.02 · 1000/20 = 1
     ],
 )
-def test_betas_that_are_no_process_are_refused(arguments):
+def test_betas_out_of_range_are_refused(arguments):
     with pytest.raises(ValueError, match="betas must satisfy"):
         LinearBetaGamma(**arguments)
 
@@ -603,25 +606,18 @@ def test_few_steps_work_without_rescaling():
     assert len(LinearBetaGamma(20, rescale_betas=False).table()) == 20
 
 
-def test_the_base_class_says_what_is_missing():
+def test_the_base_class_names_the_missing_methods():
     for method in (lambda s: s.ends(), lambda s: s.gamma_and_slope(times(2))):
         with pytest.raises(NotImplementedError, match="NoiseSchedule must define"):
             method(NoiseSchedule())
 
 
 def test_a_schedule_without_parameters_moves_with_its_pipeline():
-    from diffusers_vdm import LinearBetaScheduler, VDMPipeline, VDMScheduler, VDMUNet2DModel
-
     # diffusers' own dtype property fails for a module without parameters
     for schedule in (FixedLinearGamma(), TableGamma([-5.0, 0.0, 5.0]), LinearBetaGamma(50)):
         assert schedule.dtype == torch.float32
         gamma = schedule(torch.tensor(0.3, dtype=torch.float64))
-        with torch.random.fork_rng():
-            unet = VDMUNet2DModel(
-                sample_size=8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=2,
-                down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), attention_head_dim=8,
-            )  # fmt: skip
         cls = LinearBetaScheduler if isinstance(schedule, LinearBetaGamma) else VDMScheduler
-        pipe = VDMPipeline(unet, cls.from_noise_schedule(schedule), schedule).to("cpu", torch.bfloat16)
+        pipe = VDMPipeline(tiny_unet(), cls.from_noise_schedule(schedule), schedule).to("cpu", torch.bfloat16)
         assert pipe.unet.dtype == torch.bfloat16
         assert torch.equal(pipe.noise_schedule(torch.tensor(0.3, dtype=torch.float64)), gamma)

@@ -1,16 +1,12 @@
-"""A pipeline on the devices that accelerate gives it: as far as a CPU goes, the numbers do not change."""
+"""Pipelines on the devices that accelerate assigns: on a CPU, no placement of the weights changes the numbers."""
 
 import copy
 import logging
-import os
-import subprocess
-import sys
 
 import accelerate
 import diffusers
 import pytest
 import torch
-from test_pipeline import learned, network, pipeline, sample
 
 from diffusers_vdm import (
     BetaGamma,
@@ -24,12 +20,14 @@ from diffusers_vdm import (
     VDMUNet2DModel,
 )
 from diffusers_vdm.sharing.remote_code import save_code
+from tests.models import curved_gamma, network, pipeline, sample
+from tests.running import run_python
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
-    schedule = learned()
+    schedule = curved_gamma()
     pipeline(VDMScheduler.from_noise_schedule(schedule), schedule).save_pretrained(folder)
     return folder
 
@@ -84,7 +82,7 @@ def parameters_offload(saved, folder):
 @pytest.mark.parametrize(
     "how", [with_device_map, balanced, network_on_the_disk, model_offload, group_offload, parameters_offload]
 )
-def test_samples_are_the_same_wherever_the_weights_lie(saved, tmp_path, how):
+def test_samples_do_not_depend_on_the_placement_of_the_weights(saved, tmp_path, how):
     if how is group_offload and diffusers.__version__.startswith("0.35"):
         pytest.skip("this version asks an accelerator for its type, where there is none")
     logging.getLogger("diffusers").setLevel(logging.ERROR)
@@ -93,13 +91,13 @@ def test_samples_are_the_same_wherever_the_weights_lie(saved, tmp_path, how):
     torch.testing.assert_close(drawn(how(saved, str(tmp_path))), expected, rtol=1e-3, atol=1e-3)
 
 
-# ---- what a pipeline asks of its noise schedule -----------------------------------------------------------------
+# ---- what a pipeline asks of its noise schedule ------------------------------------------------------------------
 
 SCHEDULES = {
     "none": lambda: None,
     "fixed": FixedLinearGamma,
     "learned line": LearnedLinearGamma,
-    "network": learned,
+    "network": curved_gamma,
     "linear betas": LinearBetaGamma,
     "betas": lambda: BetaGamma([0.001, 0.01, 0.1, 0.3]),
     "table": lambda: TableGamma([-9.0, 0.0, 4.0]),
@@ -145,11 +143,11 @@ def test_every_schedule_goes_where_accelerate_puts_it(kind, how, tmp_path):
 
 
 @EVERY_SCHEDULE
-def test_the_network_says_where_a_pipeline_is_and_in_what_type(kind, tmp_path):
+def test_device_and_dtype_of_a_pipeline_are_those_of_its_network(kind, tmp_path):
     pipe, meta, cpu = pipeline_with(kind), torch.device("meta"), torch.device("cpu")
     pipe.save_pretrained(tmp_path)
     assert pipe.device == pipe._execution_device == cpu
-    pipe.unet.to(meta)  # as one who moves the component that computes, and nothing else
+    pipe.unet.to(meta)  # only the network is moved
     assert pipe.device == pipe._execution_device == meta
     pipe = VDMPipeline.from_pretrained(tmp_path)
     if pipe.noise_schedule is not None:
@@ -176,7 +174,7 @@ def test_a_schedule_remembers_where_it_was_moved(kind):
     assert schedule.device == both[1].weight.device == torch.device("meta")
     assert both.to_empty(device="cpu")[0].device == torch.device("cpu")
     schedule.to("meta")
-    if next(schedule.parameters(), None) is None:  # there is no data to lose
+    if next(schedule.parameters(), None) is None:  # such a schedule has no data on the device
         assert schedule.to("cpu").device == torch.device("cpu")
         assert not schedule.state_dict() and not [*schedule.buffers()]
 
@@ -241,10 +239,8 @@ def test_every_schedule_samples_by_the_code_beside_its_weights(tmp_path):
         pipe.save_pretrained(tmp_path / kind)
         save_code(tmp_path / kind)
         expected.append(float(drawn(pipe).sum()))
-    command = [sys.executable, "-c", REMOTE, *(str(tmp_path / kind) for kind in SCHEDULES)]
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-2000:]
+    folders = [tmp_path / kind for kind in SCHEDULES]
+    done = run_python("-c", REMOTE, *folders, environment={"HF_MODULES_CACHE": str(tmp_path / "modules")})
     lines = [line.split() for line in done.stdout.splitlines()]
     assert [line[1:] for line in lines] == [["meta", "False"]] * len(SCHEDULES)
     assert [float(line[0]) for line in lines] == pytest.approx(expected, rel=1e-3, abs=0.05)

@@ -1,9 +1,7 @@
-"""`VDMPipeline`: a plug-in that behaves as a pipeline of diffusers does, and what it promises beside."""
+"""pipeline.py: `VDMPipeline` behaves like a pipeline of diffusers, and its own arguments do what they say."""
 
 import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -30,62 +28,16 @@ from diffusers_vdm import (
     schedulers,
     unet,
 )
+from tests.models import curved_gamma, network, pipeline, sample
+from tests.running import run_python
+from tests.tensors import seeded
 
-SMALL = {
-    "sample_size": 8,
-    "block_out_channels": (16,),
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "attention_head_dim": 16,
-}
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def network(channels: int = 3, cls=VDMUNet2DModel, **arguments):
-    """A network that does something: out of its zero initialization, and the same in every test."""
-    if cls is VDMUNet2DModel:
-        arguments = {"input_residual": True, **arguments}
-    else:
-        arguments = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), **arguments}
-    net = cls(**{**SMALL, "in_channels": channels, "out_channels": channels, **arguments})
-    source = generator(42)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.copy_(0.05 * torch.randn(parameter.shape, generator=source))
-        for module in net.modules():
-            if isinstance(module, torch.nn.GroupNorm):
-                module.weight.add_(1.0)
-    return net.eval()
-
-
-def pipeline(scheduler=None, noise_schedule=None, num_levels: int = 256, **arguments) -> VDMPipeline:
-    pipe = VDMPipeline(network(**arguments), scheduler or VDMScheduler(), noise_schedule, num_levels)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def learned() -> MonotoneGammaNetwork:
-    """A schedule that is not a straight line."""
-    schedule = MonotoneGammaNetwork(-9.0, 4.5, hidden_dim=8)
-    with torch.no_grad():
-        schedule.output_weight.copy_(5 * torch.rand(8, generator=generator(3)))
-    return schedule
-
-
-def sample(pipe, **kwargs):
-    arguments = {"num_inference_steps": 4, "generator": generator(7), "output_type": "latent"}
-    return pipe(**{**arguments, **kwargs}).images
-
-
-# ---- saving and loading ------------------------------------------------------------------------------------------
+# ---- saving and loading -------------------------------------------------------------------------------------------
 
 
 def test_file_format(tmp_path):
-    # module paths stand in saved pipelines: to rename a file is to break them
-    schedule = learned()
+    # saved pipelines name module paths: to rename a file breaks them
+    schedule = curved_gamma()
     pipeline(VDMScheduler.from_noise_schedule(schedule), schedule, num_levels=17).save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert {key: value for key, value in index.items() if key != "_diffusers_version"} == {
@@ -114,7 +66,7 @@ def test_modules_hold_the_names_that_diffusers_looks_for():
 @pytest.mark.parametrize("with_schedule", [False, True])
 @pytest.mark.parametrize("kind", ["learned", "linear beta"])
 def test_saved_pipeline_gives_the_same_samples(with_schedule, kind, tmp_path):
-    schedule = learned()
+    schedule = curved_gamma()
     scheduler = LinearBetaScheduler(timestep_spacing="trailing")
     if kind == "learned":
         scheduler = VDMScheduler.from_noise_schedule(schedule)
@@ -148,7 +100,7 @@ def same_samples(loaded: VDMPipeline, pipe: VDMPipeline) -> None:
 
 
 def test_every_schedule_is_saved_and_loaded_with_its_pipeline(tmp_path):
-    for i, schedule in enumerate((FixedLinearGamma(-9.0, 4.0), LearnedLinearGamma(-9.0, 4.0), learned())):
+    for i, schedule in enumerate((FixedLinearGamma(-9.0, 4.0), LearnedLinearGamma(-9.0, 4.0), curved_gamma())):
         pipeline(VDMScheduler.from_noise_schedule(schedule), schedule).save_pretrained(tmp_path / str(i))
         loaded = VDMPipeline.from_pretrained(tmp_path / str(i))
         assert type(loaded.noise_schedule) is type(schedule)
@@ -172,7 +124,7 @@ def test_loading_needs_our_class(tmp_path):
 
 
 def test_loading_needs_one_import_only(tmp_path):
-    schedule = learned()
+    schedule = curved_gamma()
     pipe = pipeline(VDMScheduler.from_noise_schedule(schedule), schedule)
     pipe.save_pretrained(tmp_path)
     program = f"""
@@ -184,15 +136,13 @@ pipe.set_progress_bar_config(disable=True)
 images = pipe(num_inference_steps=4, generator=torch.Generator().manual_seed(7), output_type="latent").images
 print(repr(float(images.double().sum())), type(pipe.noise_schedule).__name__)
 """
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    total, name = result.stdout.split()
+    total, name = run_python("-c", program).stdout.split()
     assert name == "MonotoneGammaNetwork"
     assert float(total) == pytest.approx(float(sample(pipe).double().sum()), rel=1e-4, abs=1e-4)
 
 
 def test_components_and_from_pipe():
-    schedule = learned()
+    schedule = curved_gamma()
     pipe = pipeline(VDMScheduler.from_noise_schedule(schedule), schedule, num_levels=17)
     assert set(pipe.components) == {"unet", "scheduler", "noise_schedule"}
     expected = sample(pipe)
@@ -207,7 +157,7 @@ def test_components_and_from_pipe():
 
 
 def test_scheduler_is_complete_without_the_module():
-    schedule = learned()
+    schedule = curved_gamma()
     scheduler = VDMScheduler.from_noise_schedule(schedule)
     with_it, without = pipeline(scheduler, schedule), pipeline(scheduler)
     assert torch.equal(sample(with_it), sample(without))
@@ -224,20 +174,20 @@ MISSING = [
 
 @pytest.mark.parametrize("path", MISSING)
 @pytest.mark.parametrize("local_files_only", [False, True])
-def test_a_folder_that_is_not_there_and_no_name_of_the_hub(path, local_files_only):
-    with pytest.raises(OSError, match="neither a folder here nor a name that the Hub allows") as error:
+def test_a_path_that_is_no_folder_and_no_name_of_the_hub_is_refused(path, local_files_only):
+    with pytest.raises(OSError, match="neither a local folder nor a valid Hub name") as error:
         VDMPipeline.from_pretrained(path, local_files_only=local_files_only)
     assert repr(path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_file_is_no_folder(tmp_path):
+def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path):
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(OSError, match="is a file and not the folder of a pipeline"):
         VDMPipeline.from_pretrained(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize("arguments", [{"safe_serialization": False}, {"use_flashpack": True}])
-def test_what_could_not_be_loaded_is_not_saved(arguments, tmp_path):
+def test_formats_that_could_not_be_loaded_are_not_saved(arguments, tmp_path):
     with pytest.raises(ValueError, match=f"{next(iter(arguments))} must"):
         pipeline().save_pretrained(tmp_path / "new", **arguments)
     with pytest.raises(ValueError, match="safe_serialization must"):
@@ -268,7 +218,7 @@ def loaded_quietly(folder, **arguments):
 
 
 @pytest.mark.parametrize("num_levels", [1, 257, 0])
-def test_wrong_number_of_levels(num_levels):
+def test_wrong_numbers_of_levels_are_refused(num_levels):
     with pytest.raises(ValueError, match=r"num_levels must be within \[2, 256\]"):
         pipeline(num_levels=num_levels)
 
@@ -302,10 +252,10 @@ def test_output_types(channels, num_levels):
 
 def test_return_dict():
     pipe = pipeline()
-    as_tuple = pipe(num_inference_steps=2, generator=generator(), output_type="pt", return_dict=False)
+    as_tuple = pipe(num_inference_steps=2, generator=seeded(), output_type="pt", return_dict=False)
     assert isinstance(as_tuple, tuple) and len(as_tuple) == 1
-    assert torch.equal(as_tuple[0], pipe(num_inference_steps=2, generator=generator(), output_type="pt").images)
-    assert pipe(num_inference_steps=1, generator=generator()).images[0].size == (8, 8)  # PIL by default
+    assert torch.equal(as_tuple[0], pipe(num_inference_steps=2, generator=seeded(), output_type="pt").images)
+    assert pipe(num_inference_steps=1, generator=seeded()).images[0].size == (8, 8)  # PIL by default
 
 
 def test_number_of_steps():
@@ -324,10 +274,10 @@ def test_number_of_steps():
 
 
 def test_sampling_is_that_of_the_scheduler():
-    # the loop written out: nothing is added to it, nothing left out
-    pipe, source = pipeline(VDMScheduler.from_noise_schedule(learned())), generator(7)
+    # the loop of the pipeline, written out
+    pipe, source = pipeline(VDMScheduler.from_noise_schedule(curved_gamma())), seeded(7)
     latents = torch.randn(2, 3, 8, 8, generator=source)
-    scheduler = VDMScheduler.from_noise_schedule(learned())
+    scheduler = VDMScheduler.from_noise_schedule(curved_gamma())
     scheduler.set_timesteps(4)
     for t in scheduler.timesteps:
         with torch.no_grad():
@@ -340,16 +290,16 @@ def test_no_gradients_and_no_change_of_mode():
     pipe = pipeline()
     pipe.unet.train()
     assert not sample(pipe).requires_grad
-    assert pipe.unet.training  # the caller's business
+    assert pipe.unet.training  # the mode of the network is up to the caller
 
 
 # ---- randomness --------------------------------------------------------------------------------------------------
 
 
-def test_generator_decides():
+def test_samples_depend_on_the_generator_alone():
     pipe = pipeline()
     assert torch.equal(sample(pipe), sample(pipe))
-    assert not torch.equal(sample(pipe), sample(pipe, generator=generator(8)))
+    assert not torch.equal(sample(pipe), sample(pipe, generator=seeded(8)))
     state = torch.get_rng_state()
     sample(pipe, output_type="pt", decode="sample")
     assert torch.equal(torch.get_rng_state(), state)
@@ -362,18 +312,18 @@ def test_list_of_generators_makes_images_independent_of_their_batch(decode):
     pipe = pipeline(VDMScheduler(gamma_min=-3.0), num_levels=17)
     pipe.unet.double()  # so that the batch size changes no digit that matters
     kwargs = {"decode": decode, "output_type": "pt"}
-    batch = sample(pipe, batch_size=3, generator=[generator(s) for s in (5, 6, 7)], **kwargs)
+    batch = sample(pipe, batch_size=3, generator=[seeded(s) for s in (5, 6, 7)], **kwargs)
     for i, seed in enumerate((5, 6, 7)):
-        assert torch.equal(batch[i], sample(pipe, generator=[generator(seed)], **kwargs)[0])
-        assert torch.equal(batch[i], sample(pipe, generator=generator(seed), **kwargs)[0])
-    swapped = sample(pipe, batch_size=3, generator=[generator(s) for s in (7, 6, 5)], **kwargs)
+        assert torch.equal(batch[i], sample(pipe, generator=[seeded(seed)], **kwargs)[0])
+        assert torch.equal(batch[i], sample(pipe, generator=seeded(seed), **kwargs)[0])
+    swapped = sample(pipe, batch_size=3, generator=[seeded(s) for s in (7, 6, 5)], **kwargs)
     assert torch.equal(swapped.flip(0), batch)
 
 
 def test_decode_by_sampling():
     # a high γ_0 leaves p(x | z_0) wide: draws then differ from its mode, and from each other
     pipe = pipeline(VDMScheduler(gamma_min=-2.0), num_levels=17)
-    source = generator(7)
+    source = seeded(7)
     latents = sample(pipe, generator=source)
     mode = sample(pipe, output_type="pt")
     drawn = sample(pipe, output_type="pt", decode="sample")
@@ -387,14 +337,14 @@ def test_decode_by_sampling():
 
 def test_latents_argument():
     pipe = pipeline()
-    z_1 = torch.randn(2, 3, 8, 8, generator=generator(1))
+    z_1 = torch.randn(2, 3, 8, 8, generator=seeded(1))
     before = z_1.clone()
     first = sample(pipe, batch_size=2, latents=z_1)
     assert torch.equal(first, sample(pipe, batch_size=2, latents=z_1))
     assert torch.equal(z_1, before)
     assert not torch.equal(first, sample(pipe, batch_size=2, latents=-z_1))
     # the same as drawing them, as long as the noise that follows is the same
-    source = generator(7)
+    source = seeded(7)
     drawn = torch.randn(2, 3, 8, 8, generator=source)
     assert torch.equal(sample(pipe, batch_size=2, latents=drawn, generator=source), sample(pipe, batch_size=2))
 
@@ -415,8 +365,8 @@ def test_callback_sees_every_step():
     assert [t for _, t, _ in seen] == pipe.scheduler.timesteps.tolist()
     assert all(set(tensors) == {"latents"} for _, _, tensors in seen)
     assert torch.equal(seen[-1][2]["latents"], final)
-    assert torch.equal(sample(pipe), final)  # to look changes nothing
-    # nothing asked for, nothing given; and nothing need be returned
+    assert torch.equal(sample(pipe), final)  # a callback that only reads changes nothing
+    # without tensor names the callback gets no tensors, and it may return nothing
     seen.clear()
     sample(pipe, callback_on_step_end=lambda p, i, t, given: seen.append(given), callback_on_step_end_tensor_inputs=[])
     assert seen == [{}] * 4
@@ -446,7 +396,7 @@ def test_progress_bar(capsys):
 # ---- classes -----------------------------------------------------------------------------------------------------
 
 
-def test_class_labels():
+def test_class_labels_choose_the_class():
     pipe = pipeline(num_class_embeds=4)
     first = sample(pipe, batch_size=2, class_labels=1)
     assert torch.equal(first, sample(pipe, batch_size=2, class_labels=[1, 1]))
@@ -456,7 +406,7 @@ def test_class_labels():
     assert (other[1] - first[1]).abs().max() > 1e-3
 
 
-def test_null_class():
+def test_null_class_stands_for_no_label():
     pipe = pipeline(num_class_embeds=4, null_class=True)
     without = sample(pipe)
     assert torch.equal(without, sample(pipe, class_labels=4))
@@ -471,8 +421,8 @@ def test_images_per_label_are_those_of_the_repeated_labels():
         assert torch.equal(actual, expected)
     assert torch.equal(sample(pipe, class_labels=1, num_images_per_prompt=2), sample(pipe, class_labels=[1, 1]))
     # one generator and one latent for each image
-    each = [generator(seed) for seed in range(4)]
-    latents = torch.randn(4, 3, 8, 8, generator=generator(1))
+    each = [seeded(seed) for seed in range(4)]
+    latents = torch.randn(4, 3, 8, 8, generator=seeded(1))
     images = sample(pipe, class_labels=[1, 3], num_images_per_prompt=2, generator=each, latents=latents)
     assert images.shape == latents.shape
     with pytest.raises(ValueError, match="list of batch_size=4, got 2"):
@@ -502,13 +452,13 @@ EQUAL_ARGUMENTS = {
 
 
 @pytest.mark.parametrize("name", EQUAL_ARGUMENTS)
-def test_what_means_the_same_gives_the_same(name):
+def test_equal_arguments_of_other_types_give_equal_samples(name):
     pipe = pipeline(num_class_embeds=4)
-    given = {"batch_size": 2, "class_labels": [0, 2], "generator": (generator(1), generator(2))}
+    given = {"batch_size": 2, "class_labels": [0, 2], "generator": (seeded(1), seeded(2))}
     given |= {"num_inference_steps": None} if name == "timesteps" else {}
     results = []
     for value in EQUAL_ARGUMENTS[name]:
-        given["generator"] = tuple(generator(seed) for seed in (1, 2))
+        given["generator"] = tuple(seeded(seed) for seed in (1, 2))
         results.append(sample(pipe, **{**given, name: value}))
     assert all(torch.equal(result, results[0]) for result in results[1:])
 
@@ -521,7 +471,7 @@ def test_one_label_for_all(label):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_latents_of_any_precision_are_worked_on_in_float32_or_better(dtype):
-    pipe, latents = pipeline(), torch.randn(1, 3, 8, 8, generator=generator(1)).to(dtype)
+    pipe, latents = pipeline(), torch.randn(1, 3, 8, 8, generator=seeded(1)).to(dtype)
     images = sample(pipe, latents=latents)
     assert images.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     if dtype != torch.float64:  # whose noise is drawn in float64, too
@@ -585,7 +535,6 @@ def test_casting_the_pipeline_leaves_the_noise_levels_alone(tmp_path):
 
 # ---- with the schedulers and networks of diffusers ---------------------------------------------------------------
 
-
 # some schedulers of diffusers hand tensors to numpy.array, which NumPy 2.4 deprecates
 DIFFUSERS_AND_NUMPY = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
@@ -603,7 +552,7 @@ def test_stock_network_with_our_schedulers(scheduler):
 @pytest.mark.parametrize("cls", [VDMUNet2DModel, UNet2DModel])
 def test_schedulers_of_diffusers(scheduler, cls):
     pipe = pipeline(scheduler(), cls=cls)
-    latents = sample(pipe, batch_size=2, generator=[generator(1), generator(2)])
+    latents = sample(pipe, batch_size=2, generator=[seeded(1), seeded(2)])
     assert latents.isfinite().all()
     images = sample(pipe, output_type="pt")
     assert 0 <= images.min() <= images.max() <= 1
@@ -615,7 +564,7 @@ def test_equal_to_the_ddpm_pipeline_of_diffusers(cls):
     scheduler = DDPMScheduler(clip_sample=False)
     theirs = DDPMPipeline(net, scheduler)
     theirs.set_progress_bar_config(disable=True)
-    expected = theirs(batch_size=2, num_inference_steps=5, generator=generator(7), output_type="np").images
+    expected = theirs(batch_size=2, num_inference_steps=5, generator=seeded(7), output_type="np").images
     latents = sample(pipeline_of(net, scheduler), batch_size=2, num_inference_steps=5)
     actual = (latents / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6)
@@ -632,7 +581,7 @@ def test_our_schedulers_in_the_ddpm_pipeline_of_diffusers(scheduler):
     net = network()
     theirs = DDPMPipeline(net, scheduler())
     theirs.set_progress_bar_config(disable=True)
-    expected = theirs(batch_size=2, num_inference_steps=5, generator=generator(7), output_type="np").images
+    expected = theirs(batch_size=2, num_inference_steps=5, generator=seeded(7), output_type="np").images
     latents = sample(pipeline_of(net, scheduler()), batch_size=2, num_inference_steps=5)
     actual = (latents / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6)
@@ -648,7 +597,6 @@ def test_scaled_noise_and_inputs_are_honored():
 
 
 # ---- errors ------------------------------------------------------------------------------------------------------
-
 
 ERRORS = {
     "batch size 0": ({}, {"batch_size": 0}, "batch_size must be a positive integer"),
@@ -683,7 +631,7 @@ ERRORS = {
     "timesteps not taken": (
         {"scheduler": DDIMScheduler},
         {"num_inference_steps": None, "timesteps": [9, 1]},
-        "timesteps must be left out, as a DDIMScheduler takes none",
+        "timesteps must be left out, because a DDIMScheduler does not support",
     ),
     "generator seed": ({}, {"generator": 0}, "generator must be a torch.Generator"),
     "generator of NumPy": ({}, {"generator": np.random.default_rng(0)}, "generator must be a torch.Generator"),
@@ -691,32 +639,48 @@ ERRORS = {
     "generators with none": ({}, {"generator": [None, None]}, "a list with None"),
     "generators with seeds": ({}, {"generator": (torch.Generator(), 1)}, "a list with 1"),
     "three generators": ({}, {"generator": (torch.Generator(),) * 3}, "list of batch_size=2, got 3"),
-    "label 0.9": ({"num_class_embeds": 4}, {"class_labels": 0.9}, "class_labels must be an integer or a list"),
-    "labels 0.9": ({"num_class_embeds": 4}, {"class_labels": [0.9, 1]}, "class_labels must be an integer or a list"),
-    "labels 1.0": ({"num_class_embeds": 4}, {"class_labels": torch.ones(2)}, "class_labels must be an integer or"),
-    "label text": ({"num_class_embeds": 4}, {"class_labels": "1"}, "class_labels must be an integer or a list"),
+    "label 0.9": ({"num_class_embeds": 4}, {"class_labels": 0.9}, "class_labels must be a class index or a list"),
+    "labels 0.9": (
+        {"num_class_embeds": 4},
+        {"class_labels": [0.9, 1]},
+        "class_labels must be a class index or a list",
+    ),
+    "labels 1.0": ({"num_class_embeds": 4}, {"class_labels": torch.ones(2)}, "class_labels must be a class index or"),
+    "label text": ({"num_class_embeds": 4}, {"class_labels": "1"}, "class_labels must be a class index or a list"),
     "label words": (
         {"num_class_embeds": 4},
         {"class_labels": ["1", "2"]},
-        "class_labels must be an integer or a list",
+        "class_labels must be a class index or a list",
     ),
-    "label none": ({"num_class_embeds": 4}, {"class_labels": [None, 1]}, "class_labels must be an integer or a list"),
-    "label true": ({"num_class_embeds": 4}, {"class_labels": True}, "class_labels must be an integer or a list"),
-    "labels true": ({"num_class_embeds": 4}, {"class_labels": np.array([True, False])}, "class_labels must be an int"),
+    "label none": (
+        {"num_class_embeds": 4},
+        {"class_labels": [None, 1]},
+        "class_labels must be a class index or a list",
+    ),
+    "label true": ({"num_class_embeds": 4}, {"class_labels": True}, "class_labels must be a class index or a list"),
+    "labels true": (
+        {"num_class_embeds": 4},
+        {"class_labels": np.array([True, False])},
+        "class_labels must be a class",
+    ),
     "labels nested": (
         {"num_class_embeds": 4},
         {"class_labels": [[1, 2]]},
-        "class_labels must be an integer or a list",
+        "class_labels must be a class index or a list",
     ),
-    "labels 2d": ({"num_class_embeds": 4}, {"class_labels": torch.ones(1, 2).long()}, "class_labels must be an integ"),
-    "labels empty": ({"num_class_embeds": 4}, {"class_labels": []}, "class_labels must be an integer or a list"),
+    "labels 2d": (
+        {"num_class_embeds": 4},
+        {"class_labels": torch.ones(1, 2).long()},
+        "class_labels must be a class in",
+    ),
+    "labels empty": ({"num_class_embeds": 4}, {"class_labels": []}, "class_labels must be a class index or a list"),
     "labels of a dict": (
         {"num_class_embeds": 4},
         {"class_labels": {1: 2}},
-        "class_labels must be an integer or a list",
+        "class_labels must be a class index or a list",
     ),
     "one label in a list": ({"num_class_embeds": 4}, {"class_labels": [1]}, "one class or 2 of them, got 1"),
-    "images of no prompt": ({}, {"num_images_per_prompt": 2}, "must go with class_labels.*give batch_size=2"),
+    "images of no prompt": ({}, {"num_images_per_prompt": 2}, "needs class_labels.*set batch_size=2"),
     "images 0": (
         {"num_class_embeds": 4},
         {"num_images_per_prompt": 0, "class_labels": 1},
@@ -726,12 +690,12 @@ ERRORS = {
     "images and a batch": (
         {"num_class_embeds": 4},
         {"num_images_per_prompt": 3, "class_labels": [0, 1]},
-        "got 2 with num_images_per_prompt=3, which makes 6 images; leave batch_size=2 out",
+        "got 2 with num_images_per_prompt=3, which makes 6 images; leave out batch_size=2",
     ),
     "images of one label and a batch": (
         {"num_class_embeds": 4},
         {"num_images_per_prompt": 3, "class_labels": 1},
-        "which makes 3 images; leave batch_size=2 out",
+        "which makes 3 images; leave out batch_size=2",
     ),
     "latents of integers": ({}, {"latents": torch.ones(2, 3, 8, 8).long()}, "floating-point torch.Tensor.*int64"),
     "latents of NumPy": ({}, {"latents": np.ones((2, 3, 8, 8))}, "floating-point torch.Tensor.*ndarray"),
@@ -751,16 +715,16 @@ ERRORS = {
     "label too high": ({"num_class_embeds": 4}, {"class_labels": [1, 4]}, r"class_labels must be within \[0, 4\)"),
     "label too low": ({"num_class_embeds": 4}, {"class_labels": -1}, r"class_labels must be within \[0, 4\)"),
     "no labels": ({"num_class_embeds": 4}, {}, "class_labels must be given"),
-    "no size": ({"sample_size": None}, {}, "sample_size is not set"),
+    "no size": ({"sample_size": None}, {}, "sample_size must be set"),
 }
 
 
 @pytest.mark.parametrize("case", ERRORS)
-def test_errors_come_before_any_work(case):
+def test_wrong_arguments_are_refused_before_the_network_is_called(case):
     arguments, kwargs, message = ERRORS[case]
     scheduler = arguments.get("scheduler", VDMScheduler)()
     pipe = pipeline(scheduler, **{key: value for key, value in arguments.items() if key != "scheduler"})
-    calls, source = [], generator(7)
+    calls, source = [], seeded(7)
     pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
     state = source.get_state()
     given = {"batch_size": 2, "generator": source, **kwargs}
@@ -769,7 +733,7 @@ def test_errors_come_before_any_work(case):
     with pytest.raises((ValueError, TypeError), match=message):
         sample(pipe, **given)
     assert not calls
-    # a caller who mends the call and goes on gets the images that the generator's seed promises
+    # after the error, the generator still gives the numbers of its seed
     assert torch.equal(source.get_state(), state)
 
 

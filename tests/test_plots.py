@@ -1,4 +1,4 @@
-"""The pictures show what they are drawn of."""
+"""plots.py: the pictures show the data that they are drawn from."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""`VDMUNet2DModel`: diffusers' `UNet2DModel` where it says so, and each of its additions."""
+"""unet.py: `VDMUNet2DModel` is diffusers' `UNet2DModel` where it says so, and has additions that work."""
 
 import math
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from diffusers_vdm import UNET_PRESETS, VDMUNet2DModel
 from diffusers_vdm.unet import fourier_features
+from tests.tensors import normal
 
 # two levels, so that there are down- and upsamplers, and an attention at each level's kind
 SMALL = {
@@ -38,7 +39,7 @@ STOCK = {"freq_shift": 0, "flip_sin_to_cos": True, "norm_eps": 1e-5}
 
 
 def latents(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    return normal(*shape, seed=seed, dtype=dtype)
 
 
 def perturbed(net: nn.Module, seed: int = 0, scale: float = 0.1) -> nn.Module:
@@ -201,6 +202,10 @@ def test_parameters_of_ddpm():
     assert count(on_meta("ddpm-cifar10")) == 35_746_307
 
 
+def levels_with_attention(blocks) -> list[int]:
+    return [i for i, block in enumerate(blocks) if hasattr(block, "attentions")]
+
+
 def test_structure_of_the_five_level_ddpm_network():
     net = on_meta("ddpm-ffhq128")
     assert net.config.sample_size == 128
@@ -208,15 +213,16 @@ def test_structure_of_the_five_level_ddpm_network():
     assert [len(block.resnets) for block in net.up_blocks] == [3] * 5
     assert [block.resnets[-1].out_channels for block in net.down_blocks] == [128 * m for m in (1, 2, 2, 4, 8)]
     assert [block.resnets[-1].out_channels for block in net.up_blocks] == [128 * m for m in (8, 4, 2, 2, 1)]
-    # 128 → 64 → 32 → 16 → 8: attention at the fourth level, in both directions, and in the middle
-    sizes = [128, 64, 32, 16, 8]
-    with_attention = [s for s, block in zip(sizes, net.down_blocks, strict=True) if hasattr(block, "attentions")]
-    assert with_attention == [16]
-    with_attention = [s for s, block in zip(sizes[::-1], net.up_blocks, strict=True) if hasattr(block, "attentions")]
-    assert with_attention == [16]
+    assert not any((net.config.fourier_exponents, net.config.input_residual, net.config.augmentation_flag))
+
+
+def test_attention_of_the_five_level_ddpm_network_is_at_16_pixels_and_in_the_middle():
+    net = on_meta("ddpm-ffhq128")
+    # 128 → 64 → 32 → 16 → 8: the fourth level of five, and the second from the bottom
+    assert levels_with_attention(net.down_blocks) == [3]
+    assert levels_with_attention(net.up_blocks) == [1]
     assert len(net.mid_block.attentions) == 1 and len(net.mid_block.resnets) == 2
     assert all(attention.heads == 1 for attention in net.mid_block.attentions)
-    assert not any((net.config.fourier_exponents, net.config.input_residual, net.config.augmentation_flag))
 
 
 def test_structure_of_the_official_network():
@@ -236,13 +242,20 @@ def test_preset_names_every_argument_rightly(preset):
         assert net.config[name] == value
 
 
-def test_preset_overrides_and_unknown_names():
+def test_a_preset_with_other_arguments_leaves_the_preset_as_it_is():
     assert on_meta("digits", dropout=0.25).config.dropout == 0.25
-    assert UNET_PRESETS["digits"]["dropout"] != 0.25  # the preset itself is left alone
-    with pytest.raises(ValueError, match="did you mean 'cifar10'"):
-        VDMUNet2DModel.from_preset("cifar-10")
-    with pytest.raises(ValueError, match="there are"):
-        VDMUNet2DModel.from_preset("zzzzzzzz")
+    assert UNET_PRESETS["digits"]["dropout"] != 0.25
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("cifar-10", "did you mean 'cifar10'"), ("zzzzzzzz", "the presets are")]
+)
+def test_unknown_presets_are_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        VDMUNet2DModel.from_preset(name)
+
+
+def test_misspelled_arguments_of_a_preset_are_refused():
     with pytest.raises(TypeError, match="layer_per_block"):
         on_meta("digits", layer_per_block=2)
 
@@ -585,8 +598,8 @@ def test_wrong_arguments(arguments, message):
     [
         ({}, (2, 1, 8, 8), {}, r"sample must have shape \(B, 3, H, W\), got \(2, 1, 8, 8\)"),
         ({}, (3, 8, 8), {}, r"sample must have shape"),
-        ({}, (2, 3, 8, 9), {}, r"height and a width that 2 divides .* got \(8, 9\)"),
-        ({}, (2, 3, 7, 8), {}, r"height and a width that 2 divides"),
+        ({}, (2, 3, 8, 9), {}, r"height and a width divisible by 2 .* got \(8, 9\)"),
+        ({}, (2, 3, 7, 8), {}, r"height and a width divisible by 2"),
         ({}, (2, 3, 8, 8), {"class_labels": torch.zeros(2, dtype=torch.long)}, "network without classes"),
         ({"num_class_embeds": 3}, (2, 3, 8, 8), {}, "class_labels must be given"),
         ({}, (2, 3, 8, 8), {"augmentation_flags": torch.zeros(2)}, "augmentation_flags were given"),

@@ -1,19 +1,16 @@
-"""A model is loaded with all of its tensors, or not at all."""
+"""whole_models.py: a model is loaded with all of its tensors, or not at all."""
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffusers_vdm import MonotoneGammaNetwork, VDMPipeline, VDMScheduler, VDMUNet2DModel
+from diffusers_vdm import MonotoneGammaNetwork, VDMPipeline, VDMScheduler
+from tests.models import tiny_preset
 
 
-def small(**kwargs):
-    return VDMUNet2DModel.from_preset(
-        "digits", block_out_channels=(8,), layers_per_block=1, norm_num_groups=2, attention_head_dim=8, **kwargs
-    )
-
-
-@pytest.mark.parametrize("model", [small(), MonotoneGammaNetwork(-7.5, 5.0, hidden_dim=16)], ids=["unet", "gamma"])
+@pytest.mark.parametrize(
+    "model", [tiny_preset(), MonotoneGammaNetwork(-7.5, 5.0, hidden_dim=16)], ids=["unet", "gamma"]
+)
 def test_a_tensor_less_or_one_too_many_is_refused(tmp_path, model):
     model.save_pretrained(tmp_path)
     file = tmp_path / "diffusion_pytorch_model.safetensors"
@@ -29,8 +26,8 @@ def test_a_tensor_less_or_one_too_many_is_refused(tmp_path, model):
         type(model).from_pretrained(tmp_path)
 
 
-def test_a_pipeline_too(tmp_path):
-    pipeline = VDMPipeline(small(), VDMScheduler(), None, num_levels=17)
+def test_a_pipeline_with_a_tensor_less_is_refused(tmp_path):
+    pipeline = VDMPipeline(tiny_preset(), VDMScheduler(), None, num_levels=17)
     pipeline.save_pretrained(tmp_path)
     file = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)

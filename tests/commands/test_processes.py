@@ -1,0 +1,32 @@
+"""commands/processes.py: the processes of one run, from their launch to their end."""
+
+from tests.running import TRAIN, run_python
+
+GROUPS = """
+import sys
+import torch
+import torch.distributed as dist
+from diffusers_vdm.commands.processes import hold_process_group
+
+def a_run():
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+    dist.all_gather([torch.zeros(3)], torch.ones(3))
+    dist.destroy_process_group()
+
+for _ in range(200):  # without the hold it waited for ever at about the tenth
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    hold_process_group()
+    a_run()
+"""
+
+
+def test_a_run_of_many_processes_does_not_hang_at_its_end():
+    run_python("-c", GROUPS)
+
+
+def test_a_launch_of_fewer_processes_than_asked_for_is_refused(tmp_path):
+    launch = "-m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no"
+    command = [*launch.split(), "--dynamo_backend", "no", TRAIN, "--output_dir", tmp_path / "out"]
+    done = run_python(*command, check=False)
+    assert done.returncode != 0 and "--num_processes 2, but accelerate started 1" in done.stderr
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()

@@ -1,0 +1,169 @@
+"""How tests run commands, examples and trainings in processes of their own, and what a run leaves."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from diffusers_vdm.training.checkpoints import list_checkpoints
+from diffusers_vdm.training.metrics import read_metrics
+from tests.paths import EXAMPLES
+
+# of processes that tests start: one thread, no network, no accelerator
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "1"}
+LAUNCH = (
+    "-m accelerate.commands.launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no "
+    "--main_process_port 0 --num_processes"
+)
+
+
+def run_python(*arguments, check: bool = True, timeout: float = 200, environment: dict | None = None, **more):
+    """Runs Python with these arguments to its end, in [`ENVIRONMENT`] and what `environment` adds to it.
+
+    Returns the `subprocess.CompletedProcess` with its output as text.
+    """
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env=os.environ | ENVIRONMENT | (environment or {}), timeout=timeout, check=False,
+        **{"capture_output": True, "text": True, "encoding": "utf-8"} | more,
+    )  # fmt: skip
+    if check:
+        assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def run_example(script: str, *arguments, processes: int | None = None, check: bool = True, **more):
+    """Runs a file of `examples/`, by `accelerate launch` if `processes` are given."""
+    launch = [*LAUNCH.split(), processes] if processes else []
+    return run_python(*launch, EXAMPLES / script, *arguments, check=check, timeout=600, **more)
+
+
+def run_command(*arguments, check: bool = False, **more):
+    """Runs a command of `diffusers-vdm`."""
+    return run_python("-m", "diffusers_vdm.commands", *arguments, check=check, **more)
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl."""
+    return read_metrics(Path(folder) / "metrics.jsonl")
+
+
+# a training of six steps that evaluates, saves checkpoints and draws images
+SHORT_TRAINING = (
+    "--train_batch_size 8 --max_train_steps 6 --logging_steps 2 --eval_steps 4 --checkpointing_steps 3 "
+    "--max_eval_images 20 --eval_samples 2 --num_images 4 --ddpm_num_inference_steps 5 --lr_warmup_steps 2"
+)
+
+
+# ---- several processes -------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    """A free port outside of the range from which the system takes those of connections."""
+    for port in random.sample(range(20000, 32000), 50):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+                return port
+            except OSError:
+                continue
+    raise OSError("no free port")
+
+
+def ranks(processes: int) -> list[dict[str, str]]:
+    """What a launcher puts into the environment of each of its processes; nothing for one process."""
+    if processes == 1:
+        return [{}]
+    shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+
+
+def wait_for(condition: Callable[[], bool], processes: list | None = None, seconds: float = 120) -> bool:
+    """Looks as often as it can, so that no state is missed; `False` if all of the processes ended before."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        if processes is None:
+            time.sleep(0.02)
+        elif all(process.poll() is not None for process in processes):
+            return False
+    raise AssertionError("nothing happened")
+
+
+# ---- trainings in the background ---------------------------------------------------------------------------------
+
+# a training of 33 steps in which every feature draws random numbers, and checkpoints are frequent
+TRAINING_OPTIONS = (
+    "--max_train_steps 33 --logging_steps 4 --eval_steps 9 --checkpointing_steps 3 --gradient_accumulation_steps 2 "
+    "--max_eval_images 10 --eval_samples 1 --num_images 3 --ddpm_num_inference_steps 2 --lr_warmup_steps 5 "
+    "--dropout 0.2 --class_conditional --random_flip --ema_decays 0.999 0.9 --dataloader_num_workers 3 "
+    "--checkpoints_total_limit 3 --importance_sampling --logger none --num_threads 1"
+)
+TRAIN = EXAMPLES / "train.py"
+# the metrics that depend on the speed of the machine
+TIMINGS = ("images_per_second", "flop_utilisation", "data_wait")
+
+
+def start_training(output_dir: Path, options: list[str], processes: int = 1, batch_size: int = 4) -> list:
+    """Starts train.py in as many processes as a launcher would; the output of each goes to a log file."""
+    started = []
+    for rank, place in enumerate(ranks(processes)):
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONUNBUFFERED": "1"}
+        environment |= {"PYTHONFAULTHANDLER": "1"} | place  # on SIGABRT, Python prints where it stands
+        command = [sys.executable, str(TRAIN), "--output_dir", str(output_dir), "--resume_from_checkpoint", "latest",
+                   "--train_batch_size", str(batch_size), *options]  # fmt: skip
+        with open(log_path(output_dir, rank), "ab") as log:
+            started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+    return started
+
+
+def log_path(output_dir: Path, rank: int = 0) -> Path:
+    return output_dir.with_suffix(f".{rank}.log")
+
+
+def log_of(output_dir: Path, rank: int = 0) -> str:
+    """What a process of a training has printed."""
+    path = log_path(output_dir, rank)
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def exit_codes(output_dir: Path, processes: list, seconds: float = 400) -> list[int]:
+    """Waits for the processes; those that do not end print where they stand, and the test fails."""
+    end = time.monotonic() + seconds
+    try:
+        return [process.wait(max(1, end - time.monotonic())) for process in processes]
+    except subprocess.TimeoutExpired:
+        for process in processes:
+            process.send_signal(signal.SIGABRT)
+        for process in processes:
+            process.wait(60)
+        logs = [log_of(output_dir, rank)[-6000:] for rank in range(len(processes))]
+        pytest.fail(f"still running after {seconds} s\n" + "\n\n".join(logs))
+
+
+def train(output_dir: Path, options: list[str], processes: int = 1, batch_size: int = 4) -> None:
+    """Runs train.py to its end, from the latest checkpoint if there is one."""
+    codes = exit_codes(output_dir, start_training(output_dir, options, processes, batch_size))
+    assert codes == [0] * processes, log_of(output_dir)[-3000:]
+
+
+def state_of(output_dir: Path) -> tuple[dict[str, bytes], dict, list[dict]]:
+    """Every byte of weights, averages and moments, the rest of the checkpoint, and all metrics but the timings."""
+    output_dir = Path(output_dir)
+    last = list_checkpoints(output_dir)[-1]
+    state = json.loads((last / "state.json").read_text())
+    files = [*last.glob("*.safetensors"), *(p for p in output_dir.rglob("*.safetensors") if last not in p.parents)]
+    tensors = {str(p.relative_to(output_dir)): p.read_bytes() for p in files if "checkpoint" not in str(p.parent)}
+    tensors |= {p.name: p.read_bytes() for p in last.glob("*.safetensors")}
+    metrics = [{k: v for k, v in line.items() if k not in TIMINGS} for line in metrics_of(output_dir)]
+    return tensors, {k: v for k, v in state.items() if k != "run"}, metrics

@@ -1,0 +1,54 @@
+"""training/batches.py: every batch is a function of the seed and the step, however it is split over processes."""
+
+import torch
+
+from diffusers_vdm.training.batches import batch_indices, keyed_batch
+from tests.pictures import random_image_set
+
+
+def test_every_epoch_visits_every_image_once_from_any_step():
+    n = 10
+    order = batch_indices(range(3 * n), n, seed=4).tolist()
+    for epoch in range(3):
+        assert sorted(order[epoch * n : (epoch + 1) * n]) == list(range(n))
+    assert order[:n] != order[n : 2 * n]
+    assert batch_indices(range(17, 23), n, seed=4).tolist() == order[17:23]
+    assert batch_indices(range(3 * n), n, seed=5).tolist() != order
+
+
+def test_a_global_batch_does_not_depend_on_how_it_is_split(generator):
+    data = random_image_set(50, generator)
+    whole = keyed_batch(data, 7, range(8), 8, seed=1, random_flip=True)
+    for parts in ([range(0, 4), range(4, 8)], [range(i, i + 1) for i in range(8)]):
+        split = [keyed_batch(data, 7, rows, 8, seed=1, random_flip=True) for rows in parts]
+        for name in ("images", "labels", "augmented", "withheld", "t", "eps", "eps_0"):
+            assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in split])), name
+    assert not torch.equal(whole.eps, whole.eps_0)
+    other = keyed_batch(data, 8, range(8), 8, seed=1)
+    assert not torch.equal(whole.eps, other.eps) and not torch.equal(whole.t, other.t)
+    # one lattice of t over the whole batch, whoever computes its rows
+    assert torch.allclose(whole.t.sort().values.diff(), torch.full((7,), 1 / 8, dtype=torch.float64))
+
+
+def test_the_augmentation_flag_says_which_images_are_flipped(generator):
+    data = random_image_set(64, generator)
+    batch = keyed_batch(data, 0, range(64), 64, seed=0, random_flip=True)
+    plain = keyed_batch(data, 0, range(64), 64, seed=0)
+    assert 10 < batch.augmented.sum() < 54 and plain.augmented.sum() == 0
+    for flipped, image, original in zip(batch.augmented, batch.images, plain.images, strict=True):
+        assert torch.equal(image, original.flip(-1) if flipped else original)
+    assert torch.equal(batch.eps, plain.eps)
+
+
+def test_the_augmentation_flag_says_which_images_are_turned(generator):
+    data = random_image_set(64, generator)
+    batch = keyed_batch(data, 0, range(64), 64, 0, random_flip=True, random_rotation=True)
+    plain = keyed_batch(data, 0, range(64), 64, 0)
+    poses = [0] * 8
+    for augmented, image, original in zip(batch.augmented, batch.images, plain.images, strict=True):
+        turned = [torch.rot90(i, k, (-2, -1)) for i in (original, original.flip(-1)) for k in range(4)]
+        pose = next(i for i, candidate in enumerate(turned) if torch.equal(candidate, image))
+        poses[pose] += 1
+        assert bool(augmented) == (pose > 0)
+    assert min(poses) > 0 and torch.equal(batch.eps, plain.eps) and torch.equal(batch.t, plain.t)
+    assert torch.equal(data.images, random_image_set(64, torch.Generator().manual_seed(20210701)).images)  # untouched

@@ -1,0 +1,166 @@
+"""training/sharding.py: FSDP2 in two processes on the CPU, each with half of every parameter."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file
+
+from diffusers_vdm import VDMPipeline
+from tests.models import tiny_preset
+from tests.paths import ROOT
+from tests.running import TRAIN, TRAINING_OPTIONS, ranks, state_of, train
+
+SCRIPT = """
+import os, sys
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from diffusers_vdm import MonotoneGammaNetwork, VariationalBound, VDMUNet2DModel
+from diffusers_vdm.training.averages import WeightAverages
+
+rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+dist.init_process_group("gloo")
+mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
+
+
+def build():
+    torch.manual_seed(0)
+    unet = VDMUNet2DModel.from_preset(
+        "digits", block_out_channels=(8,), layers_per_block=1, norm_num_groups=2, attention_head_dim=8, dropout=0.0
+    )
+    return VariationalBound(unet, MonotoneGammaNetwork(-7.5, 5.0, hidden_dim=16, learn_ends=True), num_levels=17)
+
+
+def step(bound, rows):
+    optimizer = torch.optim.AdamW(bound.parameters(), 1e-3)
+    averages = WeightAverages(list(bound.parameters()), [0.5])
+    losses = []
+    for k in range(3):
+        generator = torch.Generator().manual_seed(k)
+        images = torch.randint(0, 17, (8, 1, 8, 8), generator=generator)
+        t = (torch.rand((), generator=generator, dtype=torch.float64) + torch.arange(8) / 8) % 1
+        eps, eps_0 = torch.randn(2, 8, 1, 8, 8, generator=generator)
+        out = bound(images[rows], t=t[rows], eps=eps[rows], eps_0=eps_0[rows])
+        optimizer.zero_grad()
+        out.loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(bound.parameters(), 1.0)
+        optimizer.step()
+        averages.step()
+        loss = out.loss.detach().clone()
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+            dist.all_reduce(loss)
+            loss /= world
+        losses += [float(loss), float(norm)]
+    whole = lambda p: p.full_tensor() if isinstance(p, DTensor) else p
+    with averages.applied():
+        averaged = [whole(p.detach()).clone() for p in bound.parameters()]
+    return losses, [whole(p.detach()) for p in bound.parameters()], averaged
+
+
+expected = step(build(), slice(0, 8))
+sharded = build()
+for block in [*sharded.unet.down_blocks, sharded.unet.mid_block, *sharded.unet.up_blocks]:
+    fully_shard(block, mesh=mesh)
+fully_shard(sharded, mesh=mesh)
+assert all(isinstance(p, DTensor) for p in sharded.parameters())
+held = sum(p.to_local().numel() for p in sharded.parameters())
+assert held < 0.6 * sum(p.numel() for p in sharded.parameters()), held
+found = step(sharded, slice(4 * rank, 4 * rank + 4))
+torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(expected[0]), rtol=1e-5, atol=1e-6)
+for name, ones, others in zip(("weights", "averages"), expected[1:], found[1:]):
+    for a, b in zip(ones, others, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=2e-5, msg=name)
+state = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True))
+if rank == 0:  # what is saved is what an unsharded model loads
+    build().load_state_dict(state)
+    print("the same")
+dist.destroy_process_group()
+"""
+
+
+def two(command, **environment):
+    """Two processes of a program, to their end: their exit codes, and what each wrote."""
+    processes = []
+    for place in ranks(2):
+        own = os.environ | {"OMP_NUM_THREADS": "1"} | place | environment
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen([sys.executable, *command], env=own, cwd=ROOT, **pipes))
+    outputs = [process.communicate(timeout=280) for process in processes]
+    return [process.returncode for process in processes], outputs
+
+
+@pytest.mark.slow
+def test_a_sharded_bound_trains_as_a_whole_one(tmp_path):
+    script = tmp_path / "sharded.py"
+    script.write_text(SCRIPT)
+    codes, outputs = two([str(script)])
+    assert codes == [0, 0], outputs[0][1][-3000:] + outputs[1][1][-1000:]
+    assert "the same" in outputs[0][0]
+
+
+# Accelerate shards on accelerators only; where it takes the CPU for one, it goes the very same way
+AS_ON_A_GPU = """
+import runpy, sys
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+
+PartialState._prepare_backend = lambda self, *_, **__: ("gloo", DistributedType.MULTI_GPU)
+PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rsplit("/", 1)[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_train_py_under_fsdp2_is_train_py(tmp_path):
+    """The losses and bounds of whole weights; resumed bit for bit; its checkpoints are whole, for any other run."""
+    tiny_preset().save_config(tmp_path / "network")
+    options = ["--model_config_name_or_path", str(tmp_path / "network"), *TRAINING_OPTIONS.split(), "--dropout", "0",
+               "--max_train_steps", "8", "--logging_steps", "1", "--lr_scheduler", "constant"]  # fmt: skip
+    script = tmp_path / "as_on_a_gpu.py"
+    script.write_text(AS_ON_A_GPU)
+
+    def sharded(folder, *more, **environment):
+        command = [str(script), str(TRAIN), "--output_dir", str(folder), "--train_batch_size", "2", *options, *more]
+        codes, outputs = two([*command, "--resume_from_checkpoint", "latest"], **FSDP2 | environment)
+        assert codes == [0, 0], outputs[0][1][-3000:] + outputs[1][1][-1000:]
+        return outputs[0][0]
+
+    whole, once, twice = (tmp_path / name for name in ("whole", "once", "twice"))
+    train(whole, options, processes=2, batch_size=2)
+    sharded(once)
+    for name in ("train_bpd", "eval_bpd", "eval_bpd_ema_0.9"):
+        lines = [[line[name] for line in state_of(folder)[2] if name in line] for folder in (whole, once)]
+        assert lines[0] == pytest.approx(lines[1], rel=2e-4) and lines[0], name
+    half = tmp_path / "half"
+    sharded(half, "--mixed_precision", "bf16", "--max_train_steps", "3", "--eval_steps", "0")
+    losses = [[line["train_bpd"] for line in state_of(folder)[2]][:3] for folder in (once, half)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0] != losses[1]
+    assert all(
+        p.dtype.is_floating_point and p.element_size() == 4
+        for p in VDMPipeline.from_pretrained(half).unet.parameters()
+    )
+    sharded(twice, "--max_train_steps", "6", "--allow_changed", "max_train_steps")
+    assert "going on from" in sharded(twice, "--allow_changed", "max_train_steps")
+    one, other = state_of(once), state_of(twice)
+    assert one[0].keys() == other[0].keys() and [name for name in one[0] if one[0][name] != other[0][name]] == []
+    # one process goes on from it, with whole weights
+    train(twice, [*options, "--max_train_steps", "10", "--allow_changed", "max_train_steps"], batch_size=4)
+    assert json.loads((twice / "options.json").read_text())["num_processes"] == 1
+    saved = load_file(once / "checkpoint-8" / "ema_0.999.safetensors")
+    pipeline = VDMPipeline.from_pretrained(once)
+    named = [*pipeline.unet.parameters(), *pipeline.noise_schedule.parameters()]
+    assert all((saved[str(i)] == p).all() for i, p in enumerate(named)) and len(named) == len(saved) - 1
