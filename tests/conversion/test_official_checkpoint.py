@@ -38,6 +38,7 @@ from diffusers_vdm.conversion.official_checkpoint import (
 from tests.conversion.converted import convertible_pipeline, inputs, near, our_eps_hat, samples
 from tests.conversion.official_files import extension, packed, write_official
 from tests.models import fixed_weights
+from tests.paths import contents
 from tests.running import run_python
 
 pytestmark = pytest.mark.filterwarnings("ignore:norm_num_groups=32 equals the number of channels:UserWarning")
@@ -242,24 +243,49 @@ def test_old_layouts_chunks_and_plain_numbers_are_read(tmp_path):
     assert read_checkpoint(tmp_path / "old")[1] == 41
 
 
-def test_where_the_file_is_looked_for(tmp_path):
+@pytest.fixture
+def two_checkpoints(tmp_path):
+    """A folder with the checkpoints 9 and 10; its file `checkpoint` names the latter."""
     weights = {"a/b": np.ones(1, np.float32)}
     folder = write_official(tmp_path / "run" / "checkpoints-0", weights, number=9)
-    write_official(folder, weights, number=10)
-    assert checkpoint_file(folder).name == "ckpt-10.flax" == checkpoint_file(folder / "checkpoint").name
-    (folder / "checkpoint").write_text('all_model_checkpoint_paths: "x"\nmodel_checkpoint_path: "../../b/ckpt-9"\n')
-    assert checkpoint_file(folder) == folder / "ckpt-9.flax"
-    (folder / "checkpoint").unlink()
-    assert checkpoint_file(folder).name == "ckpt-10.flax"
-    assert checkpoint_file(folder / "ckpt-9.flax").name == "ckpt-9.flax"
+    return write_official(folder, weights, number=10)
+
+
+def test_the_checkpoint_that_the_folder_names_is_read(two_checkpoints):
+    pointer = two_checkpoints / "checkpoint"
+    assert checkpoint_file(two_checkpoints).name == "ckpt-10.flax" == checkpoint_file(pointer).name
+    pointer.write_text('all_model_checkpoint_paths: "x"\nmodel_checkpoint_path: "../../b/ckpt-9"\n')
+    assert checkpoint_file(two_checkpoints) == two_checkpoints / "ckpt-9.flax"
+
+
+def test_without_a_name_the_newest_checkpoint_is_read(two_checkpoints):
+    (two_checkpoints / "checkpoint").unlink()
+    assert checkpoint_file(two_checkpoints).name == "ckpt-10.flax"
+    assert checkpoint_file(two_checkpoints / "ckpt-9.flax").name == "ckpt-9.flax"
+
+
+def test_the_parent_folder_of_checkpoints_is_refused_with_a_hint(two_checkpoints):
     with pytest.raises(ValueError, match=r"did you mean .*checkpoints-0"):
-        checkpoint_file(tmp_path / "run")
-    for text, reason in (("{}", "names no"), ('model_checkpoint_path: "/"', "not a file name"),
-                         ('model_checkpoint_path: "a/.."', "not a file name"),
-                         ('model_checkpoint_path: "ckpt-3"', "ckpt-10.flax, ")):  # fmt: skip
-        (folder / "checkpoint").write_text(text)
-        with pytest.raises(ValueError, match=reason):
-            checkpoint_file(folder)
+        checkpoint_file(two_checkpoints.parent)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{}", "names no"),
+        ('model_checkpoint_path: "/"', "not a file name"),
+        ('model_checkpoint_path: "a/.."', "not a file name"),
+        ('model_checkpoint_path: "ckpt-3"', "ckpt-10.flax, "),
+    ],
+    ids=["no name", "root", "folder", "missing"],
+)
+def test_a_file_that_names_no_checkpoint_is_refused(two_checkpoints, text, reason):
+    (two_checkpoints / "checkpoint").write_text(text)
+    with pytest.raises(ValueError, match=reason):
+        checkpoint_file(two_checkpoints)
+
+
+def test_a_folder_that_does_not_exist_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         checkpoint_file(tmp_path / "nothing")
 
@@ -431,24 +457,25 @@ def test_tables_that_are_straight_lines_are_saved_as_linear_schedules(tmp_path):
         torch.testing.assert_close(back.table(3), torch.tensor(gammas, dtype=torch.float64), rtol=1e-7, atol=0)
 
 
-def test_outputs_appear_whole_and_replace_nothing(tmp_path, monkeypatch):
-    folder = tmp_path / "x"
-    folder.mkdir()
-    save_official(convertible_pipeline(), folder)  # an empty folder will do
-    before = (folder / "ckpt-1.flax").read_bytes()
-    with pytest.raises(ValueError, match="not an empty folder"):
-        save_official(convertible_pipeline(), folder)
-    with pytest.raises(SystemExit, match="not an empty folder"):
-        convert.main(["official", str(folder), str(folder)])
-    assert (folder / "ckpt-1.flax").read_bytes() == before
+@pytest.mark.parametrize("save", [lambda folder: save_official(convertible_pipeline(), folder),
+                                  lambda folder: convert.main(["official", str(folder), str(folder)])],
+                         ids=["save", "command"])  # fmt: skip
+def test_a_folder_with_files_is_not_written_to(tmp_path, save):
+    save_official(convertible_pipeline(), tmp_path)  # a folder may exist if it is empty
+    before = contents(tmp_path)
+    with pytest.raises((ValueError, SystemExit), match="not an empty folder"):
+        save(tmp_path)
+    assert contents(tmp_path) == before
 
+
+def test_an_interrupted_write_leaves_no_folder(tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError("no space left")
 
     monkeypatch.setattr(official_checkpoint.os, "fsync", full_disk)
     with pytest.raises(OSError, match="no space"):
         save_official(convertible_pipeline(), tmp_path / "y")
-    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+    assert not any(tmp_path.iterdir())
 
 
 def test_missing_msgpack_is_explained(monkeypatch, tmp_path):

@@ -109,33 +109,43 @@ def code(card: str, number: int = 0) -> str:
 # ---- what a run left ---------------------------------------------------------------------------------------------
 
 
-def test_the_card_of_a_run_holds_what_the_run_says(trained):
-    card = card_of(trained, repo_id="user/tiny", license="apache-2.0")
-    data = ModelCard(card).data
-    assert (data.library_name, data.pipeline_tag, data.license) == (
-        "diffusers",
-        "unconditional-image-generation",
-        "apache-2.0",
-    )
+@pytest.fixture(scope="module")
+def trained_card(trained) -> str:
+    return card_of(trained, repo_id="user/tiny", license="apache-2.0")
+
+
+def test_the_metadata_of_a_run_name_the_library_the_task_and_the_license(trained_card):
+    data = ModelCard(trained_card).data
+    expected = ("diffusers", "unconditional-image-generation", "apache-2.0")
+    assert (data.library_name, data.pipeline_tag, data.license) == expected
     assert data.datasets is None  # the digits are not on the Hub
+
+
+def test_the_metadata_of_a_run_hold_its_last_evaluation(trained, trained_card):
     line = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
-    (result,) = data.eval_results
+    (result,) = ModelCard(trained_card).data.eval_results
     assert result.metric_value == line["eval_bpd"] and result.metric_args["stderr"] == line["eval_bpd_stderr"]
     assert result.metric_args["num_images"] == 297 and result.metric_args["num_draws"] == 2
     assert result.metric_args["step"] == 2 and result.metric_args["weights"] == "EMA 0.9"
     assert (result.dataset_name, result.dataset_split) == ("scikit-learn digits", "test")
-    for value in (
-        line["eval_bpd"],
-        line["eval_bpd_ema_0.99"],
-        *(line[f"eval_{n}_bpd"] for n in ("prior", "diffusion")),
-    ):
-        assert f"{value:.4f}" in card
+
+
+@pytest.mark.parametrize("name", ["eval_bpd", "eval_bpd_ema_0.99", "eval_prior_bpd", "eval_diffusion_bpd"])
+def test_the_text_quotes_the_metrics_of_a_run(trained, trained_card, name):
+    line = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
+    assert f"{line[name]:.4f}" in trained_card
+
+
+def test_the_text_shows_the_pictures_and_names_data_and_versions(trained, trained_card):
     recorded = json.loads((trained / "options.json").read_text())
     pictures = ("samples.png", "schedule.png", "loss_by_gamma.png", "training.png", "denoising.gif")
     for text in (*(f"]({name})" for name in pictures), "continuous time", "297 images"):
-        assert text in card, text
-    assert recorded["data"]["fingerprint"] in card and recorded["versions"]["torch"] in card
-    assert card_of(trained, repo_id="user/tiny", license="apache-2.0") == card
+        assert text in trained_card, text
+    assert recorded["data"]["fingerprint"] in trained_card and recorded["versions"]["torch"] in trained_card
+
+
+def test_the_same_folder_gives_the_same_card(trained, trained_card):
+    assert card_of(trained, repo_id="user/tiny", license="apache-2.0") == trained_card
 
 
 def test_the_command_of_the_card_asks_for_the_same_run(trained):
@@ -201,33 +211,50 @@ def test_the_card_quotes_the_reports_of_evaluate(trained, tmp_path):
 # ---- numbers -----------------------------------------------------------------------------------------------------
 
 
-def test_a_report_is_read_back_exactly(tmp_path):
+BY_TERMS = "bits/dim (variational bound, T = 250, every term)"
+CONTINUOUS = "bits/dim (variational bound, continuous time)"  # in the report, and in training on other images
+
+
+@pytest.fixture
+def card_with_report(tmp_path) -> str:
+    """The card of a run with a report, and with an evaluation in training."""
     folder = saved(tmp_path / "m", description(), [measured(6)])
     (folder / "report.json").write_text(json.dumps(report_of(folder)))
     for name in ("report_histogram.png", "samples.png"):
         (folder / name).write_bytes(b"")
-    card = card_of(folder)
-    found = results(card)
-    limit = "bits/dim (variational bound, continuous time)"  # also measured in training, on other images
-    assert {name: result.metric_value for name, result in found.items() if name != limit} == {
-        "bits/dim (variational bound, T = 250, every term)": 3.0625,
+    return card_of(folder)
+
+
+def test_the_metadata_hold_each_number_of_a_report(card_with_report):
+    found = results(card_with_report)
+    assert {name: result.metric_value for name, result in found.items() if name != CONTINUOUS} == {
+        BY_TERMS: 3.0625,
         "bits/dim (variational bound, T = 10)": 4.5,
     }
-    limits = [r for r in ModelCard(card).data.eval_results if r.metric_name == limit]
+    limits = [r for r in ModelCard(card_with_report).data.eval_results if r.metric_name == CONTINUOUS]
     assert [(r.metric_value, r.dataset_split) for r in limits] == [(3.03125, "test"), (3.25, "test[:50]")]
-    main = found["bits/dim (variational bound, T = 250, every term)"]
+
+
+def test_the_metadata_say_how_and_on_what_a_number_was_measured(card_with_report):
+    main = results(card_with_report)[BY_TERMS]
     assert main.metric_args["stderr"] == 0.001234 and main.metric_args["num_steps"] == 250
     assert main.metric_args["stderr_is_of"] == "the mean over the population of images"
-    assert main.metric_args["diffusion_bpd"] == 2.5 and main.metric_args["data_fingerprint"].endswith(
-        "fedcba9876543210"
-    )
+    assert main.metric_args["diffusion_bpd"] == 2.5
+    assert main.metric_args["data_fingerprint"].endswith("fedcba9876543210")
     assert (main.dataset_type, main.dataset_name, main.dataset_split) == ("user/pictures", "user/pictures", "test")
-    assert ModelCard(card).data.datasets == ["user/pictures"]
-    raw = yaml.safe_load(card.split("---\n")[1])["model-index"]
-    assert model_index_to_eval_results(raw)[1] == ModelCard(card).data.eval_results
+    assert ModelCard(card_with_report).data.datasets == ["user/pictures"]
+
+
+def test_the_metadata_are_read_by_the_client_of_the_hub(card_with_report):
+    raw = yaml.safe_load(card_with_report.split("---\n")[1])["model-index"]
+    assert model_index_to_eval_results(raw)[1] == ModelCard(card_with_report).data.eval_results
+
+
+def test_the_text_quotes_the_numbers_with_their_errors_and_images(card_with_report):
+    card = card_with_report
     assert "3.0625 ± 0.0012" in card and "4.5000 ± 0.0200" in card and "T = 20" not in card
     assert "(report_histogram.png)" in card and "alice" not in card
-    assert "50 of user/pictures, test&#91;&#58;50&#93;" in card  # said of the number that is of other images
+    assert "50 of user/pictures, test&#91;&#58;50&#93;" in card  # the images of the evaluation in training
 
 
 def test_the_card_names_the_ode_and_its_dequantization(tmp_path):
@@ -387,18 +414,28 @@ def test_a_card_holds_no_local_paths_and_no_tokens(tmp_path):
         assert word not in card, word
     assert "--train_data_dir faces " in card and "--model_config_name_or_path unet" in card
     assert "trained on faces." in card and ModelCard(card).data.datasets is None
-    for name in ("C:\\Users\\alice\\faces, train", "~/faces, train", "../a/faces", "a/b/faces, t, streamed, 9 images"):
-        assert data_name_from_text(name).name == "faces"
+
+
+@pytest.mark.parametrize(
+    "name", ["C:\\Users\\alice\\faces, train", "~/faces, train", "../a/faces", "a/b/faces, t, streamed, 9 images"]
+)
+def test_a_local_data_set_is_named_by_the_last_part_of_its_path(name):
+    assert data_name_from_text(name).name == "faces"
+
+
+def test_a_data_set_of_the_hub_keeps_its_name():
     assert data_name_from_text("user/faces, train").name == "user/faces"
+
+
+def test_the_command_names_a_local_folder_by_the_last_part_of_its_path():
     assert "--train_data_dir faces" in training_command(
         RunDescription(options={"train_data_dir": "mine/faces", "preset": "x"})
     )
-    assert (
-        last_part("/") == ""
-        and last_part("a\n/b/c") == "c"
-        and data_name_from_text("/, x").name == "a folder"
-        and data_name(None) is None
-    )
+
+
+def test_paths_without_a_last_part_have_no_name():
+    assert last_part("/") == "" and last_part("a\n/b/c") == "c"
+    assert data_name_from_text("/, x").name == "a folder" and data_name(None) is None
 
 
 # ---- other kinds of models ---------------------------------------------------------------------------------------

@@ -49,33 +49,53 @@ def test_a_card_is_pushed_with_the_weights(hub: HubServer, tmp_path: Path):
 
 
 @in_client
-def test_the_numbers_of_a_run_go_with_its_weights_alone(hub: HubServer, tmp_path: Path):
+def test_the_numbers_of_a_run_are_pushed_with_its_weights(hub: HubServer, tmp_path: Path):
     run = a_run(tmp_path / "run", hub_pipeline())
     loaded = VDMPipeline.from_pretrained(run)
     loaded.push_to_hub("vdm", run_dir=run)
     files = files_at(hub)
     assert {"metrics.jsonl", "options.json", "samples.png"} <= set(files)
     assert not [name for name in files if "checkpoint" in name or "private" in name]
-    assert str(tmp_path).encode() not in b"".join(files.values()), "where it lay is nobody's business"
+    assert str(tmp_path).encode() not in b"".join(files.values()), "no local path is pushed"
     (result,) = ModelCard(files["README.md"].decode()).data.eval_results
     assert result.metric_value == 1.5 and result.metric_args["stderr"] == 0.25
     assert same_pipelines(VDMPipeline.from_pretrained("user/vdm", cache_dir=tmp_path / "cache"), loaded)
-    before = dict(files)
-    changed = [VDMPipeline.from_pretrained(run) for _ in range(3)]
-    with torch.no_grad():
-        changed[0].unet.conv_in.bias.add_(1.0)
-    changed[1].scheduler = VDMScheduler(gamma_min=-2.0, gamma_max=1.0)  # its γ is in JSON alone
-    changed[2].register_to_config(num_levels=256)
-    for pipe in changed:
-        with pytest.raises(ValueError, match="run_dir must be the folder that this pipeline was loaded from"):
-            pipe.push_to_hub("user/vdm", run_dir=run)
-    loaded.push_to_hub("user/half", run_dir=run, variant="half")
-    assert "unet/diffusion_pytorch_model.half.safetensors" in files_at(hub, name="user/half")
-    assert "unet/diffusion_pytorch_model.safetensors" not in files_at(hub, name="user/half")
-    for bad, error in ((tmp_path / "nothing", OSError), (tmp_path, OSError)):
-        with pytest.raises(error):
-            loaded.push_to_hub("user/vdm", run_dir=bad)
+
+
+@pytest.mark.parametrize("change", ["weights", "gamma", "levels"])
+@in_client
+def test_the_numbers_of_a_run_are_not_pushed_with_another_pipeline(hub: HubServer, tmp_path: Path, change: str):
+    run = a_run(tmp_path / "run", hub_pipeline())
+    VDMPipeline.from_pretrained(run).push_to_hub("user/vdm", run_dir=run)
+    before, pipe = files_at(hub), VDMPipeline.from_pretrained(run)
+    if change == "weights":
+        with torch.no_grad():
+            pipe.unet.conv_in.bias.add_(1.0)
+    elif change == "gamma":
+        pipe.scheduler = VDMScheduler(gamma_min=-2.0, gamma_max=1.0)  # its γ is in JSON alone
+    else:
+        pipe.register_to_config(num_levels=256)
+    with pytest.raises(ValueError, match="run_dir must be the folder that this pipeline was loaded from"):
+        pipe.push_to_hub("user/vdm", run_dir=run)
     assert files_at(hub) == before
+
+
+@in_client
+def test_a_run_is_pushed_as_a_variant(hub: HubServer, tmp_path: Path):
+    run = a_run(tmp_path / "run", hub_pipeline())
+    VDMPipeline.from_pretrained(run).push_to_hub("user/half", run_dir=run, variant="half")
+    files = files_at(hub, name="user/half")
+    assert "unet/diffusion_pytorch_model.half.safetensors" in files
+    assert "unet/diffusion_pytorch_model.safetensors" not in files
+
+
+@pytest.mark.parametrize("place", ["nothing", "."], ids=["missing", "no run"])
+@in_client
+def test_a_folder_without_a_run_is_refused(hub: HubServer, tmp_path: Path, place: str):
+    run = a_run(tmp_path / "run", hub_pipeline())
+    with pytest.raises(FileNotFoundError, match="has no model_index.json"):
+        VDMPipeline.from_pretrained(run).push_to_hub("user/vdm", run_dir=tmp_path / place)
+    assert not hub.repos
 
 
 @in_client

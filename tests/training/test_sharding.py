@@ -123,44 +123,74 @@ FSDP2 = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1500)
-def test_train_py_under_fsdp2_is_train_py(tmp_path):
-    """The losses and bounds of whole weights; resumed bit for bit; its checkpoints are whole, for any other run."""
-    tiny_preset().save_config(tmp_path / "network")
-    options = ["--model_config_name_or_path", str(tmp_path / "network"), *TRAINING_OPTIONS.split(), "--dropout", "0",
+@pytest.fixture(scope="module")
+def train_sharded(tmp_path_factory):
+    """`train_sharded(folder, *options)` runs train.py under FSDP2 and returns what it printed; its common options."""
+    root = tmp_path_factory.mktemp("sharding")
+    tiny_preset().save_config(root / "network")
+    options = ["--model_config_name_or_path", str(root / "network"), *TRAINING_OPTIONS.split(), "--dropout", "0",
                "--max_train_steps", "8", "--logging_steps", "1", "--lr_scheduler", "constant"]  # fmt: skip
-    script = tmp_path / "as_on_a_gpu.py"
+    script = root / "as_on_a_gpu.py"
     script.write_text(AS_ON_A_GPU)
 
-    def sharded(folder, *more, **environment):
+    def train_sharded(folder, *more):
         command = [str(script), str(TRAIN), "--output_dir", str(folder), "--train_batch_size", "2", *options, *more]
-        codes, outputs = two([*command, "--resume_from_checkpoint", "latest"], **FSDP2 | environment)
+        codes, outputs = two([*command, "--resume_from_checkpoint", "latest"], **FSDP2)
         assert codes == [0, 0], outputs[0][1][-3000:] + outputs[1][1][-1000:]
         return outputs[0][0]
 
-    whole, once, twice = (tmp_path / name for name in ("whole", "once", "twice"))
-    train(whole, options, processes=2, batch_size=2)
-    sharded(once)
+    return train_sharded, options
+
+
+@pytest.fixture(scope="module")
+def sharded_run(train_sharded, tmp_path_factory):
+    """The folder of a sharded run of eight steps, which no test writes to."""
+    folder = tmp_path_factory.mktemp("runs") / "sharded"
+    train_sharded[0](folder)
+    return folder
+
+
+def losses_of(folder, name="train_bpd"):
+    return [line[name] for line in state_of(folder)[2] if name in line]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_sharded_run_has_the_losses_of_a_run_with_whole_weights(train_sharded, sharded_run, tmp_path):
+    train(tmp_path / "whole", train_sharded[1], processes=2, batch_size=2)
     for name in ("train_bpd", "eval_bpd", "eval_bpd_ema_0.9"):
-        lines = [[line[name] for line in state_of(folder)[2] if name in line] for folder in (whole, once)]
-        assert lines[0] == pytest.approx(lines[1], rel=2e-4) and lines[0], name
+        whole, sharded = (losses_of(folder, name) for folder in (tmp_path / "whole", sharded_run))
+        assert whole == pytest.approx(sharded, rel=2e-4) and whole, name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_sharded_run_in_half_precision_saves_float32(train_sharded, sharded_run, tmp_path):
     half = tmp_path / "half"
-    sharded(half, "--mixed_precision", "bf16", "--max_train_steps", "3", "--eval_steps", "0")
-    losses = [[line["train_bpd"] for line in state_of(folder)[2]][:3] for folder in (once, half)]
+    train_sharded[0](half, "--mixed_precision", "bf16", "--max_train_steps", "3", "--eval_steps", "0")
+    losses = [losses_of(folder)[:3] for folder in (sharded_run, half)]
     assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0] != losses[1]
-    assert all(
-        p.dtype.is_floating_point and p.element_size() == 4
-        for p in VDMPipeline.from_pretrained(half).unet.parameters()
-    )
-    sharded(twice, "--max_train_steps", "6", "--allow_changed", "max_train_steps")
-    assert "going on from" in sharded(twice, "--allow_changed", "max_train_steps")
-    one, other = state_of(once), state_of(twice)
+    parameters = VDMPipeline.from_pretrained(half).unet.parameters()
+    assert all(p.dtype.is_floating_point and p.element_size() == 4 for p in parameters)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_sharded_run_is_resumed_bit_for_bit_and_by_one_process(train_sharded, sharded_run, tmp_path):
+    (run, options), twice = train_sharded, tmp_path / "twice"
+    run(twice, "--max_train_steps", "6", "--allow_changed", "max_train_steps")
+    assert "going on from" in run(twice, "--allow_changed", "max_train_steps")
+    one, other = state_of(sharded_run), state_of(twice)
     assert one[0].keys() == other[0].keys() and [name for name in one[0] if one[0][name] != other[0][name]] == []
-    # one process goes on from it, with whole weights
+    # its checkpoints hold whole weights, so one process resumes from them
     train(twice, [*options, "--max_train_steps", "10", "--allow_changed", "max_train_steps"], batch_size=4)
     assert json.loads((twice / "options.json").read_text())["num_processes"] == 1
-    saved = load_file(once / "checkpoint-8" / "ema_0.999.safetensors")
-    pipeline = VDMPipeline.from_pretrained(once)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_pipeline_of_a_sharded_run_has_the_averaged_weights(sharded_run):
+    saved = load_file(sharded_run / "checkpoint-8" / "ema_0.999.safetensors")
+    pipeline = VDMPipeline.from_pretrained(sharded_run)
     named = [*pipeline.unet.parameters(), *pipeline.noise_schedule.parameters()]
     assert all((saved[str(i)] == p).all() for i, p in enumerate(named)) and len(named) == len(saved) - 1
