@@ -1,10 +1,10 @@
-"""What evaluation costs beside the bare network: calls per second as a ratio, and memory over T and over the levels.
+"""Cost of evaluation: its speed relative to the bare network, and its memory for several T and numbers of levels.
 
     python benchmarks/evaluation.py                                            # digits network, CPU
     python benchmarks/evaluation.py --preset cifar10 --batch_size 128 --device cuda
 
-The bare forward pass and `evaluate_bpd` take turns in one process, so that a noisy machine is the same for both.
-Memory is the peak of a process of its own for each setting (resident memory on a CPU, allocated memory on a GPU).
+The bare forward pass and `evaluate_bpd` alternate in one process, so that both see the same load of the machine.
+Peak memory is measured in a separate process for each setting (resident memory on a CPU, allocated memory on a GPU).
 """
 
 from __future__ import annotations
@@ -30,15 +30,17 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--num_steps", type=int, default=20, help="terms of a timed evaluation")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--memory", nargs=2, type=int, metavar=("T", "LEVELS"), help="only measure this peak")
+    parser.add_argument("--memory", nargs=2, type=int, metavar=("T", "LEVELS"), help="only measure the peak memory")
     return parser.parse_args()
 
 
-def setup(o: argparse.Namespace, num_levels: int = 256):
+def setup(args: argparse.Namespace, num_levels: int = 256):
     torch.manual_seed(0)
-    unet = VDMUNet2DModel.from_preset(o.preset).eval().to(o.device)
+    unet = VDMUNet2DModel.from_preset(args.preset).eval().to(args.device)
     size = (unet.config.in_channels, *[unet.config.sample_size] * 2)
-    images = torch.randint(0, num_levels, (o.batch_size, *size)).to(torch.int32 if num_levels > 256 else torch.uint8)
+    images = torch.randint(0, num_levels, (args.batch_size, *size)).to(
+        torch.int32 if num_levels > 256 else torch.uint8
+    )
     return unet, VDMScheduler(), images
 
 
@@ -55,22 +57,22 @@ def seconds(work, device: str) -> float:
     return time.perf_counter() - start
 
 
-def speed(o: argparse.Namespace) -> dict:
-    unet, scheduler, images = setup(o)
-    z = torch.randn(images.shape, device=o.device)
-    t = torch.tensor(500.0, device=o.device)
+def speed(args: argparse.Namespace) -> dict:
+    unet, scheduler, images = setup(args)
+    z = torch.randn(images.shape, device=args.device)
+    t = torch.tensor(500.0, device=args.device)
 
     @torch.no_grad()
     def bare():
-        for _ in range(o.num_steps):
+        for _ in range(args.num_steps):
             unet(z, t, return_dict=False)
 
     def evaluation():
-        evaluate_bpd(unet, scheduler, images, num_steps=o.num_steps, batch_size=o.batch_size, progress_bar=False)
+        evaluate_bpd(unet, scheduler, images, num_steps=args.num_steps, batch_size=args.batch_size, progress_bar=False)
 
     bare(), evaluation()
-    pairs = [(seconds(bare, o.device), seconds(evaluation, o.device)) for _ in range(o.rounds)]
-    calls = o.num_steps * o.batch_size
+    pairs = [(seconds(bare, args.device), seconds(evaluation, args.device)) for _ in range(args.rounds)]
+    calls = args.num_steps * args.batch_size
     ratios = sorted(b / e for b, e in pairs)
     return {
         "bare_images_per_second": calls / statistics.median(b for b, _ in pairs),
@@ -80,27 +82,37 @@ def speed(o: argparse.Namespace) -> dict:
     }
 
 
-def peak_mebibytes(o: argparse.Namespace) -> float:
-    steps, levels = o.memory
-    unet, scheduler, images = setup(o, levels)
+def peak_mebibytes(args: argparse.Namespace) -> float:
+    steps, levels = args.memory
+    unet, scheduler, images = setup(args, levels)
     evaluate_bpd(
-        unet, scheduler, images, num_steps=steps, num_levels=levels, batch_size=o.batch_size, progress_bar=False
+        unet, scheduler, images, num_steps=steps, num_levels=levels, batch_size=args.batch_size, progress_bar=False
     )
-    if o.device.startswith("cuda"):
+    if args.device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main() -> None:
-    o = parse_options()
-    if o.memory:
-        print(peak_mebibytes(o))
+    args = parse_options()
+    if args.memory:
+        print(peak_mebibytes(args))
         return
-    name = torch.cuda.get_device_name() if o.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
+    name = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
     report = {"command": " ".join(sys.argv), "machine": f"{name}, {platform.machine()}", "torch": torch.__version__}
-    report |= {"preset": o.preset, "batch_size": o.batch_size, **speed(o), "peak_mebibytes": {}}
+    report |= {"preset": args.preset, "batch_size": args.batch_size, **speed(args), "peak_mebibytes": {}}
     for steps, levels in ((5, 256), (50, 256), (200, 256), (5, 2), (5, 4096), (5, 65536)):
-        flags = ["--preset", o.preset, "--batch_size", o.batch_size, "--device", o.device, "--memory", steps, levels]
+        flags = [
+            "--preset",
+            args.preset,
+            "--batch_size",
+            args.batch_size,
+            "--device",
+            args.device,
+            "--memory",
+            steps,
+            levels,
+        ]
         done = subprocess.run([sys.executable, __file__, *map(str, flags)], capture_output=True, text=True, check=True)
         report["peak_mebibytes"][f"T={steps}, levels={levels}"] = round(float(done.stdout), 1)
     print(json.dumps(report, indent=1))

@@ -1,10 +1,10 @@
-"""What the official initialization (`zero_init`) is worth, by short runs of examples/train.py on the digits.
+"""Effect of the official initialization (`zero_init`), from short runs of examples/train.py on the digits.
 
     python benchmarks/initialization.py --num_threads 1
 
-Two networks, each with `zero_init` and without, several seeds: the preset `digits`, and a deep narrow one (the layout
-of `cifar10`: one level, 32 blocks down and 33 up, 32 channels). Prints the loss of the first line of metrics and the
-held-out bits/dim of the averaged weights in the end.
+Two networks, each with and without `zero_init` for several seeds: the preset `digits`, and a deep narrow network (the
+layout of `cifar10`: one level, 32 blocks down and 33 up, 32 channels). Prints the loss of the first line of metrics
+and the final held-out bits/dim of the averaged weights.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--networks", choices=("digits", "deep"), nargs="+", default=["digits", "deep"])
-    parser.add_argument("--steps", type=int, default=500, help="of the digits' network")
-    parser.add_argument("--deep_steps", type=int, default=200, help="of the deep network, 32 images each")
+    parser.add_argument("--steps", type=int, default=500, help="training steps of the digits network")
+    parser.add_argument("--deep_steps", type=int, default=200, help="steps of the deep network, with 32 images each")
     parser.add_argument("--num_threads", type=int, default=1)
     return parser.parse_args()
 
 
 def train(folder: Path, network: dict, zero_init: bool, seed: int, more: list[str]) -> dict:
-    """The first and the last line of metrics of a run."""
+    """Trains a network and returns its first loss and its final held-out bits/dim."""
     from diffusers_vdm import VDMUNet2DModel
 
     VDMUNet2DModel.from_preset("digits", **network, zero_init=zero_init).save_config(folder / "network")
@@ -48,14 +48,14 @@ def train(folder: Path, network: dict, zero_init: bool, seed: int, more: list[st
 
 
 def main() -> None:
-    b = parse_options()
-    threads = ["--num_threads", str(b.num_threads)]
-    digits = ["--max_train_steps", str(b.steps), *threads]
-    deep = ["--max_train_steps", str(b.deep_steps), "--train_batch_size", "32", "--learning_rate", "1e-3", *threads]
+    args = parse_options()
+    threads = ["--num_threads", str(args.num_threads)]
+    digits = ["--max_train_steps", str(args.steps), *threads]
+    deep = ["--max_train_steps", str(args.deep_steps), "--train_batch_size", "32", "--learning_rate", "1e-3", *threads]
     runs = {"digits": ({}, digits), "deep": (DEEP, deep)}
-    for name in b.networks:
+    for name in args.networks:
         network, more = runs[name]
-        for seed in b.seeds:
+        for seed in args.seeds:
             for zero_init in (True, False):
                 with tempfile.TemporaryDirectory() as folder:
                     result = train(Path(folder), network, zero_init, seed, more)

@@ -1,11 +1,10 @@
-"""How near few steps of each sampler come to 1,000 ancestral steps: energy distances between sets of samples.
+"""How close few steps of each sampler come to 1,000 ancestral steps: energy distances between sets of samples.
 
     python benchmarks/samplers.py --model runs/digits --output runs/samplers
 
-Energy distance of two sets of images, pixels in [0, 1]: 2 E‖x − y‖ − E‖x − x′‖ − E‖y − y′‖ [Székely & Rizzo 2013]. The
-noise floor
-is that of two sets of 1,000 ancestral steps each; every sampler starts from the same noise, which neither set had.
-Writes samplers.json, a table in Markdown, and a figure of grids.
+The energy distance of two sets of images, pixels in [0, 1], is 2 E‖x − y‖ − E‖x − x′‖ − E‖y − y′‖ [Székely & Rizzo
+2013]. The noise floor is the distance between two sets of 1,000 ancestral steps each. All samplers start from the same
+noise, which is independent of that of both sets. Writes samplers.json, a table in Markdown, and a figure of grids.
 """
 
 from __future__ import annotations
@@ -39,33 +38,33 @@ def parse_options() -> argparse.Namespace:
 
 
 def energy_distance(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Of two sets `(N, ...)` and `(M, ...)`; the means run over all pairs, an element with itself among them."""
+    """Energy distance of two sets, `(N, ...)` and `(M, ...)`; the means include pairs of an element with itself."""
     x, y = x.flatten(1).double(), y.flatten(1).double()
     between, within_x, within_y = (torch.cdist(a, b).mean() for a, b in ((x, y), (x, x), (y, y)))
     return float(2 * between - within_x - within_y)
 
 
 def main() -> None:
-    o = parse_options()
-    # one of diffusers' schedulers says for every number of steps that it changes an option; NumPy warns of others
+    args = parse_options()
+    # one diffusers scheduler logs for every number of steps that it changes an option; others cause NumPy warnings
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    pipe = VDMPipeline.from_pretrained(o.model).to(o.device)
+    pipe = VDMPipeline.from_pretrained(args.model).to(args.device)
     pipe.set_progress_bar_config(leave=False)
     ours = pipe.scheduler
     shape = pipe.image_shape
 
     def noise(seed: int) -> torch.Tensor:
-        rows = [torch.randn(shape, generator=keyed_generator(seed, "z_1", i)) for i in range(o.num_images)]
-        return torch.stack(rows).to(o.device)
+        rows = [torch.randn(shape, generator=keyed_generator(seed, "z_1", i)) for i in range(args.num_images)]
+        return torch.stack(rows).to(args.device)
 
     def draw(scheduler, steps: int, seed: int) -> torch.Tensor:
         pipe.scheduler = scheduler
-        generators = [keyed_generator(seed, "steps", i) for i in range(o.num_images)]
-        arguments = {"batch_size": o.num_images, "num_inference_steps": steps, "output_type": "pt"}
+        generators = [keyed_generator(seed, "steps", i) for i in range(args.num_images)]
+        arguments = {"batch_size": args.num_images, "num_inference_steps": steps, "output_type": "pt"}
         return pipe(latents=noise(seed), generator=generators, **arguments).images.cpu()
 
-    reference, again = (draw(ours, o.reference_steps, seed) for seed in (0, 1))
+    reference, again = (draw(ours, args.reference_steps, seed) for seed in (0, 1))
     floor = energy_distance(reference, again)
     samplers = {
         f"ours, {a}": VDMScheduler.from_config(ours.config, algorithm=a) for a in ("ancestral", "ddim", "dpmsolver++")
@@ -74,7 +73,7 @@ def main() -> None:
     rows, grids = [], {}
     for name, scheduler in samplers.items():
         row = {"sampler": name}
-        for steps in o.num_inference_steps:
+        for steps in args.num_inference_steps:
             images = draw(scheduler, steps, seed=2)
             row[str(steps)] = energy_distance(images, reference) / floor
             grids[name, str(steps)] = images[:16]
@@ -93,19 +92,19 @@ def main() -> None:
             {"tolerance": tolerance, "mean_num_calls": float(solution.num_calls.double().mean()), "ratio": row[column]}
         )
     report = {
-        "model": o.model,
-        "num_images": o.num_images,
-        "reference_steps": o.reference_steps,
+        "model": args.model,
+        "num_images": args.num_images,
+        "reference_steps": args.reference_steps,
         "noise_floor": floor,
         "distance_over_floor": rows,
         "adaptive_ode": ode_calls,
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
     }
-    output = Path(o.output)
+    output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     write_atomically(output / "samplers.json", json.dumps(report, indent=1))
-    columns = [str(steps) for steps in o.num_inference_steps]
+    columns = [str(steps) for steps in args.num_inference_steps]
     lines = ["| sampler | " + " | ".join(f"{c} steps" for c in columns) + " |", "|---" * (1 + len(columns)) + "|"]
     lines += [f"| {row['sampler']} | " + " | ".join(f"{row[c]:.2f}" for c in columns) + " |" for row in rows]
     table = "\n".join(lines)
@@ -115,7 +114,7 @@ def main() -> None:
 
 
 def draw_grids(grids: dict, names: list[str], columns: list[str], reference: torch.Tensor, path: Path) -> None:
-    """A row for each sampler, a column for each number of steps."""
+    """Saves a figure with a row for each sampler and a column for each number of steps."""
     from matplotlib.figure import Figure
 
     from diffusers_vdm.plots import image_grid

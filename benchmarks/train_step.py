@@ -1,23 +1,24 @@
-"""What a training step costs: ours against the arithmetic of plain PyTorch ports, in time, memory and where it goes.
+"""Cost of a training step against a plain PyTorch port: time, memory and a profile.
 
     python benchmarks/train_step.py --output benchmarks/results/train_step_cpu.json
     python benchmarks/train_step.py --preset cifar10 --batch_size 128 --device cuda
 
-Variants, which take turns in one process so that a noisy machine is the same for all:
+The variants alternate in one process, so that all see the same load of the machine:
 
-    port    the network written out plainly: one op after another, attention as einsum with its whole matrix of
-            weights, the decoder as a log-softmax with an axis of 256 levels against a one-hot tensor; fp32, AdamW
-            with a loop over the parameters
+    port    a plain implementation of the network: one op after another, attention by einsum with its whole matrix of
+            weights, the decoder as a log-softmax over an axis of 256 levels times a one-hot tensor; fp32, AdamW with
+            a loop over the parameters
     fp32    `VariationalBound` of `VDMUNet2DModel`, fused AdamW
-    bf16    the same under bf16 autocast, as `accelerate launch --mixed_precision bf16 examples/train.py` runs it
+    bf16    the same under bf16 autocast, as in `accelerate launch --mixed_precision bf16 examples/train.py`
 
-All train the same objective, the continuous-time bound with learned ends of γ, on the same weights. Before anything is
-timed, the loss and every gradient of `port` and `fp32` are held against each other for the same noise.
+All train the same objective, the continuous-time bound with learned ends of γ, from the same weights. Before the
+timing, the loss and every gradient of `port` and `fp32` are compared for the same noise.
 
-Peak memory is that of one step beyond what was there before it (weights, the optimizer's state, the batch), in a
-process of its own for each variant: on a CPU resident memory, with every block above 64 KiB given back when it is
-freed; on a GPU `torch.cuda.max_memory_allocated`. FLOPs are those of forward and backward of the model, nothing
-recomputed, of matrix products and convolutions; utilisation is their rate over that of a square matrix product.
+Peak memory is the increase during one step over the memory before it (weights, optimizer state, batch), measured in a
+separate process for each variant. On a CPU it is resident memory, where every block above 64 KiB is returned to the
+system when it is freed; on a GPU it is `torch.cuda.max_memory_allocated`. FLOPs count the matrix products and
+convolutions of forward and backward without recomputation. Utilization is their rate divided by that of a square
+matrix product.
 """
 
 from __future__ import annotations
@@ -49,33 +50,33 @@ NUM_LEVELS = 256
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="cifar10", choices=sorted(UNET_PRESETS))
-    parser.add_argument("--channels", type=int, help="instead of the preset's; 64 unless --preset is given")
+    parser.add_argument("--channels", type=int, help="replaces the preset's value; 64 unless --preset is given")
     parser.add_argument(
-        "--blocks", type=int, help="layers_per_block instead of the preset's; 4 unless --preset is given"
+        "--blocks", type=int, help="replaces the preset's layers_per_block; 4 unless --preset is given"
     )
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=9, help="rounds in which each variant makes one step")
+    parser.add_argument("--repeats", type=int, default=9, help="rounds; each variant makes one step per round")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true", help="torch.compile of ours; the port stays as it is")
+    parser.add_argument("--compile", action="store_true", help="apply torch.compile to our variants, not to the port")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--no_profile", action="store_true")
     parser.add_argument("--no_memory", action="store_true")
-    parser.add_argument("--output", type=Path, help="write the numbers there as JSON")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--peak_of", choices=VARIANTS, help="only measure this variant's peak memory")
-    o = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     given = sys.argv[1:] if arguments is None else arguments
     if not any(argument.split("=")[0] == "--preset" for argument in given):
-        o.channels, o.blocks = o.channels or 64, o.blocks or 4
-    return o
+        args.channels, args.blocks = args.channels or 64, args.blocks or 4
+    return args
 
 
 # ---- the port ----------------------------------------------------------------------------------------------------
 
 
 class PlainNetwork(nn.Module):
-    """The function of a one-level [`VDMUNet2DModel`] with its weights, one plain operation after another.
+    """Computes a one-level [`VDMUNet2DModel`] from its weights, one plain operation after another.
 
-    Raises: `ValueError` for a network of several levels, or with attention elsewhere than in the middle.
+    Raises: `ValueError` for a network with several levels, or with attention outside the mid block.
     """
 
     def __init__(self, unet: VDMUNet2DModel):
@@ -84,9 +85,9 @@ class PlainNetwork(nn.Module):
         plain = config.down_block_types == ("DownBlock2D",) and config.up_block_types == ("UpBlock2D",)
         if not plain or config.mid_block_type != "UNetMidBlock2D" or not config.fourier_exponents:
             raise ValueError(
-                "the port must be of a network with one level, attention in the middle only and Fourier features, got "
-                f"{config.down_block_types} and {config.up_block_types}; take --preset cifar10, or leave the variant "
-                "port out with --variants fp32 bf16."
+                "the port needs a network with one level, attention only in the middle and Fourier features, got "
+                f"{config.down_block_types} and {config.up_block_types}; use --preset cifar10, or leave out the "
+                "variant port with --variants fp32 bf16."
             )
         self.unet = unet
 
@@ -136,7 +137,7 @@ class PlainNetwork(nn.Module):
 
 
 class PlainBound(nn.Module):
-    """The continuous-time bound as the equations read, in float32, with a decoder over all levels at once.
+    """The continuous-time bound written directly from its equations, in float32, with all decoder levels at once.
 
     −log₂ p(x) ≤ KL(q(z_1|x) ‖ N(0, I)) − E[log p(x|z_0)] + ½ E[γ′ ‖ε − ε̂‖²], γ(t) = b + |w| t   [VDM eq. 11, §5]
     """
@@ -180,38 +181,38 @@ class PlainBound(nn.Module):
 # ---- a step of each variant --------------------------------------------------------------------------------------
 
 
-def build(o: argparse.Namespace) -> tuple[VDMUNet2DModel, LearnedLinearGamma]:
-    """The network and γ(t), out of their zero initialization, where every gradient is something."""
+def build(args: argparse.Namespace) -> tuple[VDMUNet2DModel, LearnedLinearGamma]:
+    """The network and γ(t), perturbed away from the zero initialization so that no gradient vanishes."""
     overrides = {"dropout": 0.0}
-    if o.channels:
-        overrides |= {"block_out_channels": (o.channels,), "attention_head_dim": o.channels}
-    if o.blocks:
-        overrides |= {"layers_per_block": o.blocks}
+    if args.channels:
+        overrides |= {"block_out_channels": (args.channels,), "attention_head_dim": args.channels}
+    if args.blocks:
+        overrides |= {"layers_per_block": args.blocks}
     torch.manual_seed(0)
-    unet = VDMUNet2DModel.from_preset(o.preset, **overrides)
+    unet = VDMUNet2DModel.from_preset(args.preset, **overrides)
     with torch.no_grad():
         for parameter in unet.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    return unet.train().to(o.device), LearnedLinearGamma().to(o.device)
+    return unet.train().to(args.device), LearnedLinearGamma().to(args.device)
 
 
-def draw(o: argparse.Namespace, unet: VDMUNet2DModel, batch_size: int | None = None) -> dict[str, torch.Tensor]:
-    """Images and all noise of a step; images are smooth, as a decoder of noise would be a case of its own."""
-    n, size = batch_size or o.batch_size, unet.config.sample_size
+def draw(args: argparse.Namespace, unet: VDMUNet2DModel, batch_size: int | None = None) -> dict[str, torch.Tensor]:
+    """Images and all noise of a step; the images are smooth, because noise images are untypical for the decoder."""
+    n, size = batch_size or args.batch_size, unet.config.sample_size
     generator = torch.Generator().manual_seed(1)
     coarse = torch.rand((n, unet.config.in_channels, 4, 4), generator=generator)
     images = F.interpolate(coarse, size=(size, size), mode="bilinear").mul(255).round().to(torch.uint8)
     batch = {"images": images, "t": (torch.arange(n) + 0.5) / n}
     batch |= {name: torch.randn(images.shape, generator=generator) for name in ("eps", "eps_0")}
-    return {name: value.to(o.device) for name, value in batch.items()}
+    return {name: value.to(args.device) for name, value in batch.items()}
 
 
 def make_step(
     variant: str, unet: VDMUNet2DModel, schedule: LearnedLinearGamma, device: str, compiled: bool = False
 ) -> tuple[Callable, Callable]:
-    """`(gradients, step)` of one of `VARIANTS`: each is called with the batch of [`draw`] and returns the loss.
+    """Two functions `(gradients, step)` of one of `VARIANTS`, each called with the batch of [`draw`].
 
-    `gradients` runs forward and backward, `step` the optimizer too; both on the weights that are given here.
+    Both return the loss. `gradients` runs forward and backward, `step` also the optimizer, on the weights given here.
     """
     parameters = [*unet.parameters(), *schedule.parameters()]
     if variant == "port":
@@ -224,7 +225,7 @@ def make_step(
     kind = torch.device(device).type
 
     def gradients(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        # as accelerate does: the module under autocast, which leaves losses in float32, and backward outside of it
+        # as in accelerate: the module under autocast, which keeps losses in float32, and backward outside of it
         with torch.autocast(kind, torch.bfloat16, enabled=variant == "bf16"):
             loss = bound(**batch)[0]
         loss.float().backward()
@@ -242,16 +243,16 @@ def make_step(
 # ---- measurements ------------------------------------------------------------------------------------------------
 
 
-def compare(o: argparse.Namespace) -> dict[str, dict]:
-    """Loss and gradients of each variant against the port's: |Δ loss| in bits/dim, |Δg|/|g| over all, and the worst.
+def compare(args: argparse.Namespace) -> dict[str, dict]:
+    """Compares loss and gradients with the port: |Δ loss| in bits/dim, |Δg|/|g| of all gradients, and the largest.
 
-    Raises: `ValueError` where fp32 differs by more than rounding does.
+    Raises: `ValueError` if fp32 differs by more than rounding.
     """
-    unet, schedule = build(o)
-    batch, found = draw(o, unet, min(o.batch_size, 8)), {}
+    unet, schedule = build(args)
+    batch, found = draw(args, unet, min(args.batch_size, 8)), {}
     for variant in VARIANTS:
         own_unet, own_schedule = copy.deepcopy(unet), copy.deepcopy(schedule)
-        loss = float(make_step(variant, own_unet, own_schedule, o.device)[0](batch))
+        loss = float(make_step(variant, own_unet, own_schedule, args.device)[0](batch))
         named = [*own_unet.named_parameters(), *own_schedule.named_parameters()]
         found[variant] = (loss, {name: p.grad.double() for name, p in named})
     loss, expected = found.pop("port")
@@ -259,7 +260,7 @@ def compare(o: argparse.Namespace) -> dict[str, dict]:
     for variant, (own_loss, grads) in found.items():
         whole = torch.cat([g.flatten() for g in expected.values()]).norm()
         overall = float(torch.cat([(grads[name] - g).flatten() for name, g in expected.items()]).norm() / whole)
-        # the attention's to_k.bias has no gradient but rounding
+        # the exact gradient of the attention's to_k.bias is zero
         floor = 1e-6 * whole
         error = {name: float((grads[name] - g).norm() / g.norm().clamp(min=floor)) for name, g in expected.items()}
         worst = max(error, key=error.get)
@@ -277,7 +278,7 @@ def wait(device: str) -> None:
 
 
 def seconds(work: Callable, device: str) -> float:
-    """Wall-clock time of `work()`, the device's queue included."""
+    """Wall-clock time of `work()`, including the queue of the device."""
     wait(device)
     start = time.perf_counter()
     work()
@@ -286,7 +287,7 @@ def seconds(work: Callable, device: str) -> float:
 
 
 def alternate(works: dict[str, Callable], repeats: int, device: str, warm_up: int = 2) -> dict[str, list[float]]:
-    """Seconds of each of `works` in each round; in a round each is called once, in the order given."""
+    """Seconds of each of `works` in each round; a round calls each of them once, in the given order."""
     for work in works.values():
         for _ in range(warm_up):
             work()
@@ -295,15 +296,15 @@ def alternate(works: dict[str, Callable], repeats: int, device: str, warm_up: in
 
 
 def ratio(base: list[float], other: list[float]) -> dict[str, float]:
-    """How many times as fast as `base` the other is: of medians, of fastest steps, and of the rounds the extremes."""
-    rounds = [b / o for b, o in zip(base, other, strict=True)]
+    """Speedup of `other` over `base`: ratio of the medians, of the fastest steps, and the extremes over the rounds."""
+    rounds = [first / second for first, second in zip(base, other, strict=True)]
     value = statistics.median(base) / statistics.median(other)
     results = {"of_medians": value, "of_fastest": min(base) / min(other)}
     return results | {"smallest_round": min(rounds), "largest_round": max(rounds)}
 
 
 def profile(step: Callable, device: str, top: int = 14) -> list[dict]:
-    """Where the time of a step goes: the operations that take most of it themselves, and their share."""
+    """Profile of a step: the operations with the largest self time, and their share."""
     on_gpu = device.startswith("cuda")
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if on_gpu else []
@@ -319,18 +320,18 @@ def profile(step: Callable, device: str, top: int = 14) -> list[dict]:
     ]
 
 
-def peak_mebibytes(o: argparse.Namespace) -> float:
-    """Peak memory of one step of `--peak_of` beyond what was there before it; to be called in a fresh process."""
-    unet, schedule = build(o)
-    step = make_step(o.peak_of, unet, schedule, o.device, o.compile)[1]
-    step(draw(o, unet, 1))  # threads, kernels and the optimizer's state
-    batch = draw(o, unet)
-    if o.device.startswith("cuda"):
-        wait(o.device)
+def peak_mebibytes(args: argparse.Namespace) -> float:
+    """Increase of memory to its peak during one step of `--peak_of`; must be called in a new process."""
+    unet, schedule = build(args)
+    step = make_step(args.peak_of, unet, schedule, args.device, args.compile)[1]
+    step(draw(args, unet, 1))  # threads, kernels and the optimizer's state
+    batch = draw(args, unet)
+    if args.device.startswith("cuda"):
+        wait(args.device)
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         step(batch)
-        wait(o.device)
+        wait(args.device)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts from here
     before = resident("VmRSS")
@@ -339,18 +340,18 @@ def peak_mebibytes(o: argparse.Namespace) -> float:
 
 
 def resident(which: str) -> float:
-    """A line of this process's status, in MiB (Linux)."""
+    """An entry of this process's /proc status, in MiB (Linux)."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     line = next(line for line in lines if line.startswith(which))
     return int(line.split()[1]) / 1024
 
 
-def peaks(o: argparse.Namespace) -> dict[str, float]:
+def peaks(args: argparse.Namespace) -> dict[str, float]:
     """Peak memory of each variant, in MiB."""
-    # without this, what malloc keeps of freed memory for later depends on the order in which it was freed
+    # otherwise the amount of freed memory that malloc keeps depends on the order in which it was freed
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     found = {}
-    for variant in o.variants:
+    for variant in args.variants:
         results = subprocess.run(
             [sys.executable, __file__, *sys.argv[1:], "--peak_of", variant],
             capture_output=True, text=True, check=True, env=environment,
@@ -360,7 +361,7 @@ def peaks(o: argparse.Namespace) -> dict[str, float]:
 
 
 def report(results: dict) -> str:
-    """The table that is printed."""
+    """The printed table of results."""
     rows = [f"{'':<6}{'s/step':>9}{'images/s':>10}{'speed':>8}{'peak MiB':>10}{'memory':>8}{'utilisation':>13}"]
     for name, row in results["variants"].items():
         cells = [f"{name:<6}{row['seconds']:>9.3f}{row['images_per_second']:>10.1f}"]
@@ -376,51 +377,51 @@ def report(results: dict) -> str:
 
 
 def main() -> None:
-    o = parse_options()
-    if o.peak_of:
-        print(peak_mebibytes(o))
+    args = parse_options()
+    if args.peak_of:
+        print(peak_mebibytes(args))
         return
-    name = torch.cuda.get_device_name() if o.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
+    name = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
     results = {"command": " ".join(["python", *sys.argv]), "machine": f"{name}, {platform.machine()}"}
     results |= {
         "torch": torch.__version__,
-        "options": {k: v for k, v in vars(o).items() if k not in ("output", "peak_of")},
+        "options": {k: v for k, v in vars(args).items() if k not in ("output", "peak_of")},
     }
     results["load_average_before"] = os.getloadavg()[0]
-    has_port = "port" in o.variants
-    unet, schedule = build(o)
+    has_port = "port" in args.variants
+    unet, schedule = build(args)
     results["parameters"] = sum(p.numel() for p in unet.parameters())
     if has_port:
-        results["against_port"] = compare(o)
+        results["against_port"] = compare(args)
         shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-        results["model_flops_per_step"] = o.batch_size * training_cost(unet, shape).flops_per_image
-    batch = draw(o, unet)
-    steps = {v: make_step(v, *copy.deepcopy((unet, schedule)), o.device, o.compile)[1] for v in o.variants}
+        results["model_flops_per_step"] = args.batch_size * training_cost(unet, shape).flops_per_image
+    batch = draw(args, unet)
+    steps = {v: make_step(v, *copy.deepcopy((unet, schedule)), args.device, args.compile)[1] for v in args.variants}
     works = {v: (lambda step=step: step(batch)) for v, step in steps.items()}
-    times = alternate(works, o.repeats, o.device)
-    memory = {} if o.no_memory else peaks(o)
+    times = alternate(works, args.repeats, args.device)
+    memory = {} if args.no_memory else peaks(args)
     results["variants"] = {}
-    for v in o.variants:
+    for v in args.variants:
         middle = statistics.median(times[v])
-        row = {"seconds": middle, "images_per_second": o.batch_size / middle, "seconds_of_rounds": times[v]}
+        row = {"seconds": middle, "images_per_second": args.batch_size / middle, "seconds_of_rounds": times[v]}
         if v in memory:
             row["peak_mebibytes"] = memory[v]
         if has_port:
-            rate = matmul_flops_per_second(o.device, torch.bfloat16 if v == "bf16" else torch.float32)
+            rate = matmul_flops_per_second(args.device, torch.bfloat16 if v == "bf16" else torch.float32)
             row |= {"matmul_flops_per_second": rate, "utilisation": results["model_flops_per_step"] / middle / rate}
         if has_port and v != "port":
             row["speed_over_port"] = ratio(times["port"], times[v])
             if v in memory:
                 row["memory_over_port"] = memory[v] / memory["port"]
-        if not o.no_profile:
-            row["profile"] = profile(works[v], o.device)
+        if not args.no_profile:
+            row["profile"] = profile(works[v], args.device)
         results["variants"][v] = row
     print(report(results))
     if has_port:
         print(json.dumps(results["against_port"], indent=1))
-    if o.output:
-        o.output.parent.mkdir(parents=True, exist_ok=True)
-        o.output.write_text(json.dumps(results, indent=1) + "\n")
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Convert checkpoints of other codes in and out: the same as `diffusers-vdm convert`.
+"""Convert checkpoints from and to other codes: same as `diffusers-vdm convert`.
 
 python examples/convert.py official checkpoints-0 vdm-cifar10
 """

@@ -1,4 +1,4 @@
-"""Measure bits per dimension: the same as `diffusers-vdm evaluate`, for `accelerate launch`.
+"""Measure bits per dimension: same as `diffusers-vdm evaluate`, for `accelerate launch`.
 
 accelerate launch examples/evaluate.py --model runs/digits
 """

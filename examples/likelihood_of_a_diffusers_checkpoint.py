@@ -3,10 +3,10 @@
     python examples/likelihood_of_a_diffusers_checkpoint.py --model google/ddpm-cifar10-32 \
         --dataset_name uoft-cs/cifar10 --image_column img --max_images 64        # or: --image_dir my_images
 
-measures it in two ways: by the variational bound with all T terms in DDPM's own convention, and by the density of the
-probability-flow ODE. Both take many network calls for each image, T (1,000 as a rule) and 100 to 500: use a GPU for
-more than a few images. Without --model it makes a tiny network with random weights, which runs offline in 10 seconds
-on one CPU core and whose numbers mean nothing:
+measures it in two ways: by the variational bound with all T terms in DDPM's convention, and by the density of the
+probability-flow ODE. The bound takes T (usually 1,000) network calls per image and the ODE 100 to 500, so use a GPU
+for more than a few images. Without --model it uses a tiny network with random weights, which runs offline in 10
+seconds on one CPU core and gives meaningless numbers:
 
     python examples/likelihood_of_a_diffusers_checkpoint.py
 
@@ -33,7 +33,7 @@ from diffusers_vdm import evaluate_bpd, evaluate_ode, noise_schedule_of
 
 
 def random_checkpoint(folder):
-    """A checkpoint as diffusers saves it, with random weights, for 16×16 images and 50 steps."""
+    """Saves a diffusers checkpoint with random weights, for 16×16 images and 50 steps."""
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (16,)}
     unet = UNet2DModel(sample_size=16, layers_per_block=1, norm_num_groups=4, add_attention=False, **blocks)
@@ -41,7 +41,7 @@ def random_checkpoint(folder):
 
 
 def pictures(args):
-    """The user's images, or patches of a photograph that comes with scikit-learn."""
+    """The user's images, or patches of a photograph from scikit-learn."""
     if args.image_dir:
         files = sorted(f for f in args.image_dir.iterdir() if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
         return [Image.open(file) for file in files[: args.max_images]]
@@ -57,7 +57,7 @@ def pictures(args):
 
 
 def as_integers(images, unet):
-    """uint8 of shape (N, C, H, W) in the size that the network was trained for. Resizing changes the likelihood."""
+    """uint8 of shape (N, C, H, W) in the network's image size. Resizing changes the likelihood."""
     size, mode = unet.config.sample_size, {1: "L", 3: "RGB"}[unet.config.in_channels]
     height, width = (size, size) if isinstance(size, int) else size
     if any(image.size != (width, height) for image in images):
@@ -74,7 +74,7 @@ def main():
     parser.add_argument("--split", default="test")
     parser.add_argument("--image_column", default="image")
     parser.add_argument("--max_images", type=int, default=16)
-    parser.add_argument("--tolerance", type=float, default=1e-4, help="of the ODE; smaller is slower")
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="tolerance of the ODE; smaller is slower")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if args.model is None:
@@ -88,8 +88,8 @@ def main():
 
     # All T terms for each image, x = k/127.5 − 1 and the discretized Gaussian decoder, as in DDPM's paper.
     bound = evaluate_bpd(pipe.unet, pipe.scheduler, images, convention="ddpm")
-    # The ODE takes x = 2(k + ½)/256 − 1, and noise within each level makes the integers continuous. Its convention is
-    # not that of the bound above, so their difference says little.
+    # The ODE uses x = 2(k + ½)/256 − 1, and noise within each level makes the integers continuous. The bound above has
+    # another convention, so the two numbers are not directly comparable.
     schedule, kind = noise_schedule_of(pipe.scheduler), pipe.scheduler.config.prediction_type
     tolerances = {"rtol": args.tolerance, "atol": args.tolerance}
     density = evaluate_ode(pipe.unet, schedule, images, prediction_type=kind, **tolerances)

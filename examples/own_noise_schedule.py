@@ -1,6 +1,6 @@
-"""A noise schedule γ(t) of one's own: trained, baked into a scheduler, saved with the pipeline, loaded again.
+"""A custom noise schedule γ(t): train it, put it into a scheduler, save it with the pipeline, and load it again.
 
-A subclass of `NoiseSchedule` has to write three methods: `ends()`, `gamma_and_slope(t)`, and an `__init__` under
+A subclass of `NoiseSchedule` must define three methods: `ends()`, `gamma_and_slope(t)`, and an `__init__` with
 `register_to_config` whose arguments include gamma_min, gamma_max and num_train_timesteps, which scale the timestep.
 
     python examples/own_noise_schedule.py
@@ -14,13 +14,13 @@ saves a pipeline in `runs/own_schedule` and prints, in about a minute on one CPU
     largest difference of the loaded schedule: 0.0e+00
     largest difference of the loaded scheduler, by its table: 1.7e-08
 
-What is saved, and who can load it:
+What is saved, and how it is loaded:
 * `VDMScheduler.from_noise_schedule` writes γ(t) as a table into the scheduler's JSON. Sampling and likelihoods need
   nothing else, so the scheduler loads wherever diffusers_vdm is installed, without this file.
-* The schedule itself is only needed to continue training. The saved pipeline names the module of its class, which must
-  be importable (not `__main__`), must import `ModelMixin`, by which diffusers recognizes components, and must itself
-  be imported before `VDMPipeline.from_pretrained`, which imports nothing because a file names it. Diffusers logs
-  "Expected types for noise_schedule" for a class that the package does not know, and loads it all the same.
+* The schedule itself is only needed to continue training. The saved pipeline names the module of its class. This
+  module must be importable (not `__main__`) and must import `ModelMixin`, by which diffusers recognizes components.
+  Import it before you call `VDMPipeline.from_pretrained`, which does not import modules named in files. Diffusers logs
+  "Expected types for noise_schedule" for a class that is not in the package, and loads it anyway.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from diffusers_vdm import NoiseSchedule, VariationalBound, VDMPipeline, VDMSched
 class PowersGamma(NoiseSchedule):
     """γ(t) = γ_min + (γ_max − γ_min) u(t), where u is a mixture of t^k and 1 − (1 − t)^k for k = 1 … `degree`.
 
-    Each of these rises from 0 to 1 and so does their mixture, whatever the weights: monotone by construction.
+    Each of these rises from 0 to 1, and so does their mixture for any weights: γ is monotone by construction.
     """
 
     @register_to_config
@@ -49,20 +49,20 @@ class PowersGamma(NoiseSchedule):
         self.logits = nn.Parameter(torch.zeros(2, degree))
 
     def ends(self):
-        """γ(0) and γ(1) in float64. Here they are fixed; where they are learned, they must be differentiable."""
+        """γ(0) and γ(1) in float64. Here they are fixed; learned ends must be differentiable."""
         ends = (self.config.gamma_min, self.config.gamma_max)
         return tuple(torch.tensor(end, dtype=torch.float64, device=self.logits.device) for end in ends)
 
     def gamma_and_slope(self, t, scale_shape_grad=None):
-        """γ(t) and dγ/dt, of the shape and the type of `t`, which is float64."""
+        """γ(t) and dγ/dt, with the shape and dtype of `t`, which is float64."""
         weights = self.logits.to(t).flatten().softmax(0).view(self.logits.shape)
         k = torch.arange(1, self.logits.shape[1] + 1).to(t)
         rising, falling = t[..., None], 1 - t[..., None]
         unit = (weights[0] * rising**k + weights[1] * (1 - falling**k)).sum(-1)
         slope = (weights[0] * k * rising ** (k - 1) + weights[1] * k * falling ** (k - 1)).sum(-1)
         if scale_shape_grad is not None and unit.requires_grad:
-            # In continuous time the bound does not depend on the inside of γ, only the variance of its estimate does.
-            # `VariationalBound` minimizes that: these hooks turn the gradient of the loss into that of its square.
+            # In continuous time the interior of γ does not change the bound, only the variance of its estimate, which
+            # `VariationalBound` minimizes: these hooks turn the gradient of the loss into that of its square.
             unit.register_hook(lambda grad: grad * scale_shape_grad())
             slope.register_hook(lambda grad: grad * scale_shape_grad())
         gamma_0, gamma_1 = self.ends()
@@ -74,7 +74,7 @@ def main():
     parser.add_argument("--train_steps", type=int, default=300)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/own_schedule"))
     args = parser.parse_args()
-    torch.manual_seed(0)  # of the network's weights
+    torch.manual_seed(0)  # for the network's weights
     generator = torch.Generator().manual_seed(0)
     images = torch.from_numpy(load_digits().images.astype(np.uint8))[:, None]
     unet, schedule = VDMUNet2DModel.from_preset("digits"), PowersGamma(gamma_min=-7.5, gamma_max=5.0)
@@ -104,6 +104,6 @@ def main():
 
 
 if __name__ == "__main__":
-    import own_noise_schedule  # this file as a module, so that PowersGamma belongs to it and not to __main__
+    import own_noise_schedule  # import this file, so that the module of PowersGamma is not __main__
 
     own_noise_schedule.main()

@@ -1,4 +1,4 @@
-"""Draw images from a saved model: the same as `diffusers-vdm sample`.
+"""Sample images from a saved model: same as `diffusers-vdm sample`.
 
 python examples/sample.py --model runs/digits
 """

@@ -1,8 +1,8 @@
-"""A diffusion model of a 2-D mixture whose density is known: exact and estimated likelihood, side by side.
+"""A diffusion model of a 2-D mixture with known density: exact and estimated likelihoods side by side.
 
     python examples/toy_2d.py
 
-trains on one CPU core, saves `toy_2d.png` (densities and samples), all in 20 seconds, and prints:
+trains on one CPU core, saves `toy_2d.png` (densities and samples), takes 20 seconds, and prints:
 
     −log p(x) in nats              exact     ODE   bound ± Monte-Carlo error
     held-out x = (-0.15, +0.96)    1.551   1.691   1.698 ± 0.027
@@ -10,8 +10,9 @@ trains on one CPU core, saves `toy_2d.png` (densities and samples), all in 20 se
     mean of 2000 held-out points   2.239   2.247   2.262 ± 0.009
     The ODE's mean is +0.008 ± 0.004 nats off the exact one.
 
-`VariationalBound` takes integers, so the bound for continuous data is written out with `diffusers_vdm.diffusion`.
-The bound describes ancestral sampling, the ODE defines another density; both equal the data's only if ε̂ is exact.
+`VariationalBound` needs integer data, so the bound for continuous data is written here with `diffusers_vdm.diffusion`.
+The bound belongs to ancestral sampling, and the ODE defines another density; both equal the data's density only if ε̂
+is exact.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from diffusers_vdm import FixedLinearGamma, diffusion, ode
 
 SCHEDULE = FixedLinearGamma(gamma_min=-7.0, gamma_max=5.0)  # γ(t) = −log SNR
 GAMMA_0, GAMMA_1 = SCHEDULE.ends()
-# the data: eight Gaussians along a spiral; the farther out, the wider and the heavier
+# the data: eight Gaussians along a spiral, wider and heavier farther out
 WEIGHTS, STDS, ANGLES = torch.arange(1, 9) / 36, torch.linspace(0.15, 0.4, 8), 0.8 * torch.arange(8)
 MEANS = torch.linspace(0.4, 2, 8)[:, None] * torch.stack([ANGLES.cos(), ANGLES.sin()], 1)
 
@@ -42,7 +43,7 @@ def exact_nats(x):
 
 
 class Denoiser(nn.Module):
-    """Predicts ε from z and the timestep; called like a U-Net. ε̂ = σ (z + f), so f is 0 for data from N(0, I)."""
+    """Predicts ε from z and the timestep, called like a U-Net. ε̂ = σ (z + f), where f is 0 for data from N(0, I)."""
 
     def __init__(self, width=64):
         super().__init__()
@@ -56,19 +57,19 @@ class Denoiser(nn.Module):
 
 
 def bound_nats(denoiser, x, generator):
-    """The variational bound on −log p(x), from one t and one ε for each point: unbiased, and noisy."""
+    """The variational bound on −log p(x), from one t and one ε per point: an unbiased but noisy estimate."""
     t = (torch.rand(1, generator=generator) + torch.arange(len(x)) / len(x)) % 1  # evenly spread over the batch
     gamma_t, slope = SCHEDULE.gamma_and_slope(t.double())
     eps = torch.randn(x.shape, generator=generator)
     eps_hat = denoiser(diffusion.q_sample(x, eps, gamma_t), SCHEDULE.timestep(t, gamma_t).float())[0]
     prior = diffusion.prior_kl_nats(x, GAMMA_1).sum(1)
-    # p(x|z_0) is N(z_0/α_0, exp(γ_0) I): the mean of its −log is the entropy of a Gaussian
+    # p(x|z_0) is N(z_0/α_0, exp(γ_0) I), so the mean of −log p(x|z_0) is the entropy of a Gaussian
     reconstruction = 0.5 * x.shape[1] * (math.log(2 * math.pi * math.e) + GAMMA_0)
     return prior + reconstruction + 0.5 * slope * (eps - eps_hat).square().sum(1)
 
 
 def ode_nats(denoiser, x):
-    """−log p(x) by the probability-flow ODE, started at z = α_0 x: as if x had noise of variance exp(γ_0) added."""
+    """−log p(x) from the probability-flow ODE, started at z = α_0 x, as if x had noise of variance exp(γ_0)."""
     model, alpha_0 = ode.eps_model(denoiser, SCHEDULE), float(diffusion.alpha(GAMMA_0))
     solution = ode.log_prob_nats(model, alpha_0 * x, float(GAMMA_0), float(GAMMA_1), divergence="exact")
     return -solution.log_prob_nats - x.shape[1] * math.log(alpha_0)  # from the density of z to that of x
@@ -80,7 +81,7 @@ def main():
     parser.add_argument("--points", type=int, default=2000, help="held-out points, and samples in the figure")
     parser.add_argument("--output", default="toy_2d.png")
     args = parser.parse_args()
-    torch.manual_seed(0)  # of the network's weights; everything else is drawn by the generator
+    torch.manual_seed(0)  # for the network's weights; everything else uses the generator
     generator, denoiser = torch.Generator().manual_seed(0), Denoiser()
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-2, betas=(0.9, 0.99))
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.train_steps)

@@ -1,4 +1,4 @@
-"""Train a Variational Diffusion Model or a DDPM: the same as `diffusers-vdm train`, for `accelerate launch`.
+"""Train a Variational Diffusion Model or a DDPM: same as `diffusers-vdm train`, for `accelerate launch`.
 
 accelerate launch examples/train.py --help
 """

@@ -1,9 +1,9 @@
-"""The training loop in full: Accelerate, the variational bound, averaged weights, and a pipeline in a folder.
+"""A complete training loop: Accelerate, the variational bound, averaged weights, and a saved pipeline.
 
     accelerate launch examples/train_minimal.py
 
-trains on the 8×8 digits of scikit-learn, on as many processes as Accelerate starts, and saves a `VDMPipeline` and
-`samples.png` in `runs/minimal`. With its progress bars it prints, in about 4 minutes on one CPU core:
+trains on the 8×8 digits of scikit-learn, with as many processes as Accelerate starts, and saves a `VDMPipeline` and
+`samples.png` in `runs/minimal`. It takes about 4 minutes on one CPU core and prints, besides progress bars:
 
     step 250: 2.193 bits/dim on a batch of training images
     step 500: 1.967 bits/dim on a batch of training images
@@ -14,7 +14,7 @@ trains on the 8×8 digits of scikit-learn, on as many processes as Accelerate st
     297 held-out images: 1.8036 ± 0.0076 bits/dim
     saved the pipeline and samples.png in runs/minimal
 
-`train.py` beside it adds what long runs need: checkpoints, resuming, metrics, other data sets, the Hub.
+`train.py` in the same folder adds checkpoints, resuming, metrics, other data sets and the Hub.
 """
 
 import argparse
@@ -43,7 +43,7 @@ NUM_LEVELS = 17  # pixels of the digits are 0 … 16
 
 
 def load_images():
-    """1,500 images to train on and 297 held-out ones, integers of shape (N, 1, 8, 8)."""
+    """1,500 training and 297 held-out images, integers of shape (N, 1, 8, 8)."""
     images = torch.from_numpy(load_digits().images.astype(np.uint8))[:, None]
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     return images[order[:1500]], images[order[1500:]]
@@ -57,7 +57,7 @@ def endless(loader):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--train_steps", type=int, default=1500)
-    parser.add_argument("--batch_size", type=int, default=64, help="of each process")
+    parser.add_argument("--batch_size", type=int, default=64, help="images per process")
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--eval_samples", type=int, default=16, help="draws of (t, ε) for each held-out image")
     parser.add_argument("--num_inference_steps", type=int, default=100)
@@ -66,18 +66,18 @@ def main():
     args = parser.parse_args()
 
     accelerator = Accelerator()
-    set_seed(args.seed, device_specific=True)  # dropout differs; the weights are those of the first process on all
+    set_seed(args.seed, device_specific=True)  # dropout differs; all processes use the weights of the first one
     train_images, test_images = load_images()
     unet = VDMUNet2DModel.from_preset("digits")
     schedule = MonotoneGammaNetwork(gamma_min=-7.5, gamma_max=5.0)  # γ = −log SNR at t = 0 and t = 1
-    bound = VariationalBound(unet, schedule, num_levels=NUM_LEVELS)  # one module of both, so that both are trained
-    # γ(t) may learn faster than the network: it has few parameters, and they only lower the variance of the loss
+    bound = VariationalBound(unet, schedule, num_levels=NUM_LEVELS)  # one module with the parameters of both
+    # γ(t) can have a larger learning rate: its few parameters only reduce the variance of the loss
     groups = [{"params": unet.parameters()}, {"params": schedule.parameters(), "lr": 10 * args.learning_rate}]
     optimizer = torch.optim.AdamW(groups, lr=args.learning_rate)
     loader = DataLoader(TensorDataset(train_images), args.batch_size, shuffle=True, drop_last=True)
     model, optimizer, loader = accelerator.prepare(bound, optimizer, loader)
     ema = EMAModel(bound.parameters(), decay=0.999, use_ema_warmup=True, power=3 / 4)
-    # every process draws times and noise of its own
+    # every process draws its own times and noise
     generator = torch.Generator(accelerator.device).manual_seed(args.seed * 10_000 + accelerator.process_index)
 
     batches = endless(loader)
@@ -94,7 +94,7 @@ def main():
             mean = accelerator.reduce(loss.detach(), "mean").item()
             accelerator.print(f"step {step}: {mean:.3f} bits/dim on a batch of training images")
 
-    bound = accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # evaluated in float32, however it was trained
+    bound = accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # evaluated in float32, even after bf16 training
     ema.copy_to(bound.parameters())
     result = evaluate_bound(bound, test_images, num_samples=args.eval_samples, accelerator=accelerator)
     if accelerator.is_main_process:
@@ -106,8 +106,8 @@ def main():
         samples = pipe(64, num_inference_steps=args.num_inference_steps, generator=sampling).images
         make_image_grid(samples, rows=8, cols=8, resize=64).save(args.output_dir / "samples.png")
         print(f"saved the pipeline and samples.png in {args.output_dir}")
-    accelerator.wait_for_everyone()  # none leaves while the first one is at work
-    # DDP's reducer must go before the group of processes: as the last to hold it, it may wait for ever (torch 2.13)
+    accelerator.wait_for_everyone()  # no process ends while the first one works
+    # free DDP's reducer before the process group: if it is the last to hold the group, it can hang (torch 2.13)
     model, optimizer, loader = accelerator.free_memory(model, optimizer, loader)
     accelerator.end_training()
 
