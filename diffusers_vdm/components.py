@@ -1,6 +1,6 @@
-"""The classes that saved pipelines name, and their modules, which `model_index.json` stores: they never move."""
+"""Classes in saved pipelines and their modules. `model_index.json` stores both, so a class must never move."""
 
-# class → module of this package; a new noise schedule that pipelines can hold is one more line
+# class → module of this package; add a line for a new noise schedule that pipelines can contain
 MODULE_OF = {
     "VDMUNet2DModel": "unet",
     "VDMScheduler": "schedulers",
@@ -16,5 +16,5 @@ MODULES = tuple(dict.fromkeys(MODULE_OF.values()))
 NOISE_SCHEDULES = tuple(name for name, module in MODULE_OF.items() if module == "noise_schedules")
 
 PIPELINE = "VDMPipeline"
-# the arguments of VDMPipeline.__init__ that are components, and whether a pipeline can be without
+# the arguments of VDMPipeline.__init__ that are components, and whether each is optional
 IS_OPTIONAL = {"unet": False, "scheduler": False, "noise_schedule": True}

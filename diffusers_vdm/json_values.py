@@ -1,4 +1,4 @@
-"""Values of JSON files that anybody may have written: of the type that is expected, or `None`."""
+"""Read values of untrusted JSON files: a value of the expected type, or `None`."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def text(value: object) -> str | None:
 
 
 def mapping(value: object) -> dict[str, Any]:
-    """A dictionary; an empty one in the place of anything else."""
+    """A dictionary; an empty one for anything else."""
     return value if isinstance(value, dict) else {}
 
 
 def items(value: object) -> list[Any]:
-    """A list; an empty one in the place of anything else."""
+    """A list; an empty one for anything else."""
     return value if isinstance(value, list) else []

@@ -1,10 +1,10 @@
-"""The type of diffusers' `config`, which its annotation calls a plain dictionary."""
+"""The type of `config`, which diffusers annotates as a plain dictionary."""
 
 from typing import TYPE_CHECKING, Any
 
 
 class TypedConfig:
-    """First base of our components, for type checkers alone: `config` also has each argument as an attribute."""
+    """First base class of our components, for type checkers only: `config` also has each argument as an attribute."""
 
     if TYPE_CHECKING:
 

@@ -1,1 +1,1 @@
-"""Measuring the likelihood of images: by Monte Carlo, by all terms of a chain, and by the probability-flow ODE."""
+"""Measure the likelihood of images by Monte Carlo, by all terms of a chain, or by the probability-flow ODE."""

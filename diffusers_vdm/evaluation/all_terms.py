@@ -1,13 +1,14 @@
-"""Bits per dimension with every term of T steps for every image, for our models and for diffusers' checkpoints.
+"""Bits per dimension from all T terms of the bound for each image, for our models and diffusers checkpoints.
 
-(`evaluate_mc` in monte_carlo.py estimates the bound by draws of t, also in continuous time.) Two conventions:
+`evaluate_mc` in monte_carlo.py estimates the bound from random t instead, also in continuous time. There are two
+conventions:
 
 * `"vdm"`: x = 2(k + ½)/levels − 1, p(x|z_0) = softmax over the levels, T terms of the diffusion loss [VDM §4].
 * `"ddpm"`: x = 2k/(levels − 1) − 1, T − 1 terms, and the discretized Gaussian decoder at index 0 [DDPM eq. 5 and 13;
   improved-diffusion's `calc_bpd_loop`].
 
-γ = −log SNR grows with the noise. All randomness is keyed on (seed, step, image): no answer depends on the batch size,
-the order, or the number of processes.
+γ = −log SNR grows with the noise. All randomness is keyed on (seed, step, image), so results do not depend on the
+batch size, the order, or the number of processes.
 """
 
 from __future__ import annotations
@@ -39,34 +40,35 @@ from .rows import (
     evaluating,
     fingerprint,
     identity_of,
-    value_so_far,
+    progress_text,
 )
 from .step_selection import best_levels
 
 Convention = Literal["vdm", "ddpm"]
 
-# terms whose numbers come from the device together: each time it is waited for
+# number of terms copied from the device at a time, because each copy synchronizes
 _TERMS_AT_ONCE = 16
 
 
 @dataclass
 class BpdEvaluation:
-    """The T-step bound of a data set with every term of every image.
+    """The T-step bound of a data set, with each term for each image.
 
     Attributes:
         bpd (`float`): mean of the bound over the images, bits/dim.
-        stderr_bpd (`float`): its standard error as an estimate for the *population* that the images are drawn from, by
-            their spread; NaN for a single image. Every image has noise of its own, so that they are independent.
-        prior_bpd, reconstruction_bpd, diffusion_bpd (`float`): its terms.
-        num_images, num_steps (`int`): N, and T, the number of terms of the chain (of network calls for each image).
-        convention (`str`): `"vdm"` or `"ddpm"`, see the head of the module.
+        stderr_bpd (`float`): its standard error as an estimate for the *population* that the images are drawn from,
+            computed from the spread over images; NaN for a single image. Each image has its own noise, so images are
+            independent.
+        prior_bpd, reconstruction_bpd, diffusion_bpd (`float`): the terms of `bpd`.
+        num_images, num_steps (`int`): N, and T, the number of terms of the chain and of network calls per image.
+        convention (`str`): `"vdm"` or `"ddpm"`, see the module docstring.
         clip_sample (`bool`): whether x̂ was clamped.
         variance_type (`str`): the variance of p(z_s|z_t).
-        gamma_0 (`float`): where the chain ends, −inf in the DDPM convention, whose end is the data.
+        gamma_0 (`float`): noise level at which the chain ends; −inf in the DDPM convention, where it ends at the data.
         gammas (`torch.Tensor` of shape `(T,)`): noise level of the latent in each diffusion term, increasing.
-        timesteps (`list`): decreasing timesteps that give this chain again, in `evaluate_vlb` and `set_timesteps`.
-        terms_bpd (`torch.Tensor` of shape `(N, T)`): the diffusion terms; in the DDPM convention the first is 0 and
-            the decoder stands in `reconstruction`.
+        timesteps (`list`): decreasing timesteps that reproduce this chain in `evaluate_vlb` and `set_timesteps`.
+        terms_bpd (`torch.Tensor` of shape `(N, T)`): the diffusion terms; in the DDPM convention the first is 0, and
+            the decoder's term is in `reconstruction_bpd`.
         per_image_bpd (`torch.Tensor` of shape `(N,)`): the bound of each image.
         mse (`torch.Tensor` of shape `(N, T)`): mean of (ε − ε̂)² over the dimensions.
     """
@@ -93,13 +95,13 @@ class BpdEvaluation:
 class _Chain:
     """The levels of a T-step bound: term k goes from `gammas[k]` down to `gammas[k − 1]`, the first to `gamma_0`.
 
-    γ_0 = −inf stands for DDPM's convention, where the network itself is the decoder at the first level.
+    γ_0 = −inf denotes DDPM's convention, where the network itself is the decoder at the first level.
     """
 
     gammas: torch.Tensor
     gamma_0: torch.Tensor
     timesteps: torch.Tensor
-    visited: torch.Tensor  # `timesteps`, and that of `gamma_0` where it has one in the list
+    visited: torch.Tensor  # `timesteps`; with betas in the "vdm" convention, also that of `gamma_0`
     convention: str
     prediction_type: PredictionType
     variance_type: str
@@ -127,27 +129,27 @@ def evaluate_vlb(
     resume_dir: str | os.PathLike | None = None,
     progress_bar: bool = True,
 ) -> BpdEvaluation:
-    """The bound with T steps, in full: all T terms for every image, each image exactly once.
+    """The T-step bound from all T terms for each image; each image is used exactly once.
 
     Args:
-        unet (`nn.Module`): a `VDMUNet2DModel`, a `UNet2DModel`; called as `unet(z_t, timestep, return_dict=False)[0]`.
-        scheduler: ours, or one of diffusers with betas (linear, scaled_linear, squaredcos_cap_v2, sigmoid,
-            trained_betas). Its γ are worked out in float64 from its config.
+        unet (`nn.Module`): a `VDMUNet2DModel` or `UNet2DModel`, called as `unet(z_t, timestep, return_dict=False)[0]`.
+        scheduler: one of ours, or a diffusers scheduler with betas (linear, scaled_linear, squaredcos_cap_v2, sigmoid,
+            trained_betas). Its γ are computed in float64 from its config.
         images (integer `torch.Tensor` of shape `(N, C, H, W)`): data in [0, num_levels).
-        num_steps (`int`, *optional*): T; defaults to 1000 for a [`VDMScheduler`], to all steps for betas, of which
-            fewer are taken evenly.
-        timesteps (`Sequence[float]`, *optional*): decreasing timesteps of one's own instead, as `set_timesteps` takes
-            them, from [`best_timesteps`] for example. The prior is that of the first one's level.
+        num_steps (`int`, *optional*): T; defaults to 1000 for a [`VDMScheduler`], and to all steps for betas. With
+            betas, a smaller T takes evenly spaced steps.
+        timesteps (`Sequence[float]`, *optional*): custom decreasing timesteps instead of `num_steps`, as for
+            `set_timesteps`; for example those of [`best_timesteps`]. The prior is that of the first timestep's level.
         convention (`"vdm"` or `"ddpm"`, *optional*): defaults to `"vdm"` for our schedulers and to `"ddpm"` for those
-            of diffusers. Numbers of different conventions do not compare.
-        clip_sample (`bool`, *optional*): clamp x̂ to ± the scheduler's `clip_sample_range`; defaults to what the
-            scheduler does. It changes p(x).
+            of diffusers. Results of different conventions are not comparable.
+        clip_sample (`bool`, *optional*): clamp x̂ to ± the scheduler's `clip_sample_range`; defaults to the
+            scheduler's setting. Clamping changes p(x).
         num_levels, class_labels, batch_size, seed, device, accelerator, resume_dir, progress_bar: as in
-            `evaluate_mc`. Where the work is interrupted, only the term of the batch in hand is lost.
+            `evaluate_mc`. An interruption loses at most the last 16 terms of the current batch.
 
     Returns: [`BpdEvaluation`].
-    Raises: `TypeError`, `ValueError` for images that are not integers in range, schedulers without a usable table of
-        betas, sizes that differ, and where the network returns NaN, with the index of the image.
+    Raises: `TypeError` or `ValueError` for images that are not integers in range, schedulers without a usable table of
+        betas, and mismatched sizes; `ValueError` with the index of the image if the network returns NaN.
     """
     chain = _chain(scheduler, num_steps, timesteps, convention, clip_sample, num_levels)
     check_images(images, num_levels, unet)
@@ -163,7 +165,7 @@ def evaluate_vlb(
         identity |= {"method": "all terms", "seed": seed, "chain": fingerprint([chain.gammas, chain.timesteps])}
         names = ("convention", "prediction_type", "variance_type", "clip_sample", "clip_range", "num_levels")
         identity |= {name: getattr(chain, name) for name in names}
-    # columns: prior, reconstruction, then the terms and the errors of the chain
+    # columns: prior, reconstruction, then the T terms and the T squared errors
     rows = Rows(2 + 2 * total, accelerator=accelerator, resume_dir=resume_dir, identity=identity)
     rows.grow(n)
     mine = rows.mine(0, n)
@@ -177,7 +179,7 @@ def evaluate_vlb(
             _evaluate_chain(unet, chain, images[index].to(device), labels, index, seed, rows, bar)
             check_rows_finite(rows.values[row], index)
             bits = rows.values[:, : 2 + total].sum(1)
-            bar.set_description(value_so_far(bits[~bits.isnan()], rows.world))
+            bar.set_description(progress_text(bits[~bits.isnan()], rows.world))
         table = rows.share(0, n)
     terms, per_image = table[:, 2 : 2 + total], table[:, : 2 + total].sum(1)
     return BpdEvaluation(
@@ -204,22 +206,22 @@ evaluate_bpd = evaluate_vlb  # the name in earlier versions
 
 
 def best_timesteps(result: BpdEvaluation, num_steps: int) -> tuple[list[float], float]:
-    """The T of the timesteps that a chain visited with which its bound would be best, see [`best_levels`].
+    """The T of the timesteps visited by a chain that give the best bound, see [`best_levels`].
 
     Args:
-        result ([`BpdEvaluation`]): a chain of many steps, measured on images that are not the ones to be judged.
-        num_steps (`int`): T, the network calls, at most those of `result`.
+        result ([`BpdEvaluation`]): a chain of many steps, measured on images other than those used for evaluation.
+        num_steps (`int`): T, the number of network calls, at most that of `result`.
 
-    Returns: decreasing timesteps for `evaluate_vlb`, `set_timesteps` and `VDMPipeline`, and the bound with them as far
-        as these measurements show, in bits/dim.
-    Raises: `ValueError` for T out of range, and where p(z_s|z_t) has not the variance of the posterior: the terms are
-        functions of both levels then.
+    Returns: decreasing timesteps for `evaluate_vlb`, `set_timesteps` and `VDMPipeline`, and the bound with them
+        according to these measurements, in bits/dim.
+    Raises: `ValueError` if T is out of range, or if p(z_s|z_t) does not have the posterior's variance: a term is then
+        not a step weight times an error that depends only on t.
     """
     if not isinstance(result, BpdEvaluation):
         raise TypeError(f"result must be what evaluate_vlb returns, got {type(result).__name__}.")
     if result.variance_type != "fixed_small":
-        raise ValueError(f"variance_type must be 'fixed_small' for it, got {result.variance_type!r}.")
-    ddpm = result.convention == "ddpm"  # there the last network call is the decoder
+        raise ValueError(f"variance_type must be 'fixed_small' to choose timesteps, got {result.variance_type!r}.")
+    ddpm = result.convention == "ddpm"  # in this convention the last network call is the decoder
     if not isinstance(num_steps, int) or not 1 + ddpm <= num_steps <= result.num_steps:
         raise ValueError(
             f"num_steps must be an integer within [{1 + ddpm}, {result.num_steps}], the steps that were measured, got "
@@ -229,13 +231,14 @@ def best_timesteps(result: BpdEvaluation, num_steps: int) -> tuple[list[float], 
     levels = result.gammas if ddpm else torch.cat([gamma_0, result.gammas])
     path, diffusion_bpd = best_levels(levels, result.mse.mean(0)[int(ddpm) :], num_steps - int(ddpm))
     timesteps = result.timesteps[::-1]
-    visited = path if len(timesteps) == len(levels) else path[1:] - 1  # γ(0) of a VDMScheduler goes without saying
+    # the list of a VDMScheduler lacks the timestep of γ(0), at which the chain always ends
+    visited = path if len(timesteps) == len(levels) else path[1:] - 1
     bpd = result.prior_bpd + result.reconstruction_bpd + diffusion_bpd
     return [timesteps[i] for i in visited.flip(0).tolist()], bpd
 
 
 def _chain(scheduler, num_steps, timesteps, convention, clip_sample: bool | None, num_levels: int) -> _Chain:
-    """What a scheduler says of the chain, checked."""
+    """Checks the arguments and builds the chain that the scheduler defines."""
     ours = isinstance(scheduler, GammaScheduler)
     convention = convention or ("vdm" if ours else "ddpm")
     if convention not in ("vdm", "ddpm"):
@@ -245,33 +248,41 @@ def _chain(scheduler, num_steps, timesteps, convention, clip_sample: bool | None
     config = getattr(scheduler, "config", {})
     variance_type = config.get("variance_type", "fixed_small").removesuffix("_log")
     if variance_type not in ("fixed_small", "fixed_large", "learned", "learned_range"):
-        raise ValueError(f"the scheduler's variance_type {variance_type!r} is unknown.")
+        raise ValueError(
+            "the scheduler's variance_type must be 'fixed_small', 'fixed_large', 'learned' or 'learned_range', got "
+            f"{variance_type!r}."
+        )
     if config.get("thresholding", False):
-        raise ValueError("thresholding=True scales x̂ by what else is in the image: p(z_s|z_t) is no Gaussian then.")
+        raise ValueError(
+            "the scheduler must have thresholding=False: thresholding rescales x̂ by statistics of the whole image, so "
+            "that p(z_s|z_t) is not Gaussian."
+        )
     if num_steps is not None and timesteps is not None:
         raise ValueError("give either num_steps or timesteps, not both.")
-    own = None if timesteps is None else _own_timesteps(timesteps)
+    custom = None if timesteps is None else _custom_timesteps(timesteps)
     schedule = noise_schedule_of(scheduler)
     if isinstance(scheduler, VDMScheduler):
         if convention == "ddpm":
             raise ValueError("a VDMScheduler has no DDPM decoder; use convention='vdm'.")
-        if own is None:
+        if custom is None:
             table = scheduler.config.timestep_type == "index"
             steps = _steps((len(scheduler) - 1 if table else 1000) if num_steps is None else num_steps)
             gammas = schedule(torch.arange(steps + 1, dtype=torch.float64) / steps)
         else:
-            gammas = scheduler._gammas_at(own)
+            gammas = scheduler._gammas_at(custom)
             if bool((gammas <= schedule.ends()[0]).any()):
-                raise ValueError("timesteps must be above that of γ(0), where the chain ends by itself.")
+                raise ValueError("timesteps must be above that of γ(0), at which the chain always ends.")
             gammas = torch.cat([schedule.ends()[0][None], gammas])
         timesteps = schedule.timestep(None, gammas)
     else:
         table = schedule.table()
         indices = torch.arange(len(table))
-        if own is not None:
-            indices = own.round().long()
-            if bool((indices != own).any()) or not 0 <= int(indices[0]) <= int(indices[-1]) < len(table):
-                raise ValueError(f"timesteps must be integers in [0, {len(table)}), got {own.flip(0).tolist()[:8]}.")
+        if custom is not None:
+            indices = custom.round().long()
+            if bool((indices != custom).any()) or not 0 <= int(indices[0]) <= int(indices[-1]) < len(table):
+                raise ValueError(
+                    f"timesteps must be integers in [0, {len(table)}), got {custom.flip(0).tolist()[:8]}."
+                )
         elif num_steps is not None and _steps(num_steps) < len(table):
             indices = torch.linspace(0, len(table) - 1, num_steps, dtype=torch.float64).round().long()
         elif num_steps is not None and num_steps > len(table):
@@ -282,7 +293,7 @@ def _chain(scheduler, num_steps, timesteps, convention, clip_sample: bool | None
     gamma_0 = torch.tensor(-math.inf, dtype=torch.float64)
     visited = timesteps[1:] if isinstance(scheduler, VDMScheduler) else timesteps
     if len(gammas) < 2:
-        raise ValueError(f"num_steps must be at least 2 levels for a table of betas, got {len(gammas)}.")
+        raise ValueError(f"num_steps must be at least 2 for a table of betas, got {len(gammas)}.")
     if convention == "vdm":
         gamma_0, gammas, timesteps = gammas[0], gammas[1:], timesteps[1:]
     return _Chain(
@@ -299,12 +310,14 @@ def _chain(scheduler, num_steps, timesteps, convention, clip_sample: bool | None
     )
 
 
-def _own_timesteps(timesteps: Sequence[float]) -> torch.Tensor:
-    """Increasing, float64."""
-    own = torch.as_tensor(timesteps, dtype=torch.float64).flatten().flip(0)
-    if len(own) == 0 or bool((own.diff() <= 0).any()):
-        raise ValueError(f"timesteps must be a decreasing list of at least one value, got {own.flip(0).tolist()[:8]}.")
-    return own
+def _custom_timesteps(timesteps: Sequence[float]) -> torch.Tensor:
+    """`timesteps` as an increasing float64 tensor."""
+    custom = torch.as_tensor(timesteps, dtype=torch.float64).flatten().flip(0)
+    if len(custom) == 0 or bool((custom.diff() <= 0).any()):
+        raise ValueError(
+            f"timesteps must be a decreasing list of at least one value, got {custom.flip(0).tolist()[:8]}."
+        )
+    return custom
 
 
 def _steps(num_steps: int) -> int:
@@ -314,8 +327,8 @@ def _steps(num_steps: int) -> int:
 
 
 def _evaluate_chain(unet, chain: _Chain, images, labels, index, seed: int, rows: Rows, bar) -> None:
-    """Fills the rows of some images: prior, reconstruction, terms and errors; terms that are there are left alone."""
-    row, keys = rows.values[index], index.tolist()  # one repeat, so that an image is its row
+    """Fills the rows of a batch of images: prior, reconstruction, terms and errors. Existing terms are kept."""
+    row, keys = rows.values[index], index.tolist()  # with one repeat, an image's index is its row
     device, total = images.device, len(chain.gammas)
     dtype = denoiser.working_dtype(unet)
     if chain.convention == "vdm":
@@ -323,11 +336,11 @@ def _evaluate_chain(unet, chain: _Chain, images, labels, index, seed: int, rows:
     else:
         x = 2 * images.to(dtype) / (chain.num_levels - 1) - 1
     nats_per_bpd = x[0].numel() * math.log(2)
-    # on the device once: a coefficient that comes from the CPU waits for all that the device has in hand
-    there = {
+    # moved to the device once: copying a coefficient from the CPU at each step would synchronize
+    on_device = {
         name: to_high_precision(_mps_float(getattr(chain, name), device)).to(device) for name in ("gammas", "gamma_0")
     }
-    chain = replace(chain, **there, timesteps=_mps_float(chain.timesteps, device).to(device))
+    chain = replace(chain, **on_device, timesteps=_mps_float(chain.timesteps, device).to(device))
 
     def noise(name: int | str) -> torch.Tensor:
         return keyed_noise([(seed, name, i) for i in keys], x.shape[1:], x)
@@ -357,7 +370,7 @@ def _evaluate_chain(unet, chain: _Chain, images, labels, index, seed: int, rows:
         if chain.clip_sample:
             x_hat = prediction.x_hat.clamp(-chain.clip_range, chain.clip_range)
             error = diffusion.expand_like(diffusion.snr(gamma_t), x) * (x - x_hat).square()
-        else:  # not through x̂, which would cost digits where there is little noise
+        else:  # computing it from x̂ would lose precision at low noise
             error = (eps - prediction.eps_hat).square()
         if k == 0 and chain.convention == "ddpm":
             log_std = 0.5 * _log_variance(chain, k, values, x)
@@ -367,7 +380,7 @@ def _evaluate_chain(unet, chain: _Chain, images, labels, index, seed: int, rows:
         else:
             nats = diffusion.expand_like(diffusion.step_weight(gamma_s, gamma_t), x) * error
             if chain.variance_type != "fixed_small":
-                # KL of two Gaussians of unlike variance; r = q's over p's
+                # KL between Gaussians of different variance; r is the variance of q over that of p
                 log_r = _posterior_log_variance(chain, k) - to_high_precision(_log_variance(chain, k, values, x))
                 r = torch.exp(log_r).to(x.dtype)
                 nats = r * nats + 0.5 * (r - 1 - torch.log(r))
@@ -386,14 +399,14 @@ def _mps_float(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def _posterior_log_variance(chain: _Chain, k: int) -> torch.Tensor:
-    """log Var q(z_s | z_t, x) of term k; the decoder of DDPM's convention has that of term 1, as its own is −inf."""
+    """log Var q(z_s | z_t, x) of term k; DDPM's decoder uses that of term 1, because its own is −inf."""
     if chain.convention == "ddpm":
         k = max(k, 1)
     return diffusion.posterior_log_variance(_gamma_s(chain, k), chain.gammas[k])
 
 
 def _log_variance(chain: _Chain, k: int, values: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
-    """log Var p(z_s | z_t) of term k, as the checkpoint has it: fixed, or predicted by the network."""
+    """log Var p(z_s | z_t) of term k: fixed, or predicted by the network."""
     small = _posterior_log_variance(chain, k)
     decoder = k == 0 and chain.convention == "ddpm"
     if chain.variance_type == "fixed_small" or (chain.variance_type == "fixed_large" and decoder):
@@ -405,21 +418,20 @@ def _log_variance(chain: _Chain, k: int, values: torch.Tensor | None, x: torch.T
 
 
 def _gamma_s(chain: _Chain, k: int) -> torch.Tensor:
-    """The level that term k leads to."""
+    """The lower level of term k."""
     return chain.gammas[k - 1] if k > 0 else chain.gamma_0
 
 
 def discretized_gaussian_log_prob_nats(
     x: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor, num_levels: int = 256
 ) -> torch.Tensor:
-    """log of the mass that N(mean, std²) has in the bin of each level; the outer bins reach to infinity [DDPM eq. 13].
+    """Log of the mass of N(mean, std²) in the bin of each level; the outer bins extend to infinity [DDPM eq. 13].
 
-    With Φ by the tanh approximation and the floor of 1e-12 that the public code of DDPM has, so that its numbers are
-    reproduced.
+    Φ has the tanh approximation and the floor of 1e-12 of the public DDPM code, to reproduce its numbers.
 
     Args:
         x (`torch.Tensor` of shape `(B, ...)`): data 2k/(num_levels − 1) − 1.
-        mean, log_std (`torch.Tensor`, broadcastable to `x`): of the Gaussian.
+        mean, log_std (`torch.Tensor`, broadcastable to `x`): parameters of the Gaussian.
         num_levels (`int`, defaults to 256): number of levels.
 
     Returns: `torch.Tensor` of the shape of `x`, nats.

@@ -1,4 +1,4 @@
-"""The bound of a data set by Monte Carlo: draws of (t, ε) for each image, at T steps or in continuous time."""
+"""Monte Carlo estimate of the bound of a data set from draws of (t, ε), with T steps or in continuous time."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from .rows import (
     device_of,
     evaluating,
     identity_of,
-    value_so_far,
+    progress_text,
 )
 
 
 @dataclass
 class BoundEvaluation:
-    """The bound of a data set, every image once per repeat.
+    """The bound of a data set; each repeat uses every image once.
 
     Attributes:
         bpd (`float`): mean of the bound over images and repeats, bits/dim.
-        stderr_bpd (`float`): standard error of `bpd` as an estimate for *these* images, by the spread of the repeats,
-            NaN for a single one. (Images of one repeat share a lattice of t and are not independent.)
-        prior_bpd, reconstruction_bpd, diffusion_bpd (`float`): its terms.
-        num_images, num_samples (`int`): N, and how many draws of (t, ε, ε_0) each image got.
-        num_timesteps (`int` or `None`): T, or `None` for continuous time. No bits/dim without its T.
+        stderr_bpd (`float`): standard error of `bpd` as an estimate for *these* images, computed from the spread over
+            repeats; NaN for a single repeat. (Images of one repeat share a lattice of t and are not independent.)
+        prior_bpd, reconstruction_bpd, diffusion_bpd (`float`): the terms of `bpd`.
+        num_images, num_samples (`int`): N, and the number of draws of (t, ε, ε_0) per image.
+        num_timesteps (`int` or `None`): T, or `None` for continuous time. Always quote bits/dim with T.
         variance_per_call (`float`): stderr² times the number of network calls, bits²/dim²; NaN for a single repeat.
-        plain_variance_per_call (`float`): the same had each t been drawn by itself, uniform in [0, 1].
+        plain_variance_per_call (`float`): the same for t drawn independently and uniformly from [0, 1].
         per_image_bpd (`torch.Tensor` of shape `(N,)`): mean over the draws of each image.
-        gamma_t, mse, diffusion_terms_bpd (`torch.Tensor` of shape `(num_samples, N)`): draws of the diffusion term,
-            with importance sampling divided by the density of t.
+        gamma_t, mse, diffusion_terms_bpd (`torch.Tensor` of shape `(num_samples, N)`): noise level, squared error and
+            diffusion term of each draw; with importance sampling, the terms are divided by the density of t.
     """
 
     bpd: float
@@ -63,7 +63,7 @@ class BoundEvaluation:
 
 
 _COLUMNS = ("prior", "reconstruction", "diffusion", "gamma_t", "mse", "t", "density")
-# repeats before a standard error of them is believed enough to stop by it
+# fewest repeats after which their standard error may stop the evaluation
 _MIN_SAMPLES_TO_STOP = 10
 
 
@@ -84,37 +84,38 @@ def evaluate_mc(
     resume_dir: str | os.PathLike | None = None,
     progress_bar: bool | Callable = True,
 ) -> BoundEvaluation:
-    """Monte-Carlo estimate of the bound over a data set: each image once per repeat, none dropped.
+    """Monte Carlo estimate of the bound over a data set; each repeat uses every image exactly once.
 
-    In a repeat the times of all images form one evenly spread set (a lattice of the golden ratio, randomly shifted).
-    Noise is keyed on (seed, repeat, image index), so that the answer does not depend on the batch size.
+    In a repeat, the times of all images form one evenly spread set (a randomly shifted golden-ratio lattice). Noise is
+    keyed on (seed, repeat, image index), so the result does not depend on the batch size.
 
     Args:
-        bound ([`VariationalBound`]): evaluated in `eval()` mode, and put back after.
+        bound ([`VariationalBound`]): evaluated in `eval()` mode; its mode is restored afterwards.
         images (integer `torch.Tensor` of shape `(N, ...)`): the data set.
-        class_labels (`torch.Tensor` of shape `(N,)`, *optional*): handed to the network.
-        num_samples (`int`, defaults to 4): repeats K; the error falls as 1/√K.
-        target_stderr_bpd (`float`, *optional*): go on with repeats until the standard error is at most this. There
-            are at least 10 then, since an error that stops its own measurement must be a good one.
-        max_samples (`int`, defaults to 1000): most repeats of `target_stderr_bpd`.
-        importance_sampling (`bool`, defaults to `False`): draw t in proportion to √E[loss²] at t, as measured in the
-            first quarter of the repeats (2 at least). Unbiased, and better where γ(t) is far from the best one. With
-            another number of repeats it is another evaluation, which `resume_dir` does not go on with.
-        batch_size (`int`, defaults to 64): how many images go through the network at once.
+        class_labels (`torch.Tensor` of shape `(N,)`, *optional*): passed to the network.
+        num_samples (`int`, defaults to 4): number of repeats K; the standard error falls as 1/√K.
+        target_stderr_bpd (`float`, *optional*): add repeats until the standard error is at most this. At least
+            10 repeats are made, so that the standard error itself is reliable.
+        max_samples (`int`, defaults to 1000): largest number of repeats for `target_stderr_bpd`.
+        importance_sampling (`bool`, defaults to `False`): draw t with density proportional to √E[loss²] at t, measured
+            in the first quarter of the repeats (at least 2). Unbiased, with lower variance if γ(t) is far from
+            optimal. A `resume_dir` with another number of these first repeats is rejected.
+        batch_size (`int`, defaults to 64): images per network call.
         seed (`int`, defaults to 0): key of all randomness.
-        device (`str` or `torch.device`, *optional*): where to work, defaults to that of the network.
-        accelerator (`accelerate.Accelerator`, *optional*): share the images among its processes, which all must call
-            this and all get the whole answer, the same as from one process. `bound` must not be wrapped (DDP).
-        resume_dir (`str` or `os.PathLike`, *optional*): folder that keeps what is done (a file for each process, once
-            a minute and where the work is interrupted). The same call goes on from it; it is left there in the end.
+        device (`str` or `torch.device`, *optional*): defaults to the network's device.
+        accelerator (`accelerate.Accelerator`, *optional*): shares the images among its processes. All processes must
+            call this function; each returns the full result, which equals that of a single process. `bound` must not
+            be wrapped (DDP).
+        resume_dir (`str` or `os.PathLike`, *optional*): folder for intermediate results (one file per process, saved
+            once a minute and on interruption). The same call resumes from it. It is not removed at the end.
         progress_bar (`bool` or `Callable`, defaults to `True`): show a tqdm bar, or the tqdm-like class to use.
 
     Returns: [`BoundEvaluation`].
-    Raises: `ValueError` for an empty set, a `resume_dir` of another evaluation, and where the network returns NaN,
-        with the index of the image.
+    Raises: `ValueError` for an empty data set or a `resume_dir` of another evaluation, and, with the index of the
+        image, if the network returns NaN.
     """
     if len(images) == 0:
-        raise ValueError("images must not be empty: there is no likelihood of nothing.")
+        raise ValueError("images must not be empty; pass at least one image.")
     if num_samples < 1 or batch_size < 1 or max_samples < 1:
         raise ValueError(
             f"num_samples, max_samples and batch_size must be at least 1, got {num_samples}, {max_samples} and "
@@ -141,7 +142,7 @@ def evaluate_mc(
     hidden = progress_bar is False or rows.rank > 0
     warp, done = None, 0
     rows.grow(num_samples * n)
-    total, running = len(rows.mine(0, num_samples * n)), _Running(rows.values, n)
+    total, running = len(rows.mine(0, num_samples * n)), _RunningMean(rows.values, n)
     with (
         evaluating(bound, rows),
         bar_class(total=total, desc="bits/dim", unit="img", disable=hidden, leave=False) as bar,
@@ -156,12 +157,12 @@ def evaluate_mc(
                 bar.set_description(running.text(repeat, draws, rows.world))
             values = rows.share(done * n, stop * n)
             done = stop
-            bar.set_description(value_so_far(rows.values[: done * n, :3].sum(1).view(done, n).mean(1)))
+            bar.set_description(progress_text(rows.values[: done * n, :3].sum(1).view(done, n).mean(1)))
             if done == pilot:
                 warp = _measured_warp(values[:, _COLUMNS.index("t")], values[:, _COLUMNS.index("diffusion")])
             result = _summarize(rows.values[: done * n].view(done, n, -1), bound.num_timesteps)
             if done == num_samples and target_stderr_bpd is not None and done < max_samples:
-                # as many as the error asks for, in at most doublings: the first error is a rough one
+                # as many as the target needs, but at most twice as many: early standard errors are rough
                 wanted = math.ceil(done * min(result.stderr_bpd / target_stderr_bpd, 2) ** 2)
                 if result.stderr_bpd > target_stderr_bpd:
                     num_samples = min(max(wanted, done + 1), 2 * done, max_samples)
@@ -174,25 +175,25 @@ def evaluate_mc(
 evaluate_bound = evaluate_mc  # the name in earlier versions
 
 
-class _Running:
-    """The value so far and its error, of the rows that this process has."""
+class _RunningMean:
+    """Mean and standard error so far over the rows of this process, for the progress bar."""
 
     def __init__(self, values: torch.Tensor, n: int):
         totals = values[:, :3].sum(1).view(-1, n)
         self.sums, self.counts = totals.nansum(1).tolist(), (~totals.isnan()).sum(1).tolist()
 
     def text(self, repeat: int, draws: torch.Tensor, num_processes: int) -> str:
-        """With the draws of one more batch."""
+        """Adds the draws of a batch, and returns the text for the progress bar."""
         missing = repeat + 1 - len(self.sums)
         self.sums, self.counts = self.sums + [0.0] * missing, self.counts + [0] * missing
         self.sums[repeat] += float(draws[:, :3].sum())
         self.counts[repeat] += len(draws)
         means = torch.tensor([s / c for s, c in zip(self.sums, self.counts, strict=True) if c], dtype=torch.float64)
-        return value_so_far(means, num_processes)
+        return progress_text(means, num_processes)
 
 
 def _evaluate_rows(bound, images, class_labels, repeat, index, seed, warp, device) -> torch.Tensor:
-    """`_COLUMNS` of some images in one repeat, float64 on the CPU."""
+    """The `_COLUMNS` for a batch of images in one repeat, float64 on the CPU."""
     shift = torch.rand((), generator=keyed_generator(seed, repeat), dtype=torch.float64)
     u = lattice_times(index, shift)
     t, density = (u, torch.ones_like(u)) if warp is None else warp(u)
@@ -207,18 +208,18 @@ def _evaluate_rows(bound, images, class_labels, repeat, index, seed, warp, devic
 
 
 def _measured_warp(t: torch.Tensor, loss: torch.Tensor) -> Callable:
-    """[`importance_warp`] by the losses at some times."""
+    """The [`importance_warp`] for losses measured at times `t`."""
     bins = max(1, min(64, len(t) // 16))
     return importance_warp(loss_level(second_moments(t, loss, bins)))
 
 
 def _summarize(values: torch.Tensor, num_timesteps: int | None) -> BoundEvaluation:
-    """Of the table of shape `(num_samples, N, columns)`."""
+    """Summarizes the table of shape `(num_samples, N, columns)`."""
     columns = dict(zip(_COLUMNS, values.unbind(-1), strict=True))
     total = columns["prior"] + columns["reconstruction"] + columns["diffusion"]
     samples, n = total.shape
     stderr = float(total.mean(1).std() / math.sqrt(samples)) if samples > 1 else math.nan
-    # plain t: E[loss²] is the mean of density · (loss/density)² over t as drawn; (E loss)² without the bias of a mean²
+    # for uniform t: E[loss²] is the mean of density · (loss/density)² over the drawn t; (E loss)² is bias-corrected
     loss = columns["diffusion"]
     variance = torch.full((n,), torch.nan)
     if samples > 1:

@@ -1,4 +1,4 @@
-"""Bits per dimension of a data set by the density of the probability-flow ODE (ode.py)."""
+"""Bits per dimension of a data set from the density of the probability-flow ODE (ode.py)."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ from .rows import (
     device_of,
     evaluating,
     identity_of,
-    value_so_far,
+    progress_text,
 )
 
 
 @dataclass
 class OdeEvaluation:
-    """A bound on −log₂ P(x) of a data set by the ODE's density.
+    """A bound on −log₂ P(x) of a data set from the density of the probability-flow ODE.
 
     Attributes:
         bpd (`float`): mean over images and repeats, bits/dim.
-        stderr_bpd (`float`): its standard error as an estimate for the *population* that the images are drawn from, by
-            their spread; NaN for a single image.
-        draws_stderr_bpd (`float`): its standard error as an estimate for *these* images, by the spread of the repeats
-            (dequantization, probes); NaN for a single one.
+        stderr_bpd (`float`): its standard error as an estimate for the *population* that the images are drawn from,
+            computed from the spread over images; NaN for a single image.
+        draws_stderr_bpd (`float`): its standard error as an estimate for *these* images, computed from the spread over
+            repeats (dequantization, probes); NaN for a single repeat.
         num_images, num_samples, num_importance_samples, num_probes (`int`): N, repeats, K and P.
-        dequantization, divergence (`str`): as asked for.
-        gamma_start, gamma_end (`float`): where the ODE started and ended.
-        rtol, atol (`float`): of the solver.
+        dequantization, divergence (`str`): the arguments of [`evaluate_ode`].
+        gamma_start, gamma_end (`float`): noise levels at which the ODE started and ended.
+        rtol, atol (`float`): tolerances of the solver.
         per_image_bpd (`torch.Tensor` of shape `(N,)`): mean over the repeats of each image.
-        num_calls (`torch.Tensor` of shape `(N,)`): network calls of one solve, mean for each image.
+        num_calls (`torch.Tensor` of shape `(N,)`): network calls per solve, averaged over the repeats of each image.
     """
 
     bpd: float
@@ -88,28 +88,28 @@ def evaluate_ode(
     resume_dir: str | os.PathLike | None = None,
     progress_bar: bool = True,
 ) -> OdeEvaluation:
-    """−log₂ P(x) of a data set by the probability-flow ODE, every image once a repeat, none dropped.
+    """A bound on −log₂ P(x) of a data set by the probability-flow ODE; each repeat uses every image exactly once.
 
     Args:
-        unet (`nn.Module`): a `VDMUNet2DModel`, a `UNet2DModel`; without DDP.
-        noise_schedule ([`NoiseSchedule`]): γ(t), of a scheduler `noise_schedule_of(scheduler)`.
+        unet (`nn.Module`): a `VDMUNet2DModel` or `UNet2DModel`, not wrapped in DDP.
+        noise_schedule ([`NoiseSchedule`]): γ(t); for a scheduler, `noise_schedule_of(scheduler)`.
         images (integer `torch.Tensor` of shape `(N, ...)`): data in [0, num_levels).
         prediction_type, num_levels, class_labels: as in `VariationalBound` and `evaluate_mc`.
         dequantization (`str`, defaults to `"truncated_normal"`): see [`dequantize`]; `"uniform"`, as in older papers,
-            costs 0.13 ± 0.01 bits/dim on the digits; `"decoder"` is the z_0 and the p(x|z_0) of the variational bound.
-        num_samples (`int`, defaults to 1): repeats, each with noise of its own.
-        num_importance_samples (`int`, defaults to 1): K of the importance-weighted bound. With `"hutchinson"` it needs
-            `num_probes` of 2 or more, see [`cross_fitted_bpd`]: noisy weights taken as they are give no bound. (On
-            the digits they read 0.19 bits/dim less at K = 16 with one probe.)
+            costs 0.13 ± 0.01 bits/dim on the digits; `"decoder"` uses z_0 and p(x|z_0) of the variational bound.
+        num_samples (`int`, defaults to 1): repeats, each with its own noise.
+        num_importance_samples (`int`, defaults to 1): K of the importance-weighted bound. K > 1 with `"hutchinson"`
+            needs `num_probes` of 2 or more, see [`cross_fitted_bpd`]: noisy weights used directly do not give a bound.
+            (On the digits, they give 0.19 bits/dim less at K = 16 with one probe.)
         divergence, num_probes, rtol, atol, max_steps: see [`log_prob_nats`]; probes are ±1.
         batch_size, seed, device, accelerator, resume_dir, progress_bar: as in `evaluate_mc`.
 
-    A solve is exact up to `rtol` and `atol` only, and float32 rounding that depends on the batch is enough to let it
-    take other steps: with the defaults single images of the digits move by up to 0.006 bits/dim.
+    A solve is exact only up to `rtol` and `atol`. Float32 rounding depends on the batch and can change the solver's
+    steps: with the defaults, single images of the digits change by up to 0.006 bits/dim.
 
     Returns: [`OdeEvaluation`].
-    Raises: `TypeError`, `ValueError` for images that are not integers in range, arguments out of range, a `resume_dir`
-        of another evaluation, and where the network returns NaN, with the index of the image.
+    Raises: `TypeError` or `ValueError` for images that are not integers in range, arguments out of range, or a
+        `resume_dir` of another evaluation; `ValueError` with the index of the image if the network returns NaN.
     """
     for name, value in {
         "num_samples": num_samples,
@@ -123,7 +123,7 @@ def evaluate_ode(
     if fitted and num_probes < 2:
         raise ValueError(
             "num_importance_samples above 1 needs num_probes of at least 2, or divergence='exact': weights with the "
-            "noise of a single probe give no bound."
+            "noise of a single probe do not give a bound."
         )
     check_images(images, num_levels, unet)
     check_class_labels(class_labels, images, unet)
@@ -151,7 +151,7 @@ def evaluate_ode(
     columns = num_importance_samples * probes_each
 
     def bits_of(log_weights: torch.Tensor) -> torch.Tensor:
-        """bits/dim of rows of log-weights."""
+        """bits/dim from rows of log-weights."""
         log_weights = log_weights.T.reshape(num_importance_samples, probes_each, -1)
         if fitted:
             return cross_fitted_bpd(log_weights, dimensions)
@@ -162,7 +162,7 @@ def evaluate_ode(
     mine = rows.mine(0, num_samples * n)
 
     def draws(repeat: int, index: torch.Tensor) -> torch.Tensor:
-        """Calls, and K log-weights in nats, of some images."""
+        """Columns with the network calls and the log-weights, in nats, of a batch of images."""
         levels, keys = images[index].to(device), index.tolist()
         labels = None if class_labels is None else class_labels[index].to(device)
         model = eps_model(unet, noise_schedule, prediction_type, labels)
@@ -198,7 +198,7 @@ def evaluate_ode(
             rows.keep()
             bar.update(len(row))
             so_far = bits_of(rows.values[~rows.values.isnan().any(1), 1:])
-            bar.set_description(value_so_far(so_far, rows.world))
+            bar.set_description(progress_text(so_far, rows.world))
         values = rows.share(0, num_samples * n).view(num_samples, n, -1)
     bits = bits_of(values[..., 1:].flatten(0, 1)).view(num_samples, n)
     per_image, draws_stderr = bits.mean(0), math.nan
@@ -216,5 +216,5 @@ def evaluate_ode(
 
 
 def _signs(shape: tuple[int, ...], *key: int | str) -> torch.Tensor:
-    """±1 with even chances, a function of the key."""
+    """Random signs ±1 with equal probability, a function of the key."""
     return 2.0 * torch.randint(0, 2, shape, generator=keyed_generator(*key)) - 1

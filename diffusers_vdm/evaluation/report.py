@@ -1,7 +1,7 @@
-"""`report.json`: what an evaluation measured, and everything that the number must be quoted with.
+"""`report.json`: the result of an evaluation, with everything needed to quote it.
 
-This module is the only one that knows the keys of the file. Files of earlier versions, without `"version"`, are read,
-too: they name their images by one text, `data.name`, and lack `data.dataset` and `data.split`.
+Only this module knows the keys of the file. It also reads files of earlier versions, which have no `"version"`: they
+describe the images by one string, `data.name`, and lack `data.dataset` and `data.split`.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ NAME = "report.json"
 VERSION = 1
 Method = Literal["mc", "vlb", "ode"]
 TERMS = ("diffusion", "reconstruction", "prior")
-# of what `stderr_bpd` is the standard error
+# values of `stderr_is_of`: the estimate that `stderr_bpd` is the standard error of
 OF_THE_DRAWS = "the Monte-Carlo estimate for these images"
 OF_THE_POPULATION = "the mean over the population of images"
 
 
 @dataclass(frozen=True)
 class MeasuredData:
-    """The images of a report.
+    """The images that an evaluation measured.
 
     Attributes:
-        name (`str`, *optional*): data set and split in one text, for people.
+        name (`str`, *optional*): data set and split as one readable string.
         dataset, split (`str`, *optional*): repository or folder, and the split with its slice.
-        is_folder (`bool`): whether `dataset` was named as a folder of image files.
+        is_folder (`bool`): whether `dataset` is a folder of image files.
         fingerprint (`str`, *optional*): hash of all pixels.
         shape (`list[int]`): `(N, C, H, W)`.
         files, image_column, label_column (`str`, *optional*): which files and columns were read.
         resolution (`int`, *optional*), center_crop (`bool`), image_mode, frames (`str`, *optional*): how images were
             prepared.
-        allow_shared (`bool`): whether images that are also in other splits were accepted.
+        allow_shared (`bool`): whether images that also occur in other splits were accepted.
     """
 
     name: str | None = None
@@ -60,7 +60,7 @@ class MeasuredData:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> MeasuredData:
-        """Reads what [`Report.to_json`] wrote; a value of another type counts as missing."""
+        """Reads the output of [`Report.to_json`]; a value of the wrong type counts as missing."""
         texts = ("name", "dataset", "split", "fingerprint", "files", "image_column", "label_column", "image_mode",
                  "frames")  # fmt: skip
         read: dict[str, Any] = {name: text(values.get(name)) for name in texts}
@@ -84,7 +84,7 @@ class BoundAtSteps:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> BoundAtSteps:
-        """Reads what [`Report.to_json`] wrote; a value of another type counts as missing."""
+        """Reads the output of [`Report.to_json`]; a value of the wrong type counts as missing."""
         return cls(
             count(values.get("num_steps")),
             number(values.get("bpd")),
@@ -96,27 +96,28 @@ class BoundAtSteps:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """One evaluation. In a report that was read, what was missing, not finite or of another type is `None`.
+    """The result of one evaluation. Values that a file lacks, or that are not finite or of the wrong type, are `None`.
 
     Attributes:
         model (`str`, *optional*): the folder or repository that was measured.
         method (`"mc"`, `"vlb"` or `"ode"`): draws of (t, ε); every term of T steps; probability-flow ODE.
-        bpd, stderr_bpd (`float`, *optional*), stderr_is_of (`str`, *optional*): the number, its standard error, and
-            the quantity whose standard error that is; bits/dim.
-        terms_bpd (`dict`): `diffusion`, `reconstruction` and `prior` in bits/dim, where the method has them.
-        num_images, num_samples, num_steps (`int`, *optional*): images, draws (or solves) of each, and T; `num_steps`
+        bpd, stderr_bpd (`float`, *optional*), stderr_is_of (`str`, *optional*): the result and its standard error in
+            bits/dim, and the estimate that this is the standard error of.
+        terms_bpd (`dict`): `diffusion`, `reconstruction` and `prior` in bits/dim, if the method has them.
+        num_images, num_samples, num_steps (`int`, *optional*): images, draws (or solves) per image, and T; `num_steps`
             is `None` in continuous time and for the ODE.
-        num_levels (`int`, *optional*), prediction_type, scheduler (`str`, *optional*): what the model is.
+        num_levels (`int`, *optional*), prediction_type, scheduler (`str`, *optional*): properties of the model.
         convention (`str`, *optional*), clip_sample (`bool`): the map from levels to x with its decoder, and whether
             x̂ was clipped.
         weights (`str`, *optional*), weights_fingerprint, gammas_fingerprint (`str`, *optional*): which weights, and
             hashes of the weights and of γ(t).
         class_conditional (`bool`): whether each image was measured given its class.
-        dtype (`str`, *optional*), seed (`int`, *optional*): arithmetic and randomness.
+        dtype (`str`, *optional*), seed (`int`, *optional*): floating-point type and random seed.
         data ([`MeasuredData`]): the images.
-        versions (`dict`), num_processes (`int`, *optional*), seconds (`float`, *optional*): what it ran on.
+        versions (`dict`), num_processes (`int`, *optional*), seconds (`float`, *optional*): package versions,
+            number of processes, and duration.
         table (`list[BoundAtSteps]`): the bound over T.
-        details (`dict`): what else the method says, under its own names.
+        details (`dict`): further settings and results of the method, under its own names.
         per_image_bpd (`list[float]`): bits/dim of each image.
     """
 
@@ -162,18 +163,18 @@ class Report:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], name: str = NAME) -> Report:
-        """Reads what [`Report.to_json`] made, here or in an earlier version.
+        """Reads the output of [`Report.to_json`] of this version or an earlier one.
 
         Args:
             values (`dict`): content of the file.
-            name (`str`, *optional*): what the error calls it.
+            name (`str`, *optional*): name of the file in the error message.
 
-        Raises: `ValueError` for what is no report.
+        Raises: `ValueError` if the content is not a report.
         """
         if values.get("method") not in get_args(Method) or "bpd" not in values or "weights_fingerprint" not in values:
             raise ValueError(
                 f"report must be what examples/evaluate.py writes, with a method of {get_args(Method)}, bpd and "
-                f"weights_fingerprint; {name} holds {sorted(values)[:8]}."
+                f"weights_fingerprint; {name} has the keys {sorted(values)[:8]}."
             )
         terms = {term: number(values.get(f"{term}_bpd")) for term in TERMS}
         seed = values.get("seed")
@@ -194,7 +195,7 @@ class Report:
         )
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the file, whole or not at all."""
+        """Writes the file atomically."""
         write_atomically(path, json.dumps(self.to_json(), indent=1))
 
 
@@ -206,7 +207,7 @@ _KEYS = {f.name for f in fields(Report)} | {f"{term}_bpd" for term in TERMS} | {
 
 
 def read_report(path: str | os.PathLike) -> Report:
-    """The report in a file; `ValueError` for anything else, `OSError` for a file that cannot be read."""
+    """Reads a report; raises `ValueError` for a file that is not a report, `OSError` for one that cannot be read."""
     path = Path(path)
     return Report.from_json(read_json(path, f"the report {path.name}"), path.name)
 

@@ -1,4 +1,4 @@
-"""The numbers of an evaluation, a row for each piece of work: shared among processes, kept on disk as they come in."""
+"""The table of results of an evaluation: its rows are shared among processes and saved as they are computed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def fingerprint(tensors: Iterable[torch.Tensor]) -> str:
 
 
 def gammas_fingerprint(scheduler: Any) -> str | None:
-    """Hash of the γ(t) of a scheduler; `None` for one that has none, see [`noise_schedule_of`]."""
+    """Hash of the γ(t) of a scheduler; `None` if it has none, see [`noise_schedule_of`]."""
     try:
         return fingerprint([noise_schedule_of(scheduler).table(257)])
     except (ValueError, TypeError):
@@ -45,7 +45,7 @@ def gammas_fingerprint(scheduler: Any) -> str | None:
 def identity_of(
     network: nn.Module, noise_schedule: NoiseSchedule, images: torch.Tensor, class_labels: torch.Tensor | None
 ) -> dict[str, Any]:
-    """What numbers of these depend on, as [`Rows`] takes it: weights, kind of network, levels, timesteps, images."""
+    """Everything that results depend on, for [`Rows`]: network, weights, γ(t), timesteps, images and classes."""
     gammas = noise_schedule.table(257)
     config = {name: value for name, value in dict(getattr(network, "config", {})).items() if not name.startswith("_")}
     return {
@@ -59,7 +59,7 @@ def identity_of(
 
 
 def check_images(images: torch.Tensor, num_levels: int, network: nn.Module) -> None:
-    """Raises `TypeError`, `ValueError` unless these are integers in [0, num_levels) of the network's size."""
+    """Raises `TypeError` or `ValueError` unless `images` are integers in [0, num_levels) of the network's size."""
     check_levels(images, num_levels)
     config = getattr(network, "config", {})
     if "in_channels" not in config:
@@ -74,7 +74,7 @@ def check_images(images: torch.Tensor, num_levels: int, network: nn.Module) -> N
 
 
 def check_class_labels(class_labels: torch.Tensor | None, images: torch.Tensor, network: nn.Module) -> None:
-    """Raises `TypeError`, `ValueError` unless there is a class for each image, one that the network knows."""
+    """Raises `TypeError` or `ValueError` unless each image has a class that the network knows."""
     config = getattr(network, "config", {})
     classes = config.get("num_class_embeds")
     if class_labels is None:
@@ -93,14 +93,14 @@ def check_class_labels(class_labels: torch.Tensor | None, images: torch.Tensor, 
 
 
 def device_of(network: nn.Module) -> torch.device:
-    """Where the weights are; the CPU for a network without any."""
+    """The device of the weights; the CPU for a network without weights."""
     return next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
 
 
-def value_so_far(bits: torch.Tensor, num_processes: int = 1) -> str:
-    """What a progress bar says of some bits/dim: their mean and, of two or more, its standard error.
+def progress_text(bits: torch.Tensor, num_processes: int = 1) -> str:
+    """The text of a progress bar: the mean of `bits` in bits/dim and, for two or more, its standard error.
 
-    Of several processes each knows only its own share before [`Rows.share`], whose mean is not that of all: no number.
+    With several processes there is no number: before [`Rows.share`], each process knows only its own rows.
     """
     if num_processes > 1:
         return "bits/dim"
@@ -110,13 +110,13 @@ def value_so_far(bits: torch.Tensor, num_processes: int = 1) -> str:
 
 @contextmanager
 def evaluating(network: nn.Module, rows: Rows) -> Iterator[None]:
-    """`network` in `eval()` mode, module by module put back after; where the work is interrupted, `rows` are kept."""
+    """Puts `network` in `eval()` mode, and restores the mode of each module afterwards. Saves `rows` on exceptions."""
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:
         yield
     except BaseException:
-        rows.keep(now=True)  # what went to its end was kept by `share`
+        rows.keep(now=True)  # `share` has already saved completed work
         raise
     finally:
         for module, mode in modes.items():
@@ -124,14 +124,14 @@ def evaluating(network: nn.Module, rows: Rows) -> Iterator[None]:
 
 
 def batches(rows: torch.Tensor, num_images: int, batch_size: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Pieces of at most `batch_size` rows `repeat · num_images + image` of one repeat: (repeat, images, rows)."""
+    """Splits rows `repeat · num_images + image` into batches within one repeat; yields (repeat, images, rows)."""
     for repeat in (rows // num_images).unique().tolist():
         for row in rows[rows // num_images == repeat].split(batch_size):
             yield repeat, row % num_images, row
 
 
 def check_rows_finite(values: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """`values` of shape `(B, columns)`; `ValueError` with the first of the B `images` whose numbers are not finite."""
+    """Returns `values` of shape `(B, columns)`; raises `ValueError` naming the first image with a non-finite value."""
     bad = (~values.isfinite()).any(1).nonzero()
     if len(bad):
         i = int(images[bad[0, 0]])
@@ -140,18 +140,18 @@ def check_rows_finite(values: torch.Tensor, images: torch.Tensor) -> torch.Tenso
 
 
 class Rows:
-    """A table whose rows are worked out by several processes, in any order, once each; NaN is what is not there yet.
+    """A table whose rows are computed by several processes, in any order, once each; missing values are NaN.
 
-    Every process calls the same methods in the same order, but for `keep`.
+    Every process must call the same methods in the same order, except `keep`.
 
     Args:
-        num_columns (`int`): numbers of a row.
-        accelerator (`accelerate.Accelerator`, *optional*): share the rows among its processes.
-        resume_dir (`str` or `os.PathLike`, *optional*): folder that keeps what is done, a file for each process.
-            What it already holds is taken over, by whatever number of processes it was written.
-        identity (`dict`, *optional*): what the numbers depend on, values that JSON holds.
+        num_columns (`int`): values per row.
+        accelerator (`accelerate.Accelerator`, *optional*): shares the rows among its processes.
+        resume_dir (`str` or `os.PathLike`, *optional*): folder for intermediate results, one file per process.
+            Existing files are read, whatever number of processes wrote them.
+        identity (`dict`, *optional*): everything that the values depend on, JSON-serializable.
 
-    Raises: `ValueError` where `resume_dir` holds the numbers of another evaluation, with what differs.
+    Raises: `ValueError` with the differences if `resume_dir` holds the results of another evaluation.
     """
 
     def __init__(
@@ -173,28 +173,28 @@ class Rows:
         self._resumed = torch.zeros(0, dtype=torch.bool)  # rows that were complete on disk, known to every process
         if self._folder is not None:
             for path in sorted(self._folder.glob("rows-*.safetensors")):
-                self._take_over(path)
-            self._resumed = self.values.isfinite().all(1)  # what is infinite is worked out, and reported, again
+                self._read_file(path)
+            self._resumed = self.values.isfinite().all(1)  # rows with infinity are computed, and reported, again
             if accelerator is not None and self.world > 1:
-                accelerator.wait_for_everyone()  # none may write before all have read
+                accelerator.wait_for_everyone()  # no process may write before all have read
 
     def grow(self, num_rows: int) -> None:
-        """Makes the table `num_rows` long, if it is shorter."""
+        """Extends the table to `num_rows` rows if it is shorter."""
         missing = num_rows - len(self.values)
         if missing > 0:
             self.values = torch.cat([self.values, self.values.new_full((missing, self.values.shape[1]), torch.nan)])
             self._resumed = torch.cat([self._resumed, torch.zeros(missing, dtype=torch.bool)])
 
     def mine(self, start: int, stop: int) -> torch.Tensor:
-        """The rows in [start, stop) that this process has to work out."""
+        """The rows in [start, stop) that this process must compute."""
         left = (~self._resumed[start:stop]).nonzero().flatten() + start
         return left[self.rank :: self.world]
 
     def keep(self, now: bool = False) -> None:
-        """Saves what is there, at most once a minute unless it must be `now`."""
+        """Saves the table, at most once a minute unless `now`."""
         if self._folder is None or not (now or time.monotonic() - self._saved_at > SECONDS_BETWEEN_SAVES):
             return
-        if bool(self.values.isnan().all()):  # else a refused argument would say whose folder this is
+        if bool(self.values.isnan().all()):  # a rejected argument must not claim the folder for this evaluation
             return
         self._saved_at = time.monotonic()
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -203,7 +203,7 @@ class Rows:
         write_atomically(path, save({"values": self.values.contiguous()}, metadata))
 
     def share(self, start: int, stop: int) -> torch.Tensor:
-        """Waits for all processes, and returns the rows [start, stop): the same on each."""
+        """Combines the rows [start, stop) of all processes, and returns them on each; all processes must call it."""
         self.keep(now=True)
         if self.world > 1:
             mine, share = self.mine(start, stop) - start, torch.zeros_like(self.values[start:stop])
@@ -214,20 +214,18 @@ class Rows:
             self.values[start:stop][new] = share[new]
         return self.values[start:stop]
 
-    def _take_over(self, path: Path) -> None:
+    def _read_file(self, path: Path) -> None:
         try:
             with safe_open(path, "pt") as file:
                 identity = dict(json.loads(file.metadata()["identity"]))
                 values = file.get_tensor("values")
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path} is damaged ({error}); remove it, and what it held is worked out again."
-            ) from error
+            raise ValueError(f"{path} is damaged ({error}); remove it, and its results are computed again.") from error
         names = sorted({n for n in identity.keys() | self._identity if identity.get(n) != self._identity.get(n)})
         if names or values.ndim != 2 or values.shape[1] != self.values.shape[1]:
             differ = ", ".join(f"{n} was {identity.get(n)!r} and is {self._identity.get(n)!r}" for n in names)
             raise ValueError(
-                f"{path.parent} holds the numbers of another evaluation ({differ or 'other columns'}); name another "
+                f"{path.parent} holds the results of another evaluation ({differ or 'other columns'}); use another "
                 "folder, or remove it."
             )
         self.grow(len(values))

@@ -1,8 +1,8 @@
-"""The T timesteps with the best bound, by dynamic programming over the measured errors of a fine chain.
+"""Find the T timesteps with the best bound, by dynamic programming over the measured errors of a fine chain.
 
-The term of a step from level t down to s is ½ expm1(γ_t − γ_s) D mse(γ_t): its error depends on t alone, so that the
-errors of one fine chain give the terms for all pairs, and the best path through T of its levels is a shortest path
-[Watson et al. 2021, arXiv 2106.03802, §4]. Choose timesteps on other images than those they are judged on.
+The term of a step from level t down to s is ½ expm1(γ_t − γ_s) D mse(γ_t): its error depends on t alone. So the errors
+of one fine chain give the terms for all pairs of levels, and the best path through T of them is a shortest path
+[Watson et al. 2021, arXiv 2106.03802, §4]. Choose timesteps on images other than those used for evaluation.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ def best_levels(gammas: torch.Tensor, mse: torch.Tensor, num_steps: int) -> tupl
         num_steps (`int`): T, 1 to M.
 
     Returns: indices into `gammas` of shape `(num_steps + 1,)`, increasing, and the sum of the terms in bits/dim.
-    Raises: `ValueError` for shapes that do not go together, levels that do not increase, T out of range.
+    Raises: `ValueError` for mismatched shapes, levels that do not increase, and T out of range.
     """
     gammas, mse = gammas.double().cpu(), mse.double().cpu()
     fine = len(mse)
     if gammas.ndim != 1 or mse.ndim != 1 or len(gammas) != fine + 1:
         raise ValueError(
-            f"gammas must be of one more element than mse, got shapes {tuple(gammas.shape)} and {tuple(mse.shape)}."
+            f"gammas must have one more element than mse, got shapes {tuple(gammas.shape)} and {tuple(mse.shape)}."
         )
     if not bool((gammas.diff() > 0).all()) or not bool(gammas.isfinite().all() & mse.isfinite().all()):
-        raise ValueError("gammas must increase, and gammas and mse be finite.")
+        raise ValueError("gammas must increase, and gammas and mse must be finite.")
     if not isinstance(num_steps, int) or not 1 <= num_steps <= fine:
         raise ValueError(f"num_steps must be an integer within [1, {fine}], the steps measured, got {num_steps!r}.")
     # cost[s, t − 1]: the step from level t down to s < t
     cost = step_weight(gammas[:-1, None], gammas[None, 1:]) * mse / math.log(2)
     cost = cost.masked_fill(torch.ones_like(cost).tril(-1).bool(), math.inf)
-    best, came_from = cost[0], []  # to reach each level from γ_0 in one step
+    best, came_from = cost[0], []  # cost of reaching each level from γ_0 in one step
     for _ in range(num_steps - 1):
-        # to reach t by a last step from s ≥ 1
+        # cost of reaching t with a last step from s ≥ 1
         through = best[:-1, None] + cost[1:]
         value, source = through.min(0)
         came_from.append(source + 1)
