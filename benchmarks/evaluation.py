@@ -3,7 +3,7 @@
     python benchmarks/evaluation.py                                            # digits network, CPU
     python benchmarks/evaluation.py --preset cifar10 --batch_size 128 --device cuda
 
-The bare forward pass and `evaluate_bpd` alternate in one process, so that both see the same load of the machine.
+The bare forward pass and `evaluate_vlb` alternate in one process, so that both see the same load of the machine.
 Peak memory is measured in a separate process for each setting (resident memory on a CPU, allocated memory on a GPU).
 """
 
@@ -20,7 +20,7 @@ import time
 
 import torch
 
-from diffusers_vdm import VDMScheduler, VDMUNet2DModel, evaluate_bpd
+from diffusers_vdm import VDMScheduler, VDMUNet2DModel, evaluate_vlb
 
 
 def parse_options() -> argparse.Namespace:
@@ -68,7 +68,7 @@ def speed(args: argparse.Namespace) -> dict:
             unet(z, t, return_dict=False)
 
     def evaluation():
-        evaluate_bpd(unet, scheduler, images, num_steps=args.num_steps, batch_size=args.batch_size, progress_bar=False)
+        evaluate_vlb(unet, scheduler, images, num_steps=args.num_steps, batch_size=args.batch_size, progress_bar=False)
 
     bare(), evaluation()
     pairs = [(seconds(bare, args.device), seconds(evaluation, args.device)) for _ in range(args.rounds)]
@@ -85,7 +85,7 @@ def speed(args: argparse.Namespace) -> dict:
 def peak_mebibytes(args: argparse.Namespace) -> float:
     steps, levels = args.memory
     unet, scheduler, images = setup(args, levels)
-    evaluate_bpd(
+    evaluate_vlb(
         unet, scheduler, images, num_steps=steps, num_levels=levels, batch_size=args.batch_size, progress_bar=False
     )
     if args.device.startswith("cuda"):

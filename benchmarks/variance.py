@@ -22,7 +22,7 @@ import torch
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from diffusers_vdm import VariationalBound, VDMPipeline, evaluate_bound, noise_schedule_of
+from diffusers_vdm import VariationalBound, VDMPipeline, evaluate_mc, noise_schedule_of
 from diffusers_vdm.data.images import ImageSet, load_digits_split, load_images
 from diffusers_vdm.files import write_atomically
 from diffusers_vdm.noise_schedules import NoiseSchedule
@@ -125,7 +125,7 @@ def measure(bound: VariationalBound, data: ImageSet, labels, args: argparse.Name
     """The results of one schedule, with its own random numbers so that the bounds are independent estimates."""
     seed = key_to_seed(args.seed, key)
     settings = {"num_samples": args.num_samples, "batch_size": args.batch_size, "seed": seed, "device": args.device}
-    result = evaluate_bound(bound, data.images, class_labels=labels, **settings)
+    result = evaluate_mc(bound, data.images, class_labels=labels, **settings)
     loss = result.diffusion_terms_bpd  # the times of one image, over the repeats, are independent and uniform
     batches = batch_losses(bound, data, labels, args, seed, max(2, loss.numel() // args.batch_size))
     # equal shares of the draws sorted by γ are equal shares of t

@@ -39,24 +39,26 @@ _MODULE_OF = {
     "evaluate_mc": "evaluation.monte_carlo",
     "evaluate_vlb": "evaluation.all_terms",
     "evaluate_ode": "evaluation.ode_density",
-    "evaluate_bound": "evaluation.monte_carlo",  # earlier name of evaluate_mc
-    "evaluate_bpd": "evaluation.all_terms",  # earlier name of evaluate_vlb
     "best_timesteps": "evaluation.all_terms",
     "noise_schedule_of": "diffusers_schedulers",
     "VDMPipeline": "pipeline",
     "register": "registration",
 }
 
-__all__ = ["__version__", *_MODULE_OF]
+# names of earlier versions, which go on working
+_EARLIER_NAMES = {"evaluate_bound": "evaluate_mc", "evaluate_bpd": "evaluate_vlb"}
+
+__all__ = ["__version__", *_MODULE_OF, *_EARLIER_NAMES]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
+    current = _EARLIER_NAMES.get(name, name)
+    if current not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    value = getattr(import_module(f".{_MODULE_OF[current]}", __name__), current)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_MODULE_OF])
+    return sorted([*globals(), *_MODULE_OF, *_EARLIER_NAMES])

@@ -29,7 +29,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 
-from diffusers_vdm import evaluate_bpd, evaluate_ode, noise_schedule_of
+from diffusers_vdm import evaluate_vlb, evaluate_ode, noise_schedule_of
 
 
 def random_checkpoint(folder):
@@ -87,7 +87,7 @@ def main():
         print("No images: patches of a photograph stand in for them.")
 
     # All T terms for each image, x = k/127.5 − 1 and the discretized Gaussian decoder, as in DDPM's paper.
-    bound = evaluate_bpd(pipe.unet, pipe.scheduler, images, convention="ddpm")
+    bound = evaluate_vlb(pipe.unet, pipe.scheduler, images, convention="ddpm")
     # The ODE uses x = 2(k + ½)/256 − 1, and noise within each level makes the integers continuous. The bound above has
     # another convention, so the two numbers are not directly comparable.
     schedule, kind = noise_schedule_of(pipe.scheduler), pipe.scheduler.config.prediction_type
@@ -97,7 +97,7 @@ def main():
     print(f"variational bound, T = {bound.num_steps}:  {bound.bpd:.3f} ± {bound.stderr_bpd:.3f}")
     print(
         f"  prior {bound.prior_bpd:.4f}, diffusion {bound.diffusion_bpd:.3f}, decoder {bound.reconstruction_bpd:.3f};"
-        f" variance {bound.variance_type}, x̂ {'clipped' if bound.clip_sample else 'as it is'}"
+        f" variance {bound.variance_type}, x̂ {'clipped' if bound.clip_sample else 'not clipped'}"
     )
     print(
         f"probability-flow ODE:       {density.bpd:.3f} ± {density.stderr_bpd:.3f},"

@@ -36,7 +36,7 @@ from diffusers_vdm import (
     VDMPipeline,
     VDMScheduler,
     VDMUNet2DModel,
-    evaluate_bound,
+    evaluate_mc,
 )
 
 NUM_LEVELS = 17  # pixels of the digits are 0 … 16
@@ -96,7 +96,7 @@ def main():
 
     bound = accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # evaluated in float32, even after bf16 training
     ema.copy_to(bound.parameters())
-    result = evaluate_bound(bound, test_images, num_samples=args.eval_samples, accelerator=accelerator)
+    result = evaluate_mc(bound, test_images, num_samples=args.eval_samples, accelerator=accelerator)
     if accelerator.is_main_process:
         print(f"{result.num_images} held-out images: {result.bpd:.4f} ± {result.stderr_bpd:.4f} bits/dim")
         scheduler = VDMScheduler.from_noise_schedule(schedule)  # γ(t) as a table in the scheduler's config

@@ -27,9 +27,9 @@ from diffusers_vdm import (
     VDMPipeline,
     VDMScheduler,
     VDMUNet2DModel,
-    evaluate_bound,
-    evaluate_bpd,
+    evaluate_mc,
     evaluate_ode,
+    evaluate_vlb,
     noise_schedule_of,
     ode,
 )
@@ -121,7 +121,7 @@ CALLS = {
     "bound": lambda net: VariationalBound(net, FixedLinearGamma())(LEVELS),
     "simple": lambda net: SimpleObjective(net, FixedLinearGamma())(LEVELS),
     "ode": lambda net: ode.sample(net, FixedLinearGamma(), X),
-    "all terms": lambda net: evaluate_bpd(net, VDMScheduler(), LEVELS, num_steps=2, progress_bar=False),
+    "all terms": lambda net: evaluate_vlb(net, VDMScheduler(), LEVELS, num_steps=2, progress_bar=False),
     "step": lambda net: VDMScheduler().step(torch.zeros(net.shape), 500.0, X),
 }
 
@@ -200,7 +200,7 @@ def test_half_precision_networks_are_measured_and_sampled(cls):
     scheduler = VDMScheduler.from_diffusers(ddpm())
     schedule = scheduler.noise_schedule()
     assert VariationalBound(unet, schedule)(levels).total.dtype == torch.float32
-    assert evaluate_bpd(unet, scheduler, levels, num_steps=3, progress_bar=False).per_image_bpd.isfinite().all()
+    assert evaluate_vlb(unet, scheduler, levels, num_steps=3, progress_bar=False).per_image_bpd.isfinite().all()
     assert evaluate_ode(unet, schedule, levels[:1], rtol=1, atol=1, progress_bar=False).per_image_bpd.isfinite().all()
     assert drawn(VDMPipeline(unet, scheduler)).dtype == torch.float32
 
@@ -385,7 +385,7 @@ def test_training_and_the_ode_use_the_prediction_alone(cls):
     ends = [ode.sample(each, schedule, z, **loose).z for each in (unet, half)]
     torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-3)
     for measure in (
-        lambda each: evaluate_bound(VariationalBound(each, schedule), levels, num_samples=2, progress_bar=False),
+        lambda each: evaluate_mc(VariationalBound(each, schedule), levels, num_samples=2, progress_bar=False),
         lambda each: evaluate_ode(each, schedule, levels[:1], progress_bar=False, **loose),
     ):
         torch.testing.assert_close(*(measure(each).per_image_bpd for each in (unet, half)), rtol=1e-3, atol=0)
@@ -402,7 +402,7 @@ def test_terms_down_to_z_0_are_divergences_of_two_gaussians(variance_type, steps
     else:
         chain, scheduler = {}, VDMScheduler.from_diffusers(theirs)
     unet = SmoothNet(2 if variance_type in LEARNED else 1)
-    result = evaluate_bpd(unet, scheduler, levels, seed=5, progress_bar=False, **chain)
+    result = evaluate_vlb(unet, scheduler, levels, seed=5, progress_bar=False, **chain)
     assert result.variance_type == variance_type and result.num_steps == steps
     alphas_bar = torch.cumprod(1 - torch.linspace(1e-3, 0.3, T, dtype=F64), 0)
     visited = np.linspace(0, T - 1, steps + 1).round().astype(int)
@@ -429,7 +429,7 @@ def test_terms_down_to_z_0_are_divergences_of_two_gaussians(variance_type, steps
 
 def test_the_bound_by_all_terms_needs_the_channels_of_the_variance_type():
     unet, levels = network(), images()
-    measure = lambda unet, scheduler: evaluate_bpd(unet, scheduler, levels, num_steps=4, progress_bar=False)  # noqa: E731
+    measure = lambda unet, scheduler: evaluate_vlb(unet, scheduler, levels, num_steps=4, progress_bar=False)  # noqa: E731
     for scheduler in (VDMScheduler(), LinearBetaScheduler(), ddpm("fixed_large")):
         with pytest.raises(ValueError, match="or set variance_type='learned_range'"):
             measure(unet, scheduler)
@@ -443,7 +443,7 @@ def test_ours_and_theirs_give_one_bound_of_one_checkpoint():
     for ours in both_of_ours(theirs):
         convention = "ddpm" if isinstance(ours, LinearBetaScheduler) else "vdm"
         results = [
-            evaluate_bpd(unet, scheduler, levels, convention=convention, progress_bar=False)
+            evaluate_vlb(unet, scheduler, levels, convention=convention, progress_bar=False)
             for scheduler in (theirs, ours)
         ]
         assert results[0].variance_type == results[1].variance_type == "learned_range"
@@ -529,7 +529,7 @@ def test_the_checkpoint_is_converted(variance_type, beta_schedule, tmp_path, cap
     if variance_type == "learned":
         return  # this network's variances are negative
     one, other = (
-        evaluate_bpd(each.unet, each.scheduler, images(), convention="vdm", progress_bar=False)
+        evaluate_vlb(each.unet, each.scheduler, images(), convention="vdm", progress_bar=False)
         for each in (theirs, pipe)
     )
     torch.testing.assert_close(one.terms_bpd, other.terms_bpd, rtol=1e-4, atol=1e-6)

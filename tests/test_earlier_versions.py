@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusers_vdm import VariationalBound, VDMPipeline, evaluate_bound
+from diffusers_vdm import VariationalBound, VDMPipeline, evaluate_mc
 from diffusers_vdm.data.images import load_digits_split
 from diffusers_vdm.sharing.model_card import model_card
 from tests.paths import SAVED_BEFORE_ROOMS
@@ -59,7 +59,7 @@ def test_the_pipeline_has_the_likelihood_of_its_report(saved):
     pipe = VDMPipeline.from_pretrained(saved / "run")
     bound = VariationalBound(pipe.unet, pipe.scheduler.noise_schedule(), num_levels=17)
     images = load_digits_split()[1].images[:20]
-    result = evaluate_bound(bound, images, num_samples=2, batch_size=128, progress_bar=False)
+    result = evaluate_mc(bound, images, num_samples=2, batch_size=128, progress_bar=False)
     assert result.bpd == pytest.approx(report["bpd"], rel=1e-6)
     assert result.per_image_bpd.tolist() == pytest.approx(report["per_image_bpd"], rel=1e-5)
 

@@ -147,7 +147,7 @@ def test_a_checkpoint_is_measured_in_both_ways_and_random_weights_are_named(tmp_
 def test_a_checkpoint_of_a_folder_is_measured_on_the_images_of_a_folder(tmp_path):
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-    from diffusers_vdm import evaluate_bpd
+    from diffusers_vdm import evaluate_vlb
 
     blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
     unet = UNet2DModel(8, 1, 1, layers_per_block=1, norm_num_groups=2, add_attention=False, **blocks)
@@ -160,7 +160,7 @@ def test_a_checkpoint_of_a_folder_is_measured_on_the_images_of_a_folder(tmp_path
     arguments = ("--model", tmp_path / "model", "--image_dir", tmp_path / "images", "--tolerance", 1e-2)
     output = run("likelihood_of_a_diffusers_checkpoint", *arguments)
     assert "random" not in output and "resized" not in output and "3 images of (1, 8, 8)" in output
-    expected = evaluate_bpd(unet, scheduler, images, progress_bar=False)
+    expected = evaluate_vlb(unet, scheduler, images, progress_bar=False)
     assert numbers(line_of(output, "variational bound, T = 20"))[0] == pytest.approx(expected.bpd, abs=0.001)
 
 
@@ -171,7 +171,7 @@ def test_a_custom_schedule_is_trained_saved_and_loaded(tmp_path):
     assert trained[0] == -7.5 and trained[-1] == 5.0 and trained == sorted(trained)
     assert numbers(line_of(output, "largest difference of the loaded schedule:")) == [0.0]
     assert numbers(line_of(output, "largest difference of the loaded scheduler"))[0] < 1e-6
-    # where the file of the class is not at hand, the scheduler alone has γ(t)
+    # without the file of the class, the scheduler alone has γ(t)
     scheduler = VDMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
     assert float(scheduler.noise_schedule()(0.4)) == pytest.approx(trained[2], abs=0.001)
     with pytest.raises(ValueError, match="own_noise_schedule"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_vdm import VariationalBound, VDMPipeline, evaluate_bound
+from diffusers_vdm import VariationalBound, VDMPipeline, evaluate_mc
 from diffusers_vdm.data.images import load_digits_split
 from tests.pictures import picture, write_image_folder
 from tests.running import SHORT_TRAINING, metrics_of, run_example
@@ -116,5 +116,5 @@ def test_mixed_precision_trains_and_is_measured_in_float32(tmp_path, objective):
     pipe, data = VDMPipeline.from_pretrained(out), load_digits_split()[1]
     steps = 999 if objective == "ddpm" else None
     bound = VariationalBound(pipe.unet, pipe.scheduler.noise_schedule(), num_levels=17, num_timesteps=steps)
-    again = evaluate_bound(bound, data.images, num_samples=2, progress_bar=False)
+    again = evaluate_mc(bound, data.images, num_samples=2, progress_bar=False)
     assert measured == pytest.approx(again.bpd, rel=1e-5)

@@ -13,7 +13,7 @@ from diffusers_vdm import (
     VariationalBound,
     VDMScheduler,
     VDMUNet2DModel,
-    evaluate_bpd,
+    evaluate_vlb,
 )
 from diffusers_vdm.randomness import keyed_generator
 from tests.models import SmoothNet, tiny_unet
@@ -109,7 +109,7 @@ def test_ddpm_convention_is_that_of_the_public_code(kind, prediction, variance, 
     )
     network = SmoothNet(2 if variance == "learned_range" else 1)
     data = images()
-    result = evaluate_bpd(network, scheduler, data, seed=SEED, progress_bar=False)
+    result = evaluate_vlb(network, scheduler, data, seed=SEED, progress_bar=False)
     assert (result.convention, result.num_steps, result.clip_sample) == ("ddpm", T, clip)
     for i in range(len(data)):
         terms, prior = ddpm_bpd(data[i], i, numpy_betas(kind), prediction, variance, clip, network)
@@ -135,7 +135,7 @@ def test_terms_are_those_of_the_training_objective(prediction):
         schedule.output_weight.mul_(torch.linspace(0, 30, 8))
     scheduler = VDMScheduler.from_noise_schedule(schedule, prediction_type=prediction)
     data, steps = digits(), 6
-    result = evaluate_bpd(unet, scheduler, data, num_steps=steps, num_levels=17, seed=SEED, progress_bar=False)
+    result = evaluate_vlb(unet, scheduler, data, num_steps=steps, num_levels=17, seed=SEED, progress_bar=False)
     bound = VariationalBound(
         unet, scheduler.noise_schedule(), num_levels=17, num_timesteps=steps, prediction_type=prediction
     ).eval()
@@ -157,13 +157,13 @@ def test_terms_are_those_of_the_training_objective(prediction):
 def test_no_image_depends_on_its_batch_and_none_is_dropped():
     unet, scheduler, data = tiny(zero_init=False), LinearBetaScheduler(50), digits(7)
     results = [
-        evaluate_bpd(unet, scheduler, data, num_levels=17, batch_size=b, num_steps=9, progress_bar=False)
+        evaluate_vlb(unet, scheduler, data, num_levels=17, batch_size=b, num_steps=9, progress_bar=False)
         for b in (1, 3, 7, 100)
     ]
     for result in results:
         assert result.terms_bpd.shape == (7, 8) and bool((result.terms_bpd > 0).all())
         torch.testing.assert_close(result.terms_bpd, results[0].terms_bpd, rtol=1e-5, atol=1e-7)
-    alone = evaluate_bpd(unet, scheduler, data[:1], num_levels=17, num_steps=9, progress_bar=False)
+    alone = evaluate_vlb(unet, scheduler, data[:1], num_levels=17, num_steps=9, progress_bar=False)
     torch.testing.assert_close(alone.per_image_bpd[0], results[0].per_image_bpd[0])
     assert math.isnan(alone.stderr_bpd)
 
@@ -173,7 +173,7 @@ def test_evaluation_restores_the_mode_of_each_module():
     unet.train()
     unet.mid_block.eval()
     first, second = (
-        evaluate_bpd(unet, LinearBetaScheduler(50), digits(2), num_levels=17, progress_bar=False) for _ in range(2)
+        evaluate_vlb(unet, LinearBetaScheduler(50), digits(2), num_levels=17, progress_bar=False) for _ in range(2)
     )
     assert first.bpd == second.bpd  # no dropout
     assert unet.training and not unet.mid_block.training
@@ -184,11 +184,11 @@ def test_our_convention_for_a_checkpoint_of_diffusers():
     unet, data = tiny(UNet2DModel), digits(2)
     theirs = DDPMScheduler(1000, clip_sample=False)
     arguments = {"num_levels": 17, "num_steps": 10, "progress_bar": False}
-    a = evaluate_bpd(unet, theirs, data, convention="vdm", **arguments)
-    b = evaluate_bpd(unet, LinearBetaScheduler(1000), data, **arguments)
+    a = evaluate_vlb(unet, theirs, data, convention="vdm", **arguments)
+    b = evaluate_vlb(unet, LinearBetaScheduler(1000), data, **arguments)
     torch.testing.assert_close(a.terms_bpd, b.terms_bpd, rtol=1e-9, atol=1e-12)
     assert a.num_steps == 9
-    c = evaluate_bpd(unet, DDIMScheduler(1000, clip_sample=False), data, convention="vdm", **arguments)
+    c = evaluate_vlb(unet, DDIMScheduler(1000, clip_sample=False), data, convention="vdm", **arguments)
     assert c.bpd == a.bpd
 
 
@@ -222,22 +222,22 @@ def test_wrong_arguments_are_refused(changes, error, message):
     arguments = {"network": SmoothNet(), "scheduler": DDPMScheduler(20), "images": images()} | changes
     positional = [arguments.pop(name) for name in ("network", "scheduler", "images")]
     with pytest.raises(error, match=message):
-        evaluate_bpd(*positional, progress_bar=False, **arguments)
+        evaluate_vlb(*positional, progress_bar=False, **arguments)
 
 
 def test_another_scheduler_of_diffusers_is_measured_in_the_convention_of_ddpm():
-    result = evaluate_bpd(SmoothNet(), EulerDiscreteScheduler(20), images(), progress_bar=False)
+    result = evaluate_vlb(SmoothNet(), EulerDiscreteScheduler(20), images(), progress_bar=False)
     assert result.convention == "ddpm"
 
 
-# ---- timesteps of one's own, and the best ones -------------------------------------------------------------------
+# ---- custom timesteps -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", [lambda: DDPMScheduler(T), lambda: LinearBetaScheduler(50), VDMScheduler])
 def test_an_evaluation_by_its_own_timesteps_is_the_same(make):
     scheduler, data = make(), images()
-    once = evaluate_bpd(SmoothNet(), scheduler, data, num_steps=11, seed=SEED, progress_bar=False)
-    again = evaluate_bpd(SmoothNet(), scheduler, data, timesteps=once.timesteps, seed=SEED, progress_bar=False)
+    once = evaluate_vlb(SmoothNet(), scheduler, data, num_steps=11, seed=SEED, progress_bar=False)
+    again = evaluate_vlb(SmoothNet(), scheduler, data, timesteps=once.timesteps, seed=SEED, progress_bar=False)
     # a VDMScheduler's γ is worked out from the timestep
     torch.testing.assert_close(again.gammas, once.gammas, rtol=0, atol=1e-11)
     torch.testing.assert_close(again.per_image_bpd, once.per_image_bpd, rtol=1e-9, atol=0)
@@ -269,14 +269,14 @@ RESUMED = {"seed": SEED, "batch_size": 2, "progress_bar": False}
 def interrupted(tmp_path):
     """The folder of an evaluation of five images that was interrupted within its second batch."""
     with pytest.raises(KeyboardInterrupt):
-        evaluate_bpd(Interrupted(stop_at=40 + 30), DDPMScheduler(40), images(5), resume_dir=tmp_path, **RESUMED)
+        evaluate_vlb(Interrupted(stop_at=40 + 30), DDPMScheduler(40), images(5), resume_dir=tmp_path, **RESUMED)
     return tmp_path
 
 
 def test_a_resumed_evaluation_is_the_one_that_was_not_interrupted(interrupted):
-    whole = evaluate_bpd(SmoothNet(), DDPMScheduler(40), images(5), **RESUMED)
+    whole = evaluate_vlb(SmoothNet(), DDPMScheduler(40), images(5), **RESUMED)
     network = Interrupted()
-    again = evaluate_bpd(network, DDPMScheduler(40), images(5), resume_dir=interrupted, **RESUMED)
+    again = evaluate_vlb(network, DDPMScheduler(40), images(5), resume_dir=interrupted, **RESUMED)
     assert torch.equal(again.terms_bpd, whole.terms_bpd) and torch.equal(again.per_image_bpd, whole.per_image_bpd)
     assert 40 + 11 <= network.calls <= 40 + 11 + 16  # the last batch, and what was left of the second
 
@@ -288,7 +288,7 @@ def test_a_resumed_evaluation_is_the_one_that_was_not_interrupted(interrupted):
 )
 def test_an_evaluation_of_something_else_is_not_resumed(interrupted, data, seed, message):
     with pytest.raises(ValueError, match=message):
-        evaluate_bpd(SmoothNet(), DDPMScheduler(40), data, resume_dir=interrupted, **RESUMED | {"seed": seed})
+        evaluate_vlb(SmoothNet(), DDPMScheduler(40), data, resume_dir=interrupted, **RESUMED | {"seed": seed})
 
 
 class Infinite(SmoothNet):
@@ -302,4 +302,4 @@ def test_a_resumed_evaluation_computes_numbers_that_were_not_finite_again(tmp_pa
     scheduler = DDPMScheduler(20, clip_sample=False)  # a clipped x̂ would be finite
     for _ in range(2):
         with pytest.raises(ValueError, match="image 0 is not finite"):
-            evaluate_bpd(Infinite(), scheduler, images(1), resume_dir=tmp_path, progress_bar=False)
+            evaluate_vlb(Infinite(), scheduler, images(1), resume_dir=tmp_path, progress_bar=False)

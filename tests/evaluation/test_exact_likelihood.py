@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
-from diffusers_vdm import FixedLinearGamma, LinearBetaScheduler, VariationalBound, VDMScheduler, evaluate_bpd
+from diffusers_vdm import FixedLinearGamma, LinearBetaScheduler, VariationalBound, VDMScheduler, evaluate_vlb
 from diffusers_vdm.randomness import keyed_generator
 from tests.models import tiny_unet
 from tests.oracles import ENTROPY, PI, USED, X_DDPM, X_USED, X_VDM, BestNetwork, draw_images
@@ -86,7 +86,7 @@ def assert_terms(result, prior, decoder, terms):
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("steps", [10, 50, None])
 def test_vdm_bound_of_each_image(steps, prediction):
-    """Prior, decoder and all T terms of evaluate_bpd, with the same noise; `None` is DDPM's betas in 50 steps."""
+    """Prior, decoder and all T terms of evaluate_vlb, with the same noise; `None` is DDPM's betas in 50 steps."""
     if steps is None:
         gammas = gammas_of(np.linspace(1e-4, 0.02, 50) * 20)
         scheduler, gamma_of = LinearBetaScheduler(50, prediction_type=prediction), torch.from_numpy(gammas).__getitem__
@@ -94,7 +94,7 @@ def test_vdm_bound_of_each_image(steps, prediction):
         gammas = np.linspace(GAMMA_MIN, GAMMA_MAX, steps + 1)
         scheduler, gamma_of = VDMScheduler(prediction_type=prediction, **ENDS), normalized_gamma()
     network, images = BestNetwork(gamma_of, X_VDM, prediction), draw_images(3, 3, 4, 4)
-    result = evaluate_bpd(network, scheduler, images, num_steps=steps, seed=SEED, progress_bar=False)
+    result = evaluate_vlb(network, scheduler, images, num_steps=steps, seed=SEED, progress_bar=False)
     assert (result.convention, result.num_steps) == ("vdm", len(gammas) - 1)
     assert_terms(result, *vdm_bpd(images, gammas))
 
@@ -128,7 +128,7 @@ def ddpm_bpd(images, betas, prediction, clip, network):
 
 def assert_ddpm(network, scheduler, betas, images):
     config = scheduler.config
-    result = evaluate_bpd(network, scheduler, images, seed=SEED, progress_bar=False)
+    result = evaluate_vlb(network, scheduler, images, seed=SEED, progress_bar=False)
     assert (result.convention, result.num_steps, result.clip_sample) == ("ddpm", len(betas), config.clip_sample)
     assert_terms(result, *ddpm_bpd(images, betas, config.prediction_type, config.clip_sample, network))
 
@@ -258,9 +258,9 @@ def test_bound_falls_to_entropy_and_its_gap_is_known(low):
 
 
 def test_draws_average_to_expected_bound():
-    """evaluate_bpd over data drawn from π, for T = 10."""
+    """evaluate_vlb over data drawn from π, for T = 10."""
     network, images = BestNetwork(normalized_gamma(), X_VDM), draw_images(128, 1, 16, 16)
-    result = evaluate_bpd(network, VDMScheduler(**ENDS), images, num_steps=10, seed=SEED, progress_bar=False)
+    result = evaluate_vlb(network, VDMScheduler(**ENDS), images, num_steps=10, seed=SEED, progress_bar=False)
     terms = expected_bits(10, GAMMA_MIN)
     assert abs(result.bpd - sum(terms)) < 4 * result.stderr_bpd < 0.02 * sum(terms)
     assert abs(result.diffusion_bpd - terms[2]) < 4 * float(result.terms_bpd.sum(1).std()) / math.sqrt(len(images))

@@ -1,4 +1,4 @@
-"""evaluation/monte_carlo.py: `evaluate_bound` over a data set, its inputs, and evaluations that are resumed."""
+"""evaluation/monte_carlo.py: `evaluate_mc` over a data set, its inputs, and evaluations that are resumed."""
 
 import functools
 import math
@@ -12,7 +12,7 @@ from diffusers_vdm import (
     FixedLinearGamma,
     LearnedLinearGamma,
     VariationalBound,
-    evaluate_bound,
+    evaluate_mc,
 )
 from tests.models import CountingNet, TinyNet, bent_gamma
 from tests.oracles import GaussianData, GaussianDenoiser, expected_diffusion_bpd
@@ -24,7 +24,7 @@ levels = functools.partial(random_levels, num_levels=9)
 def evaluate(net, images, schedule=None, **kwargs):
     num_timesteps = kwargs.pop("num_timesteps", None)
     bound = VariationalBound(net, schedule or FixedLinearGamma(-7.0, 4.0), num_levels=9, num_timesteps=num_timesteps)
-    return evaluate_bound(bound, images, progress_bar=False, **kwargs)
+    return evaluate_mc(bound, images, progress_bar=False, **kwargs)
 
 
 def assert_same(left, right):
@@ -114,7 +114,7 @@ def test_labels_go_with_their_images():
 
 
 class Breaks(TinyNet):
-    """NaN for images of zeros, at any noise level: z_t of the image in hand is known by its mean."""
+    """A network that returns NaN for the images that `bad` marks."""
 
     def forward(self, sample, timestep, **kwargs):
         out = super().forward(sample, timestep, **kwargs)[0]
@@ -129,7 +129,7 @@ def test_a_loss_of_nan_is_an_error_that_names_the_image():
     net.bad = torch.tensor([False, True, False])
     bound = VariationalBound(net, FixedLinearGamma(-7.0, 4.0), num_levels=9).train()
     with pytest.raises(ValueError, match="image 1 is not finite"):
-        evaluate_bound(bound, images, batch_size=3, progress_bar=False)
+        evaluate_mc(bound, images, batch_size=3, progress_bar=False)
     assert bound.training and net.training
 
 
@@ -158,10 +158,10 @@ def test_evaluation_leaves_every_mode_as_it_was(training):
     images = levels(3, 2)
     bound = VariationalBound(Dropping().train(training), bent_gamma().train(training), num_levels=9)
     modes = {name: module.training for name, module in bound.named_modules()}
-    evaluate_bound(bound, images, progress_bar=False)
+    evaluate_mc(bound, images, progress_bar=False)
     assert {name: module.training for name, module in bound.named_modules()} == modes
     with pytest.raises(ValueError, match="within"):
-        evaluate_bound(bound, images + 9, progress_bar=False)
+        evaluate_mc(bound, images + 9, progress_bar=False)
     assert {name: module.training for name, module in bound.named_modules()} == modes
 
 
@@ -180,33 +180,41 @@ def test_a_time_on_the_grid_is_its_own_step(steps, dtype):
     torch.testing.assert_close(out.gamma_t, schedule(t), rtol=0, atol=1e-12)
 
 
-def test_progress_bar(capsys):
-    bound = VariationalBound(TinyNet(), bent_gamma(), num_levels=9)
-    images = levels(5, 2)
-    evaluate_bound(bound, images, progress_bar=False)
+def test_no_progress_bar_prints_nothing(capsys):
+    evaluate(TinyNet(), levels(5, 2))
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
-    counts, texts = [], []
 
-    class Bar:
-        def __init__(self, total, **kwargs):
-            counts.append(total)
 
-        def __enter__(self):
-            return self
+class Bar:
+    """A progress bar that records what it is given."""
 
-        def __exit__(self, *args):
-            pass
+    made: list = []
 
-        def update(self, n):
-            counts.append(-n)
+    def __init__(self, total, **kwargs):
+        self.total, self.done, self.texts = total, 0, []
+        self.made.append(self)
 
-        def set_description(self, text):
-            texts.append(text)
+    def __enter__(self):
+        return self
 
-    evaluate_bound(bound, images, num_samples=2, batch_size=3, progress_bar=Bar)
-    assert counts[0] == 10 and sum(counts) == 0
-    assert texts[-1].endswith(" bits/dim") and " ± " in texts[-1] and " ± " not in texts[0]
+    def __exit__(self, *args):
+        pass
+
+    def update(self, n):
+        self.done += n
+
+    def set_description(self, text):
+        self.texts.append(text)
+
+
+def test_a_progress_bar_counts_images_and_shows_the_bound_with_its_error(monkeypatch):
+    monkeypatch.setattr(Bar, "made", [])
+    bound = VariationalBound(TinyNet(), bent_gamma(), num_levels=9)
+    evaluate_bound(bound, levels(5, 2), num_samples=2, batch_size=3, progress_bar=Bar)
+    (bar,) = Bar.made
+    assert bar.total == 10 == bar.done
+    assert bar.texts[-1].endswith(" bits/dim") and " ± " in bar.texts[-1] and " ± " not in bar.texts[0]
 
 
 def test_an_evaluation_of_no_images_is_refused():
@@ -225,7 +233,7 @@ def test_images_of_floats_are_refused():
         evaluate(TinyNet(), uniform(3, 2))
 
 
-# ---- going on after an interruption ------------------------------------------------------------------------------
+# ---- evaluations that are resumed ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_timesteps", [None, 5])
@@ -274,7 +282,7 @@ def test_another_evaluation_is_refused_by_what_differs(tmp_path, change):
             num_levels=num_levels, prediction_type=prediction_type,
         )  # fmt: skip
         options = {"class_labels": labels, "num_samples": 2, "progress_bar": False} | kwargs
-        return evaluate_bound(bound, images, resume_dir=tmp_path, **options)
+        return evaluate_mc(bound, images, resume_dir=tmp_path, **options)
 
     go()
     other = images.clone()

@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from diffusers_vdm import FixedLinearGamma, VariationalBound, evaluate_bound
+from diffusers_vdm import FixedLinearGamma, VariationalBound, evaluate_mc
 from diffusers_vdm.evaluation.monte_carlo import _measured_warp
 from tests.oracles import GaussianData, GaussianDenoiser
 from tests.tensors import F64, random_levels, seeded
@@ -31,7 +31,7 @@ levels = functools.partial(random_levels, num_levels=LEVELS)
 def evaluate(net, images, schedule=None, num_timesteps=None, **kwargs):
     schedule = schedule or FixedLinearGamma(GAMMA_0, GAMMA_1)
     bound = VariationalBound(net, schedule, num_levels=LEVELS, num_timesteps=num_timesteps)
-    return evaluate_bound(bound, images, **{"progress_bar": False, "batch_size": 64} | kwargs)
+    return evaluate_mc(bound, images, **{"progress_bar": False, "batch_size": 64} | kwargs)
 
 
 # ---- the truth ---------------------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def test_error_bars_have_the_coverage_of_students_t(kind, count):
         expected = np.mean(2 * stats.t.cdf(width, repeats - 1) - 1)
         three_sigma = 3 * math.sqrt(expected * (1 - expected) / count)
         covered = np.mean(error < width * stderr)
-        # an error bar that stops its own measurement is small by luck now and then: 5 % of coverage at the most
+        # an evaluation that stops at a small error sometimes stops at one that is too small: up to 5 % of coverage
         lost = 0.05 if kind == "target" else 0.0
         assert expected - lost - three_sigma < covered < expected + three_sigma, (width, covered, expected)
 
@@ -159,7 +159,7 @@ def test_repeats_have_times_and_noise_of_their_own():
     torch.testing.assert_close((t - t[:, :1]) % 1, ((t - t[:, :1]) % 1)[:1].expand_as(t), rtol=0, atol=1e-9)
 
 
-# ---- going on until the error is small enough --------------------------------------------------------------------
+# ---- evaluations up to a target error --------------------------------------------------------------------
 
 
 def test_target_is_reached_with_ten_repeats_at_least():
@@ -261,7 +261,7 @@ def test_the_first_quarter_is_plain_and_later_draws_follow_their_density():
     seen = mse > 1e-250
     density = SCALE * mse / terms
     assert density[seen].min() == pytest.approx(0.1, abs=0.02) and density[seen].max() > 5
-    # the share of [0, 1] that lies between two times is the mean of 1/density over the draws between them
+    # the length of an interval of times is the mean of 1/density over the draws between them
     weight = torch.where(seen, 1 / density, 10.0)
     for low, high in [(0, 1), *((k / 10, (k + 1) / 10) for k in range(10))]:
         inside = (t >= low) & (t < high)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 
-from diffusers_vdm import FixedLinearGamma, VariationalBound, evaluate_bound, files
+from diffusers_vdm import FixedLinearGamma, VariationalBound, evaluate_mc, files
 from diffusers_vdm.evaluation import rows as rows_module
 from diffusers_vdm.evaluation.rows import Rows, batches, check_rows_finite, fingerprint
 from tests.models import CountingNet
@@ -23,7 +23,7 @@ IDENTITY = {"seed": 3, "weights": "abc", "steps": (1, 2)}
 
 
 def table(folder=None, rows=(), num_columns: int = 2, identity=IDENTITY) -> Rows:
-    """A table with these rows, saved."""
+    """A table with these rows, saved to its folder."""
     out = Rows(num_columns, resume_dir=folder, identity=identity)
     out.grow(len(rows))
     for i, row in enumerate(rows):
@@ -33,7 +33,7 @@ def table(folder=None, rows=(), num_columns: int = 2, identity=IDENTITY) -> Rows
 
 
 def same(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """To the last bit, of −0 and of NaN too."""
+    """Whether two tensors are equal to the last bit, also for −0 and NaN."""
     return left.shape == right.shape and left.dtype == right.dtype and fingerprint([left]) == fingerprint([right])
 
 
@@ -295,7 +295,7 @@ def work(kind: str, folder, stop_at: int = 0, accelerator=None) -> tuple[dict | 
     images = torch.randint(0, 9, (NUM_IMAGES, 2), generator=torch.Generator().manual_seed(0))
     bound = VariationalBound(net, FixedLinearGamma(-3.0, 4.0), num_levels=9)
     try:
-        out = evaluate_bound(
+        out = evaluate_mc(
             bound, images, **KINDS[kind], batch_size=5, resume_dir=folder, accelerator=accelerator, progress_bar=False
         )
     except (KeyboardInterrupt, RuntimeError):  # the other process is gone

@@ -12,7 +12,7 @@ from diffusers_vdm import (
     LinearBetaScheduler,
     VDMScheduler,
     best_timesteps,
-    evaluate_bpd,
+    evaluate_vlb,
     noise_schedule_of,
 )
 from diffusers_vdm.evaluation.step_selection import best_levels
@@ -50,24 +50,24 @@ def test_best_timesteps_are_better_and_their_bound_is_the_predicted_one(schedule
     data = torch.randint(0, 256, (64, 2, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     gammas = noise_schedule_of(scheduler)
     net = GaussianDenoiser(gammas, variance=1 / 3)
-    fine = evaluate_bpd(net, scheduler, data, batch_size=64, progress_bar=False, **arguments)
+    fine = evaluate_vlb(net, scheduler, data, batch_size=64, progress_bar=False, **arguments)
     predicted = []
     for num_steps in steps:
         timesteps, bpd = best_timesteps(fine, num_steps)
-        best = evaluate_bpd(net, scheduler, data, timesteps=timesteps, seed=1, progress_bar=False)
+        best = evaluate_vlb(net, scheduler, data, timesteps=timesteps, seed=1, progress_bar=False)
         assert best.num_steps == num_steps
         assert best.bpd == pytest.approx(bpd, abs=5 * best.stderr_bpd + 0.02)
         predicted.append(bpd)
     assert all(b < a + 0.01 for a, b in pairwise(predicted))  # but for what fits the noise of the measurement
     assert predicted[-1] == pytest.approx(fine.bpd, rel=1e-12)  # all the steps there are
-    even = evaluate_bpd(net, scheduler, data, num_steps=steps[1] + (fine.num_steps == 199), seed=1, progress_bar=False)
+    even = evaluate_vlb(net, scheduler, data, num_steps=steps[1] + (fine.num_steps == 199), seed=1, progress_bar=False)
     assert even.num_steps == steps[1] and even.bpd > predicted[1] + 0.1
 
 
 @pytest.fixture
 def result():
     """An evaluation by DDPM's 12 steps."""
-    return evaluate_bpd(SmoothNet(), DDPMScheduler(12), IMAGES, progress_bar=False)
+    return evaluate_vlb(SmoothNet(), DDPMScheduler(12), IMAGES, progress_bar=False)
 
 
 def test_more_steps_than_were_measured_are_refused(result):
@@ -87,14 +87,14 @@ def test_best_timesteps_need_fixed_variances(result):
 )
 def test_wrong_timesteps_are_refused(timesteps, message):
     with pytest.raises(ValueError, match=message):
-        evaluate_bpd(SmoothNet(), DDPMScheduler(12), IMAGES, timesteps=timesteps, progress_bar=False)
+        evaluate_vlb(SmoothNet(), DDPMScheduler(12), IMAGES, timesteps=timesteps, progress_bar=False)
 
 
 def test_steps_are_given_by_number_or_by_list():
     with pytest.raises(ValueError, match="not both"):
-        evaluate_bpd(SmoothNet(), DDPMScheduler(12), IMAGES, num_steps=3, timesteps=[3, 0], progress_bar=False)
+        evaluate_vlb(SmoothNet(), DDPMScheduler(12), IMAGES, num_steps=3, timesteps=[3, 0], progress_bar=False)
 
 
 def test_a_chain_does_not_start_at_its_end():
     with pytest.raises(ValueError, match=r"above that of γ\(0\)"):
-        evaluate_bpd(SmoothNet(), VDMScheduler(), IMAGES, timesteps=[500.0, 0.0], progress_bar=False)
+        evaluate_vlb(SmoothNet(), VDMScheduler(), IMAGES, timesteps=[500.0, 0.0], progress_bar=False)
