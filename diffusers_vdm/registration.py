@@ -19,8 +19,8 @@ def register() -> None:
     """
     found = getattr(diffusers, "VDMPipeline", VDMPipeline)
     if found is not VDMPipeline:
-        raise RuntimeError(f"diffusers has a VDMPipeline of its own, {found}: load by ours instead.")
-    setattr(diffusers, "VDMPipeline", VDMPipeline)  # noqa: B010  type checkers know no such attribute
+        raise RuntimeError(f"diffusers has its own VDMPipeline, {found}; use diffusers_vdm.VDMPipeline to load.")
+    setattr(diffusers, "VDMPipeline", VDMPipeline)  # noqa: B010  type checkers do not know the attribute
     methods = ["save_pretrained", "from_pretrained"]
     for module in MODULES:
         base = "SchedulerMixin" if module == "schedulers" else "ModelMixin"

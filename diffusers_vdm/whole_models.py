@@ -1,4 +1,4 @@
-"""Models that refuse incomplete weights, where diffusers only warns and initializes missing tensors randomly."""
+"""Models that reject incomplete weights; diffusers would only warn and initialize missing tensors randomly."""
 
 from __future__ import annotations
 

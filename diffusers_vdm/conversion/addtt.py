@@ -18,13 +18,13 @@ from ..pipeline import VDMPipeline
 from . import PAPER_ENDS
 from .foreign_networks import (
     ForeignNetwork,
-    filled_pipeline,
-    folded,
     has_attention,
-    refuse,
+    incompatibilities,
+    pipeline_from_state,
+    raise_if_any,
     schedule_of,
-    unfit,
     whole_folder,
+    with_folded_bias,
 )
 from .official_checkpoint import (
     gamma_from_official,
@@ -71,7 +71,7 @@ def load_addtt(
         "noise_schedule": "learned_linear" if gamma else "fixed_linear",
     }  # fmt: skip
     wrong = [f"{k} is {config[k]!r}, not {v!r}" for k, v in inferred.items() if config.get(k, v) != v]
-    refuse(f"{path} does not belong to the config.yaml beside it", wrong)
+    raise_if_any(f"{path} does not belong to the config.yaml beside it", wrong)
     given = {"gamma_min": gamma_min, "gamma_max": gamma_max, "n_attention_heads": num_heads}
     given |= {"norm_groups": norm_num_groups, "dropout_prob": None}
     for (name, value), default in zip([*given.items()], (*PAPER_ENDS, 1, 32, 0.0), strict=True):
@@ -100,7 +100,7 @@ def load_addtt(
     schedule = gamma_from_official(gamma, *ends).float()
     print(f"read {weights}: {network}; γ: {type(schedule).__name__}, configured from {ends[0]} to {ends[1]}")
     print(f"assumed, not in any file: images of {sample_size}×{sample_size} in 256 levels")
-    return filled_pipeline(unet, state, schedule)
+    return pipeline_from_state(unet, state, schedule)
 
 
 def save_addtt(pipe: VDMPipeline, folder: str | os.PathLike) -> None:
@@ -116,14 +116,14 @@ def save_addtt(pipe: VDMPipeline, folder: str | os.PathLike) -> None:
     allowed = {"norm_eps": (1e-5,), "fourier_exponents": ((), (5, 6)), "augmentation_flag": (False,)}
     curved = isinstance(pipe.noise_schedule, MonotoneGammaNetwork)
     wrong = ["noise_schedule is a network and not a straight line"] if curved else []
-    refuse("this pipeline does not fit addtt's code", unfit(pipe, allowed) + wrong)
+    raise_if_any("this pipeline does not fit addtt's code", incompatibilities(pipe, allowed) + wrong)
     schedule, unet = schedule_of(pipe), pipe.unet
     state, config, attention = unet.state_dict(), unet.config, has_attention(unet)
     order = np.argsort(_fourier_order(config.in_channels, len(config.fourier_exponents)))
     tensors = {}
     for key, theirs in tensor_names(config.layers_per_block, attention, "addtt"):
         if key in state:
-            tensor = folded(state, key).float()
+            tensor = with_folded_bias(state, key).float()
             tensor = tensor[:, order] if key == "conv_in.weight" else tensor
             name = theirs.replace("net2.last", "net2.3" if config.dropout > 0 else "net2.2")
             tensors[name] = tensor.reshape(_addtt_shape(key, tuple(tensor.shape))).contiguous()

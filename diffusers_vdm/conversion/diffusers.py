@@ -15,7 +15,7 @@ from ..repository import check_repository_name
 from ..schedulers import LinearBetaScheduler, VDMScheduler
 from ..unet import VDMUNet2DModel
 from .foreign_networks import (
-    refuse,
+    raise_if_any,
 )
 
 
@@ -50,7 +50,7 @@ def load_diffusers(path: str | os.PathLike, scheduler: str | os.PathLike | None 
     if theirs is None:
         raise ValueError(f"{path} has no scheduler; set scheduler (--scheduler) to the one that it was trained with.")
     _check_channels(path, network, theirs)
-    refuse(
+    raise_if_any(
         f"{path}: weights",
         [f"{n} holds NaN or infinity" for n, p in network.state_dict().items() if not p.isfinite().all()],
     )

@@ -29,7 +29,7 @@ class ForeignNetwork:
     def __init__(self, path, tensors: dict[str, Any], conv_in: str, conv_out: str, axes: tuple[int, int]):
         for name in (conv_in, conv_out):
             if name not in tensors or tensors[name].ndim != 4:
-                raise ValueError(f"{path} has no convolution {name}; it has {some(sorted(tensors))}.")
+                raise ValueError(f"{path} has no convolution {name}; it has {shorten(sorted(tensors))}.")
         self.path, self.tensors = path, tensors
         self.inputs, self.channels = (int(tensors[conv_in].shape[axis]) for axis in axes)
         self.colors = int(tensors[conv_out].shape[axes[1]])
@@ -46,7 +46,7 @@ class ForeignNetwork:
         return f"{counts}, attention {where}, {fourier}Fourier features"
 
     def unet(self, exponents: tuple[int, ...], **more) -> VDMUNet2DModel:
-        """The network on the meta device; [`filled_pipeline`] assigns its weights without a copy."""
+        """The network on the meta device; [`pipeline_from_state`] assigns its weights without a copy."""
         with_features = self.colors * (1 + 2 * len(exponents))
         size = more.get("sample_size", 32)
         if not isinstance(size, int) or not 1 <= size <= 2**14:
@@ -85,20 +85,22 @@ class ForeignNetwork:
                 state[ours] = convert(ours, tensor, shapes[ours])
                 if not bool(state[ours].isfinite().all()):
                     wrong.append(f"{theirs} holds NaN or infinity")
-        refuse(f"{self.path}: not this network ({self})", wrong + [f"{name} is unexpected" for name in self.tensors])
+        raise_if_any(
+            f"{self.path}: not this network ({self})", wrong + [f"{name} is unexpected" for name in self.tensors]
+        )
         return state
 
 
-def refuse(what: str, reasons: list[str]) -> None:
+def raise_if_any(what: str, reasons: list[str]) -> None:
     if reasons:
-        raise ValueError(f"{what}: {some(reasons, '; ')}.")
+        raise ValueError(f"{what}: {shorten(reasons, '; ')}.")
 
 
-def some(items: list[str], separator: str = ", ") -> str:
+def shorten(items: list[str], separator: str = ", ") -> str:
     return separator.join(items[:12]) + (f"{separator}and {len(items) - 12} more" if len(items) > 12 else "")
 
 
-def filled_pipeline(unet: VDMUNet2DModel, state: dict, schedule: NoiseSchedule) -> VDMPipeline:
+def pipeline_from_state(unet: VDMUNet2DModel, state: dict, schedule: NoiseSchedule) -> VDMPipeline:
     ends = [float(end.detach()) for end in schedule.ends()]
     if max(map(abs, ends)) > 100:
         raise ValueError(f"γ must be within ±100 to be a noise schedule, got {ends[0]:.6g} to {ends[1]:.6g}.")
@@ -120,7 +122,7 @@ def has_attention(unet: VDMUNet2DModel) -> bool:
     return tuple(unet.config.down_block_types) == ("AttnDownBlock2D",)
 
 
-def folded(state: dict[str, torch.Tensor], key: str) -> torch.Tensor:
+def with_folded_bias(state: dict[str, torch.Tensor], key: str) -> torch.Tensor:
     """A tensor in float64; the bias of time_emb_proj is added to that of conv1, which has the same effect."""
     tensor = state[key].detach().cpu().double()
     if key.endswith("conv1.bias"):
@@ -128,7 +130,7 @@ def folded(state: dict[str, torch.Tensor], key: str) -> torch.Tensor:
     return tensor
 
 
-def unfit(pipe: VDMPipeline, allowed: dict[str, tuple], heads: int | None = None) -> list[str]:
+def incompatibilities(pipe: VDMPipeline, allowed: dict[str, tuple], heads: int | None = None) -> list[str]:
     """Everything that differs from a one-level VDM with timestep 1000 (γ − γ_min)/(γ_max − γ_min)."""
     unet, scheduler, wrong = pipe.unet, pipe.scheduler, []
     if not isinstance(unet, VDMUNet2DModel):

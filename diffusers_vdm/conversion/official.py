@@ -12,13 +12,13 @@ from ..pipeline import VDMPipeline
 from . import PAPER_ENDS
 from .foreign_networks import (
     ForeignNetwork,
-    filled_pipeline,
-    folded,
     has_attention,
-    refuse,
+    incompatibilities,
+    pipeline_from_state,
+    raise_if_any,
     schedule_of,
-    unfit,
     whole_folder,
+    with_folded_bias,
 )
 from .official_checkpoint import (
     from_official,
@@ -56,7 +56,9 @@ def load_official(
     if weights not in ("ema_params", "params"):
         raise ValueError(f"weights must be 'ema_params' or 'params', got {weights!r}.")
     tensors, step = read_checkpoint(path, weights)
-    refuse(f"{path}: weights must be numbers", [name for name, array in tensors.items() if array.dtype.kind != "f"])
+    raise_if_any(
+        f"{path}: weights must be numbers", [name for name, array in tensors.items() if array.dtype.kind != "f"]
+    )
     gamma = {name.removeprefix("gamma/"): tensors.pop(name) for name in [*tensors] if name.startswith("gamma/")}
     network = ForeignNetwork(path, tensors, "score_model/conv_in/kernel", "score_model/conv_out/kernel", axes=(2, 3))
     network.count(r"score_model/down\.block_(\d+)/", r"score_model/(down|up)\.attn_")
@@ -73,7 +75,7 @@ def load_official(
     print(f"γ: {type(schedule).__name__} from {schedule.ends()[0]:.4f} to {schedule.ends()[1]:.4f}")
     print(f"assumed, not in the file: gamma_min {gamma_min} and gamma_max {gamma_max} (scale of the")
     print(f"timestep), images of {sample_size}×{sample_size} in 256 levels, dropout 0")
-    return filled_pipeline(unet, state, schedule)
+    return pipeline_from_state(unet, state, schedule)
 
 
 def save_official(pipe: VDMPipeline, folder: str | os.PathLike, step: int = 0) -> None:
@@ -88,7 +90,7 @@ def save_official(pipe: VDMPipeline, folder: str | os.PathLike, step: int = 0) -
     if not 0 <= step < 2**31:
         raise ValueError(f"step must be within [0, 2^31), got {step}.")
     allowed = {"norm_num_groups": (32,), "norm_eps": (1e-6,), "fourier_exponents": ((), (6, 7))}
-    refuse("this pipeline does not fit the official code", unfit(pipe, allowed, heads=1))
+    raise_if_any("this pipeline does not fit the official code", incompatibilities(pipe, allowed, heads=1))
     unet, schedule = pipe.unet, schedule_of(pipe)
     state, config = unet.state_dict(), unet.config
     gamma = {f"gamma/{name}": array for name, array in gamma_to_official(schedule).items()}
@@ -102,7 +104,7 @@ def save_official(pipe: VDMPipeline, folder: str | os.PathLike, step: int = 0) -
     def array_of(name: str) -> np.ndarray:
         if name in gamma:
             return gamma[name]
-        array = to_official(ours[name], folded(state, ours[name]).numpy())
+        array = to_official(ours[name], with_folded_bias(state, ours[name]).numpy())
         rows = shapes[name][0] - array.shape[0]
         return np.concatenate([array, np.zeros((rows, array.shape[1]))]) if rows else array
 

@@ -90,7 +90,7 @@ def read_checkpoint(path: str | os.PathLike, weights: str = "ema_params") -> tup
     errors = (ValueError, TypeError, OverflowError, RecursionError, BufferError, msgpack.UnpackException)
     try:
         with open(file, "rb") as stream:
-            _refuse_foreign(stream.read(8))
+            _check_format(stream.read(8))
             stream.seek(0)
             tree, step = _read_map(msgpack, stream, size, weights)
         return _flattened(tree), step
@@ -162,7 +162,7 @@ def _msgpack():
     return msgpack
 
 
-def _refuse_foreign(start: bytes) -> None:
+def _check_format(start: bytes) -> None:
     kind = next((name for magic, name in FOREIGN.items() if start.startswith(magic)), None)
     if kind:
         raise ValueError(f"it is {kind}, not a msgpack map.")
@@ -186,7 +186,7 @@ def _read_map(msgpack, stream: BinaryIO, size: int, wanted: str) -> tuple[dict, 
             if key in found:
                 raise ValueError(f"the key {key!r} occurs twice.")
             found[key] = value
-        return _joined(found) if _CHUNKED in found else found
+        return _join_chunks(found) if _CHUNKED in found else found
 
     # Lists occur only inside arrays; max_array_len=0 keeps msgpack from allocating memory for claimed lengths.
     unpacker = msgpack.Unpacker(
@@ -253,9 +253,9 @@ def _check_shape(shape: list) -> None:
         raise ValueError(f"one of its arrays has the shape {str(shape)[:80]}: lengths must be positive integers.")
 
 
-def _joined(entry: dict[str, Any]) -> np.ndarray:
+def _join_chunks(entry: dict[str, Any]) -> np.ndarray:
     """An array that flax has split into flat pieces."""
-    shape, chunks = ([*_numbered(entry.get(key))] for key in ("shape", "chunks"))
+    shape, chunks = ([*_chunk_list(entry.get(key))] for key in ("shape", "chunks"))
     _check_shape(shape)
     flat = all(isinstance(chunk, np.ndarray) and chunk.ndim == 1 for chunk in chunks)
     if not chunks or not flat or len({chunk.dtype for chunk in chunks}) > 1:
@@ -265,7 +265,7 @@ def _joined(entry: dict[str, Any]) -> np.ndarray:
     return np.concatenate(chunks).reshape(shape)
 
 
-def _numbered(entry: Any) -> list:
+def _chunk_list(entry: Any) -> list:
     if not isinstance(entry, dict) or set(entry) != {str(i) for i in range(len(entry))}:
         raise ValueError("an array lacks some of its pieces.")
     return [entry[str(i)] for i in range(len(entry))]

@@ -80,7 +80,7 @@ def decode(
 
     Raises: `ValueError` with the reason for the rejection. It does not name the image; the caller adds the name.
     """
-    return _pixels(_opened(row, mode, convert, frame), resolution, crop_key)
+    return _pixels(_open_image(row, mode, convert, frame), resolution, crop_key)
 
 
 def decode_image(
@@ -92,13 +92,13 @@ def decode_image(
     frame: int | None = None,
 ) -> DecodedImage:
     """Like [`decode`], with a digest of all pixels before cropping."""
-    image = _opened(row, mode, convert, frame)
+    image = _open_image(row, mode, convert, frame)
     content = f"{image.mode} {image.size}".encode() + image.tobytes()
     digest = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
     return DecodedImage(_pixels(image, resolution, crop_key), digest)
 
 
-def _opened(row: dict[str, Any] | None, mode: str | None, convert: bool, frame: int | None) -> Image.Image:
+def _open_image(row: dict[str, Any] | None, mode: str | None, convert: bool, frame: int | None) -> Image.Image:
     """The uncropped image in `"L"` or `"RGB"`; arguments and errors as in [`decode`]."""
     if mode is not None:
         check_image_mode(mode)
@@ -139,7 +139,7 @@ def _opened(row: dict[str, Any] | None, mode: str | None, convert: bool, frame: 
                 f"mode {image.mode!r} with transparent pixels (alpha {alpha}): their color is arbitrary; composite "
                 "the files on a background of your choice."
             )
-    return _converted(image, mode or image.mode, convert)
+    return _to_mode(image, mode or image.mode, convert)
 
 
 def num_frames(row: dict[str, Any] | None) -> int:
@@ -202,7 +202,7 @@ def _deep_layout(image: Image.Image) -> str | None:
     return None
 
 
-def _converted(image: Image.Image, mode: str, convert: bool) -> Image.Image:
+def _to_mode(image: Image.Image, mode: str, convert: bool) -> Image.Image:
     """The image in `mode`; raises `ValueError` if it has another mode and `convert` is false."""
     if mode not in MODES:
         raise ValueError(

@@ -32,10 +32,10 @@ SPLIT_WORDS = {
 METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 # formats that Pillow identifies but does not decode
-_STUBS = {"HDF5", "GRIB", "BUFR", "MPEG", "WMF"}
+_UNREADABLE = {"HDF5", "GRIB", "BUFR", "MPEG", "WMF"}
 # hidden files, and the thumbnails of Synology systems
 _HIDDEN = (".", "__", "@eaDir")
-_NOWHERE = (0,) * 5  # the stamp of a broken link
+_BROKEN_LINK = (0,) * 5  # the stamp of a broken link
 # a message lists at most this many names
 _NAMES_SHOWN = 3
 
@@ -44,7 +44,9 @@ _NAMES_SHOWN = 3
 def image_suffixes() -> frozenset[str]:
     """The suffixes of the image files that Pillow decodes, in lower case and with the dot."""
     Image.init()
-    return frozenset(suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN and kind not in _STUBS)
+    return frozenset(
+        suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN and kind not in _UNREADABLE
+    )
 
 
 @dataclass
@@ -105,7 +107,7 @@ class ImageFolder:
             elif column == "label" and self.class_names:
                 columns[column], features[column] = values, datasets.ClassLabel(names=list(self.class_names))
             else:
-                columns[column], features[column] = _of_one_type(values)
+                columns[column], features[column] = _column_and_feature(values)
         data = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
         real = os.path.realpath(self.path)
         state = json.dumps([real, columns, list(map(str, features.values())), stamps], default=str)
@@ -231,7 +233,9 @@ def read_image_folder(path: str | os.PathLike, stamps: dict[str, tuple[int, ...]
     hidden = [file for file in sorted(set(stamps) - set(seen) - listed) if _is_image(file)]
     if not images:
         archives = [file for file in others if file.lower().endswith(_ARCHIVES)]
-        why = f"; archives are not opened, extract {_some(archives)} first" if archives else f": {_kinds(others)}"
+        why = (
+            f"; archives are not opened, extract {_shorten(archives)} first" if archives else f": {_by_suffix(others)}"
+        )
         raise ValueError(f"{str(path)!r} has no data files that Pillow decodes{why if others else ''}.")
     split_of_folder = _splits_of(images, str(path))
 
@@ -253,7 +257,7 @@ def read_image_folder(path: str | os.PathLike, stamps: dict[str, tuple[int, ...]
     for kind, files in (("hidden", hidden), ("not an image that Pillow decodes", others)):
         for file in files:
             reason = kind if kind == "hidden" else f"{_suffix(file)}: {kind}"
-            reason = "links that lead nowhere" if stamps[file] == _NOWHERE else reason
+            reason = "links that lead nowhere" if stamps[file] == _BROKEN_LINK else reason
             name = split_of(file)
             if name in splits:
                 splits[name].num_files += 1
@@ -304,7 +308,7 @@ def walk(root: str | os.PathLike) -> dict[str, tuple[int, ...]]:
                     stamp = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_dev, stat.st_ino)
                     found.append((name, stamp))
                 except OSError:  # a broken link
-                    found.append((name, _NOWHERE))
+                    found.append((name, _BROKEN_LINK))
     return dict(sorted(found))
 
 
@@ -313,7 +317,7 @@ def _check_links(files: list[str], stamps: dict[str, tuple[int, ...]], path: str
     first_at: dict[tuple[int, ...], str] = {}
     for file in files:
         first = first_at.setdefault(stamps[file], file)
-        if first != file and stamps[file] != _NOWHERE:
+        if first != file and stamps[file] != _BROKEN_LINK:
             raise ValueError(f"{path!r} has one image under two names, {first} and {file} (a link); remove one.")
 
 
@@ -362,8 +366,9 @@ def _splits_of(images: list[str], path: str) -> dict[str, str]:
     rest = [top for top in tops if top not in named]
     if rest:
         raise ValueError(
-            f"{path!r} has folders that name splits ({_some(list(named))}) beside others with images ({_some(rest)}). "
-            f"If all of them are classes, move them into one folder 'train'; if not, move {_some(rest)} elsewhere."
+            f"{path!r} has folders that name splits ({_shorten(list(named))}) beside others with images "
+            f"({_shorten(rest)}). If all of them are classes, move them into one folder 'train'; if not, move "
+            f"{_shorten(rest)} elsewhere."
         )
     return named
 
@@ -377,20 +382,21 @@ def _check_for_hidden_splits(images: list[str], tops: list[str], path: str) -> N
             words[top] = next(filter(None, found))
     if words and (len(words) == len(tops) or len(set(words.values())) > 1):
         raise ValueError(
-            f"{path!r} has folders that look like splits ({_some(list(words))}); name them train, validation or test. "
-            "If they are classes, move all of them into one folder 'train'."
+            f"{path!r} has folders that look like splits ({_shorten(list(words))}); name them train, validation or "
+            "test. If they are classes, move all of them into one folder 'train'."
         )
     inner = sorted({file.split("/")[1] for file in images if file.count("/") > 1})
     inner = [name for name in inner if name.lower() in SPLIT_WORDS]
     if len(tops) == 1 and inner:
         raise ValueError(
-            f"{path!r} has the splits {_some(inner)} one folder deeper; use {os.path.join(path, tops[0])!r} instead."
+            f"{path!r} has the splits {_shorten(inner)} one folder deeper; use {os.path.join(path, tops[0])!r} "
+            "instead."
         )
     parents = sorted({file.split("/")[-2] for file in images if "/" in file})
     if parents and all(parent.lower() in SPLIT_WORDS for parent in parents):
         raise ValueError(
-            f"{path!r} has folders that name splits ({_some(parents)}) within other folders ({_some(tops)}); splits "
-            "must be at the top level, as in train/cat/1.png."
+            f"{path!r} has folders that name splits ({_shorten(parents)}) within other folders ({_shorten(tops)}); "
+            "splits must be at the top level, as in train/cat/1.png."
         )
 
 
@@ -407,7 +413,7 @@ def _add_classes(splits: dict[str, FolderSplit], has_splits: bool) -> tuple[str,
         if len(depths) > 1:
             usual = depths.most_common(1)[0][0]
             odd = [file for file in files if file.count("/") - has_splits != usual]
-            part.why_no_classes = f"{_some(odd)} not in a folder of a class as the others are"
+            part.why_no_classes = f"{_shorten(odd)} not in a folder of a class as the others are"
             continue
         names_of[name] = [file.split("/")[-2] for file in files]
     known = sorted({name for names in names_of.values() for name in names})
@@ -491,7 +497,8 @@ def _fill_from_metadata(part: FolderSplit, rows: list[dict[str, Any]], files: li
     twice = [file for file, count in counts.items() if count > 1]
     if twice:
         raise ValueError(
-            f"the metadata of {path!r} list some images more than once ({_some(twice)}); list each image in one row."
+            f"the metadata of {path!r} list some images more than once ({_shorten(twice)}); list each image in one "
+            "row."
         )
     names = dict.fromkeys(name for row in rows for name in row)
     for name in names:
@@ -512,7 +519,7 @@ def _fill_from_metadata(part: FolderSplit, rows: list[dict[str, Any]], files: li
     part.image_columns.sort(key=lambda column: column != "image")
 
 
-def _of_one_type(values: list) -> tuple[list, Any]:
+def _column_and_feature(values: list) -> tuple[list, Any]:
     """A column and its feature; a column of mixed types becomes text."""
     import datasets
     import pyarrow as pa
@@ -528,7 +535,7 @@ def _of_one_type(values: list) -> tuple[list, Any]:
 # ---- messages ----------------------------------------------------------------------------------------------------
 
 
-def _some(names: list[str]) -> str:
+def _shorten(names: list[str]) -> str:
     more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
     return ", ".join(names[:_NAMES_SHOWN]) + more
 
@@ -537,6 +544,6 @@ def _suffix(file: str) -> str:
     return posixpath.splitext(file)[1].lower() or posixpath.basename(file)
 
 
-def _kinds(files: list[str]) -> str:
+def _by_suffix(files: list[str]) -> str:
     counts = Counter(_suffix(file) for file in files)
     return ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items()))

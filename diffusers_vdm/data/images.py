@@ -231,7 +231,7 @@ def load_images(
         counts = in_threads(lambda i: num_frames(rows[i][source.image_column]), kept)
         return [(i, frame) for i, count in zip(kept, counts, strict=True) for frame in range(count)]
 
-    def decoded() -> _Decoded:
+    def decoded() -> _ImagesToStore:
         damaged = _find_damaged(len(data), lambda i: read((i, 0), None), in_threads, skip_damaged, progress_bar)
         chosen = places(set(damaged))
         if not chosen:
@@ -240,7 +240,7 @@ def load_images(
         labels = _labels(source, found, f"{path!r} ({split}", [i for i, _ in chosen])
         results = in_threads(lambda place: read(place, shape), chosen)
         bar = tqdm(results, total=len(chosen), desc="decoding", disable=not progress_bar)
-        return _Decoded((len(chosen), *shape), labels, bar, list(damaged.values()))
+        return _ImagesToStore((len(chosen), *shape), labels, bar, list(damaged.values()))
 
     name = f"{path}, {split}"
     if decoded_cache:
@@ -252,7 +252,7 @@ def load_images(
             "frames": frames, "skip_damaged": skip_damaged,
         }  # fmt: skip
         folder = Path(cache_dir or HF_DATASETS_CACHE).expanduser() / "decoded_images"
-        stored = _stored(folder, pixels_of, name, decoded)
+        stored = _load_or_write_cache(folder, pixels_of, name, decoded)
     else:
         stored = _in_memory(decoded())
     for reason in stored.damaged:
@@ -281,7 +281,7 @@ def load_images(
 
 
 @dataclass(frozen=True)
-class _Stored:
+class _DecodedImages:
     """Decoded images, in memory or memory-mapped: fields of [`ImageSet`], and the fingerprint if it is known."""
 
     images: torch.Tensor
@@ -292,7 +292,7 @@ class _Stored:
 
 
 @dataclass(frozen=True)
-class _Decoded:
+class _ImagesToStore:
     """Images to be stored: their total shape, their classes, an iterator of the images, and the files left out."""
 
     shape: tuple[int, ...]
@@ -312,12 +312,12 @@ def _path_stamps(rows: Any, column: str) -> str:
     return digest.hexdigest()
 
 
-def _in_memory(new: _Decoded) -> _Stored:
+def _in_memory(new: _ImagesToStore) -> _DecodedImages:
     images, digests = torch.empty(new.shape, dtype=torch.uint8), []
     for target, image in zip(images, new.images, strict=True):
         target.copy_(torch.from_numpy(image.pixels))
         digests.append(image.digest)
-    return _Stored(images, new.labels, torch.tensor(digests), tuple(new.damaged))
+    return _DecodedImages(images, new.labels, torch.tensor(digests), tuple(new.damaged))
 
 
 def _find_damaged(
@@ -369,12 +369,12 @@ def _labels(source: ImageSource, found: bool, where: str, rows: list[int]) -> to
 # ---- the decoded cache -------------------------------------------------------------------------------------------
 
 
-def _stored(
+def _load_or_write_cache(
     folder: Path,
     pixels_of: dict[str, Any],
     name: str,
-    decoded: Callable[[], _Decoded],
-) -> _Stored:
+    decoded: Callable[[], _ImagesToStore],
+) -> _DecodedImages:
     """The images of the cache file in `folder` for `pixels_of`; one process writes the file if it does not exist."""
     from filelock import FileLock
 
@@ -393,7 +393,7 @@ def _stored(
     return data
 
 
-def _read_cache(path: Path, name: str, warn: bool = True) -> _Stored | None:
+def _read_cache(path: Path, name: str, warn: bool = True) -> _DecodedImages | None:
     """The images of a cache file, memory-mapped; `None` if it does not exist or, with a warning, if it is damaged."""
     if not path.exists():
         return None
@@ -406,12 +406,12 @@ def _read_cache(path: Path, name: str, warn: bool = True) -> _Stored | None:
         if warn:
             logger.warning(f"the decoded images in {path} are damaged ({error}); {name} is decoded again.")
         return None
-    return _Stored(images, labels, digests, tuple(json.loads(metadata["damaged"])), metadata["fingerprint"])
+    return _DecodedImages(images, labels, digests, tuple(json.loads(metadata["damaged"])), metadata["fingerprint"])
 
 
 def _write_cache(
     path: Path,
-    new: _Decoded,
+    new: _ImagesToStore,
     metadata: dict[str, str],
 ) -> None:
     """Writes a temporary safetensors file row by row and renames it to `path` when it is complete."""
