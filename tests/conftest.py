@@ -75,6 +75,11 @@ def pytest_report_header(config):
     return f"global random state: VDM_TEST_SALT={os.environ['VDM_TEST_SALT']}"
 
 
+def pytest_terminal_summary(terminalreporter):
+    if terminalreporter.stats.get("failed"):  # `pytest -q` prints no header
+        terminalreporter.write_line(f"VDM_TEST_SALT={os.environ['VDM_TEST_SALT']} repeats the global random state")
+
+
 def _commit() -> str | None:
     command = ["git", "rev-parse", "HEAD"]
     try:
@@ -100,7 +105,7 @@ def untouched_global_rng(poisoned_global_rng):
     if used:
         pytest.fail(
             f"the global generator of {', '.join(used)} was used: pass a generator, or build networks within "
-            "torch.random.fork_rng()."
+            "fixed_weights() of tests/models.py."
         )
 
 

@@ -1,4 +1,4 @@
-"""The real `huggingface_hub` client in a process of its own, with the Hub of `hub_server.py`.
+"""The real `huggingface_hub` client in a separate process, with the Hub of `hub_server.py`.
 
 The client reads HF_ENDPOINT and the like when it is imported. So these tests run in one process that holds both the
 Hub and the client: a test marked `in_client` is called there by name.

@@ -275,7 +275,7 @@ def gamma_of_timestep(noise_schedule, timesteps):
 
 
 class _ClosedFormDenoiser(nn.Module):
-    """A network without parameters; float64, and `(ε̂,)` or x̂ or v̂ of whatever knows `eps_hat` and `x_hat`."""
+    """A network without parameters, in float64, that returns eps_hat, x_hat or v_hat of `data`."""
 
     dtype = torch.float64  # as a network of diffusers says: the bound then works in float64 as well
 

@@ -19,7 +19,7 @@ DATASETS_LEAVES_FILES_OPEN = pytest.mark.filterwarnings("ignore::pytest.PytestUn
 
 
 def random_image_set(n: int, generator: torch.Generator, channels: int = 1) -> ImageSet:
-    """Random images of 8×8 pixels and 17 levels, each of a class of its own."""
+    """Random images of 8×8 pixels and 17 levels, each with its own class."""
     images = torch.randint(0, 17, (n, channels, 8, 8), generator=generator, dtype=torch.uint8)
     return ImageSet(images, torch.arange(n), 17, "random")
 
@@ -74,7 +74,7 @@ def png16(values: np.ndarray) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
 
 
-# files with more than 8 bits a value, by the word that the error message has for them
+# files with more than 8 bits a value, by the name of their mode in the error message
 DEEP = {
     "I;16": png16(np.full((4, 4, 1), 40000)),
     "I": encoded(Image.new("I", (4, 4), 70000), "tiff"),

@@ -1,6 +1,6 @@
 """The rooms of the package, and the directions of their imports: docs/architecture.md states the same table."""
 
-# Which rooms a room may import from, beside itself. The core is what lies in the root but the two modules below.
+# The rooms that each room may import from, besides itself. The core is the root without `pipeline` and `registration`.
 ROOMS = {
     "core": set(),
     "pipeline": {"core"},

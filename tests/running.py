@@ -1,4 +1,4 @@
-"""How tests run commands, examples and trainings in processes of their own, and what a run leaves."""
+"""How tests run commands, examples and trainings in other processes, and how they read what a run leaves."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Tensors that the tests draw from seeds of their own, and a watch over the tensors that code makes."""
+"""Tensors that tests draw from fixed seeds, and a record of the tensors that an operation makes."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode

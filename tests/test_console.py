@@ -85,7 +85,7 @@ def test_every_command_works_in_any_encoding(tmp_path, encoding, digits_pipeline
 
 
 def test_every_character_of_the_package_has_an_ascii_form():
-    """Each one that stands in a string of the package or the examples becomes ASCII, and a question mark at worst."""
+    """Each character of the package and the examples has an ASCII form that is no question mark."""
     sources = [*(ROOT / "diffusers_vdm").glob("*.py"), *(ROOT / "examples").glob("*.py")]
     used = {c for path in sources for c in path.read_text(encoding="utf-8") if ord(c) > 127}
     assert len(used) > 20

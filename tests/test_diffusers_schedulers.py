@@ -25,7 +25,7 @@ from tests.models import curved_gamma, tiny_unet
 from tests.oracles import GaussianData, GaussianDenoiser, GaussianMixture, MixtureDenoiser, mp_linear_beta_gammas
 from tests.tensors import random_levels
 
-# diffusers hands float64 tensors to NumPy in a way that NumPy 2 will drop
+# diffusers passes float64 tensors to NumPy in a way that NumPy 2 deprecates
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),

@@ -337,7 +337,7 @@ def test_levels_are_recovered_from_data(num_levels):
         diffusion.nearest_levels(torch.tensor([-9.0, -1.0, 1.0, 9.0]), num_levels) // (num_levels // 2),
         torch.tensor([0, 0, 1, 1]) * (num_levels - 1) // (num_levels // 2),
     )
-    # half a step minus a hair to either side still belongs to the level
+    # values up to almost half a step away still belong to the level
     hair = (0.49 * 2 / num_levels) * torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
     near = diffusion.x_from_levels(levels, num_levels, torch.float64) + hair
     assert torch.equal(diffusion.nearest_levels(near, num_levels), levels.expand(2, -1))

@@ -25,7 +25,10 @@ EVERYTHING = "\n".join(PAGES.values())
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block of a page. `mark` is the HTML comment above it, which says who runs it, or why nobody does."""
+    """A fenced block of a page.
+
+    `mark` is the HTML comment above it, which names the test that runs it, or the reason that none does.
+    """
 
     page: str
     language: str
@@ -102,7 +105,7 @@ def test_the_code_about_measuring_runs(generator):
     assert scope["ode"].num_images == 2 and len(scope["timesteps"]) == 2
 
 
-# diffusers hands float64 tensors to NumPy in a way that NumPy 2 will drop
+# diffusers passes float64 tensors to NumPy in a way that NumPy 2 deprecates
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.slow
 def test_the_code_about_training_and_samplers_runs(tmp_path, monkeypatch, generator):

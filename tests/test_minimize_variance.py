@@ -121,7 +121,7 @@ def sample(bound, data, n=8_000):
 
 
 def check_the_estimate(bound, data):
-    """Its mean is the bound, whatever γ does between the ends; its second moment is ∫ γ′² s dt.
+    """The mean is the bound for any γ between the ends; the second moment is ∫ γ′² s dt.
 
     Returns the variance, by the closed form that the draws have confirmed, over the least that there is.
     """

@@ -234,7 +234,7 @@ def test_a_copy_from_config_and_state_dict_is_the_same(schedule):
     ids=["linear_beta", "table", "fixed", "learned_linear", "network"],
 )
 def test_from_config_keeps_what_was_given_by_position(make):
-    # diffusers notes positional arguments as "default values", and its from_config then drops them without a word
+    # diffusers records positional arguments as "default values", which its from_config then silently drops
     schedule = make()
     copy = type(schedule).from_config(schedule.config)
     assert torch.equal(copy(times()).detach(), schedule(times()).detach())

@@ -65,7 +65,7 @@ def test_log_density_of_a_mixture(dimensions, prediction):
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("shape", [(1,), (2, 1, 3)])
 def test_log_density_of_a_gaussian(shape, prediction):
-    """Also where it ends: the ODE keeps (z − mean)/standard deviation of each dimension."""
+    """The ODE keeps (z − mean)/standard deviation of each dimension, so its end is known as well."""
     network = GaussianDenoiser(SCHEDULE, 0.3, 0.04, prediction)
     mean, variance = (float(v) for v in network.data.marginal(GAMMA_0))
     unit = normal(9, *shape)
@@ -189,7 +189,7 @@ def test_hutchinson_averages_to_the_exact_divergence():
 
 
 def test_noise_is_fixed_during_the_solve():
-    """The answer is a function of the probes: the same again, and the same whatever the steps."""
+    """The answer depends on the probes alone: not on the call, and not on the steps."""
     data = GaussianMixture.example(6)
     model, z, probes = model_of(data), latents(data, 8), signs(1, 8, 6)
     results = [hutchinson(model, z, probes, tolerance) for tolerance in (1e-4, 1e-4, 1e-7)]
@@ -235,7 +235,7 @@ def test_variance_over_probes_is_that_of_theory():
     assert float(noise.square().mean()) == pytest.approx(2 * float(off.square().sum()) * weight**2, rel=1e-6)
 
 
-# ---- every sample has steps of its own ---------------------------------------------------------------------------
+# ---- each sample has its own steps ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("divergence", ["exact", "hutchinson", None])
@@ -266,7 +266,7 @@ def test_a_sample_does_not_depend_on_its_batch(divergence):
 
 
 def test_finished_samples_are_not_passed_to_the_network():
-    """The network sees as many samples as the calls add up to, and the last ones alone."""
+    """The network gets as many samples as the numbers of calls add up to; the slowest samples come last and alone."""
     network = LabelledGaussianDenoiser([0.0, 0.5, 0.0], [1.0, 1e-4, 0.3], SCHEDULE)
     labels = torch.tensor([1, 0, 2, 0])
     z = normal(4, 2)

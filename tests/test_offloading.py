@@ -86,7 +86,7 @@ def test_samples_do_not_depend_on_the_placement_of_the_weights(saved, tmp_path, 
     if how is group_offload and diffusers.__version__.startswith("0.35"):
         pytest.skip("this version asks an accelerator for its type, where there is none")
     logging.getLogger("diffusers").setLevel(logging.ERROR)
-    # weights that lie elsewhere are summed in another order
+    # weights at another place in memory are summed in another order
     expected = drawn(VDMPipeline.from_pretrained(saved))
     torch.testing.assert_close(drawn(how(saved, str(tmp_path))), expected, rtol=1e-3, atol=1e-3)
 

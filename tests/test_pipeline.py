@@ -378,7 +378,7 @@ def test_callback_can_replace_the_latents():
     replaced = torch.full((1, 3, 8, 8), 0.25)
     final = sample(pipe, callback_on_step_end=lambda p, i, t, given: {"latents": replaced} if i == 3 else {})
     assert torch.equal(final, replaced)
-    # earlier, the chain goes on from there
+    # replaced earlier, the chain continues from these latents
     early = sample(pipe, callback_on_step_end=lambda p, i, t, given: {"latents": replaced} if i == 1 else {})
     assert not torch.equal(early, sample(pipe)) and not torch.equal(early, replaced)
 

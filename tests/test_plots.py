@@ -11,7 +11,7 @@ from diffusers_vdm import plots
 
 
 def columns_of(path, color, left_half=True):
-    """Where a color stands, as shares of the picture's half."""
+    """The leftmost and the rightmost place of a color, as fractions of half of the picture."""
     pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
     half = pixels.shape[1] // 2
     pixels = pixels[:, :half] if left_half else pixels[:, half:]

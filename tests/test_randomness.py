@@ -29,5 +29,5 @@ def test_keys_that_differ_are_seeds_that_differ():
     seeds = {key_to_seed(*key) for key in keys}
     assert len(seeds) == len(keys) and all(0 <= seed < 2**63 for seed in seeds)
     assert stats.kstest(np.array(sorted(seeds)) / 2**63, "uniform").pvalue > 1e-3
-    # fixed for good: what was begun with an older version goes on
+    # this value must never change: evaluations of an older version are resumed with it
     assert key_to_seed(0, 1, 2) == 3662037204992188296

@@ -159,7 +159,7 @@ def test_components_are_pushed_and_loaded_alone(hub: HubServer, tmp_path: Path):
     scheduler = VDMScheduler.from_pretrained("user/vdm", subfolder="scheduler", **given)
     schedule = MonotoneGammaNetwork.from_pretrained("user/vdm", subfolder="noise_schedule", **given)
     assert same_pipelines(VDMPipeline(unet, scheduler, schedule, num_levels=17), pipe)
-    # each of them as a repository of its own
+    # each component in its own repository
     pipe.unet.push_to_hub("user/unet")
     LinearBetaScheduler(timestep_spacing="trailing").push_to_hub("user/betas")
     FixedLinearGamma(-9.0, 4.0).push_to_hub("user/gamma")
@@ -474,7 +474,7 @@ BOMB = (
     "from diffusers_vdm.unet import *\nclass Net(VDMUNet2DModel): pass\n"
 )
 TENSOR = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
-# what is put into the repository (None: taken away; a dict: changes of the index), and what is said
+# changes of a good repository (None removes a file, a dict changes the index), and the message
 REFUSED = {
     "a .bin alone": ({UNET: None, "unet/diffusion_pytorch_model.bin": "pickle"}, "only as pickles .*model.bin"),
     "a pickle": ({UNET: None, "unet/weights.pkl": "pickle"}, "only as pickles .*weights.pkl"),

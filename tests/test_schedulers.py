@@ -674,8 +674,7 @@ def edit(folder, changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-@pytest.mark.parametrize("cls", [VDMScheduler, LinearBetaScheduler])
-@pytest.mark.parametrize(
+UNKNOWN_KEYS = pytest.mark.parametrize(
     ("key", "hint"),
     [
         ("clip_smaple", "did you mean 'clip_sample'"),
@@ -683,20 +682,31 @@ def edit(folder, changes):
         ("xyz", "knows"),
     ],
 )
-def test_unknown_and_misspelt_keys_are_refused(cls, key, hint, tmp_path):
+
+
+@pytest.mark.parametrize("cls", [VDMScheduler, LinearBetaScheduler])
+@UNKNOWN_KEYS
+def test_unknown_keys_of_a_config_are_refused(cls, key, hint, tmp_path):
     message = f"does not know the config key '{key}'.*{hint}"
     with pytest.raises(ValueError, match=message):
         cls.from_config({**cls().config, key: 1})
-    with pytest.raises(ValueError, match=message):
-        cls.from_config(cls().config, **{key: 1})
-    with pytest.raises(TypeError, match=key):
-        cls(**{key: 1})
     cls().save_config(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        cls.from_pretrained(tmp_path, **{key: 1})
     edit(tmp_path, {key: 1})
     with pytest.raises(ValueError, match=message):
         cls.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("cls", [VDMScheduler, LinearBetaScheduler])
+@UNKNOWN_KEYS
+def test_unknown_arguments_are_refused(cls, key, hint, tmp_path):
+    message = f"does not know the config key '{key}'.*{hint}"
+    with pytest.raises(ValueError, match=message):
+        cls.from_config(cls().config, **{key: 1})
+    cls().save_config(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        cls.from_pretrained(tmp_path, **{key: 1})
+    with pytest.raises(TypeError, match=key):
+        cls(**{key: 1})
 
 
 def test_the_two_schedulers_do_not_take_each_others_configs():

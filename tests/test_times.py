@@ -48,7 +48,7 @@ def test_any_hundred_times_in_a_row_are_evenly_spread():
 
 
 class Alone:
-    """A process that has nobody to share with, as accelerate's `reduce` is for one."""
+    """Accelerate's `reduce` for a single process."""
 
     @staticmethod
     def reduce(tensor, reduction):

@@ -64,21 +64,34 @@ def test_images_that_are_also_in_another_split_are_refused(tmp_path, kind):
     assert len(evaluation_data(tmp_path, folder, *path, "--allow_shared")) == 2
 
 
-def test_images_of_other_classes_than_those_of_the_model_are_refused(tmp_path):
-    two, three = save_tiny_pipeline(tmp_path, 2), save_tiny_pipeline(tmp_path, 3)
-    path = write_images(tmp_path / "data", "test/a/1.png", "test/b/2.png", "test/c/3.png")
-    data = ["--data_dir", path]
-    assert evaluation_data(tmp_path, three, *data).labels.tolist() == [0, 1, 2]
+@pytest.fixture
+def images_of_three_classes(tmp_path):
+    return write_images(tmp_path / "data", "test/a/1.png", "test/b/2.png", "test/c/3.png")
+
+
+def test_images_of_the_classes_of_the_model_are_taken(tmp_path, images_of_three_classes):
+    data = evaluation_data(tmp_path, save_tiny_pipeline(tmp_path, 3), "--data_dir", images_of_three_classes)
+    assert data.labels.tolist() == [0, 1, 2]
+
+
+def test_images_of_more_classes_than_the_model_has_are_refused_or_taken_without(tmp_path, images_of_three_classes):
+    model, options = save_tiny_pipeline(tmp_path, 2), ["--data_dir", images_of_three_classes]
     with pytest.raises(SystemExit, match="has images of class 2"):
-        evaluation_data(tmp_path, two, *data)
-    assert evaluation_data(tmp_path, two, *data, "--label_column", "").labels is None
-    (three / "options.json").write_text(json.dumps({"class_names": ["a", "b", "z"]}))
+        evaluation_data(tmp_path, model, *options)
+    assert evaluation_data(tmp_path, model, *options, "--label_column", "").labels is None
+
+
+def test_images_of_other_classes_than_those_of_the_training_are_refused(tmp_path, images_of_three_classes):
+    model = save_tiny_pipeline(tmp_path, 3)
+    (model / "options.json").write_text(json.dumps({"class_names": ["a", "b", "z"]}))
     with pytest.raises(SystemExit, match="was trained with the classes .*'z'"):
-        evaluation_data(tmp_path, three, *data)
+        evaluation_data(tmp_path, model, "--data_dir", images_of_three_classes)
+
+
+def test_images_of_fewer_classes_without_the_names_of_those_of_the_model_are_refused(tmp_path):
     path = write_images(tmp_path / "fewer", "test/b/1.png", "test/c/2.png")
-    (three / "options.json").unlink()
     with pytest.raises(SystemExit, match="their numbers need not mean the same"):
-        evaluation_data(tmp_path, three, "--data_dir", path)
+        evaluation_data(tmp_path, save_tiny_pipeline(tmp_path, 3), "--data_dir", path)
 
 
 def test_names_of_splits_are_not_classes(tmp_path):

@@ -52,7 +52,7 @@ def test_a_second_training_in_the_folder_of_a_running_one_is_refused(tmp_path, t
             assert [text.count(message) for text in logs] == [1] + [0] * (processes - 1)
             assert not any("Traceback" in text for text in logs)
             assert files_of(out) == before
-        codes, logs = second(out, [*long, "--dry_run"])  # needs no lock, and takes none
+        codes, logs = second(out, [*long, "--dry_run"])  # it needs no lock
         assert codes == [0] and "parameters" in logs[0] and files_of(out) == before
         for process in started:
             process.send_signal(signal.SIGCONT)
@@ -136,7 +136,7 @@ def test_a_second_evaluation_of_the_same_output_is_refused(tmp_path, digits_pipe
     kept.touch()
     texts = outputs_of(
         start_evaluation(digits_pipeline, output, processes, "--num_samples", 2)
-    )  # all end, not the main one alone
+    )  # all processes end, not the main one alone
     assert [code for _, code in texts] == [1] * processes
     assert sum("holds the numbers of an interrupted run" in text for text, _ in texts) == 1
     texts = outputs_of(start_evaluation(digits_pipeline, output, processes, "--num_samples", 2, "--no-resume"))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from diffusers_vdm.training.checkpoints import list_checkpoints
 from diffusers_vdm.training.metrics import read_metrics
 from tests.models import tiny_preset
-from tests.running import exit_codes, start_training, state_of, train, wait_for
+from tests.running import exit_codes, log_of, start_training, state_of, train, wait_for
 
 
 def count_files(folder):
@@ -35,7 +35,7 @@ def another_line(output_dir):
 def moments(output_dir, rng):
     """Moments at which a run is killed: each a condition that becomes true then, and a delay."""
 
-    def written(count):  # so many files of a checkpoint stand there, under the temporary name
+    def written(count):  # so many files of a checkpoint are written, under the temporary name
         return lambda: any(count_files(p) >= count for p in output_dir.glob(".checkpoint-*.tmp"))
 
     def another(pattern):
@@ -182,7 +182,7 @@ def test_a_full_disk_ends_the_run_and_no_checkpoint_is_lost(tmp_path, training_o
     train(whole, training_options)
     (process,) = start_training(full, training_options)
     assert wait_for(lambda: list_checkpoints(full), [process])
-    # no file of that process may grow any more, as on a disk that is full
+    # no file of that process may grow from here on, as on a full disk
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (4096, 4096))
     assert exit_codes(full, [process]) == [1]
     last = full.with_suffix(".0.log").read_text().splitlines()[-1]
@@ -193,34 +193,54 @@ def test_a_full_disk_ends_the_run_and_no_checkpoint_is_lost(tmp_path, training_o
     assert state_of(whole) == state_of(full)
 
 
+SHORT = ["--max_train_steps", "3", "--eval_steps", "0"]
+
+
+@pytest.fixture(scope="module")
+def finished_run(training_options, tmp_path_factory):
+    """The folder of a run of three steps, which no test changes."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train(folder, [*training_options, *SHORT])
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_a_checkpoint_of_another_model_or_run_is_refused(tmp_path, training_options):
-    out = tmp_path / "run"
-    few = [*training_options, "--max_train_steps", "3", "--eval_steps", "0"]
-    train(out, few)
-    before = state_of(out)
-    other = tmp_path / "other"
-    tiny_preset(block_out_channels=(16,)).save_config(other)
-    wider = ["--model_config_name_or_path", str(other), *few[2:]]
-    for arguments, message in (
-        (wider, "model_config_name_or_path: "),
-        ([*wider, "--allow_changed", "model_config_name_or_path"], "is of another model: size mismatch"),
-        ([*few, "--learning_rate", "1"], "learning_rate: 0.004 → 1.0"),
-        ([*few, "--max_train_steps", "2", "--allow_changed", "max_train_steps"], "past the 2 that are asked for"),
-        ([*few, "--allow_changed", "learning_rat"], "there is no 'learning_rat'"),
-        ([*few, "--ema_decays", "0.5", "--allow_changed", "ema_decays"], "must agree"),
-    ):
-        assert exit_codes(out, start_training(out, arguments))[0] in (1, 2)
-        log = out.with_suffix(".0.log").read_text()
-        assert message in log.splitlines()[-1] and "Traceback" not in log, log[-500:]
-        assert state_of(out) == before
-    # a run that was killed before its first checkpoint: its folder is not taken for another run's
+@pytest.mark.parametrize(
+    ("channels", "changes", "message"),
+    [
+        (16, "", "model_config_name_or_path: "),
+        (16, "--allow_changed model_config_name_or_path", "is of another model: size mismatch"),
+        (8, "--learning_rate 1", "learning_rate: 0.004 → 1.0"),
+        (8, "--max_train_steps 2 --allow_changed max_train_steps", "past the 2 that are asked for"),
+        (8, "--allow_changed learning_rat", "there is no 'learning_rat'"),
+        (8, "--ema_decays 0.5 --allow_changed ema_decays", "must agree"),
+    ],
+    ids=["network", "allowed network", "option", "steps", "misspelled option", "averages"],
+)
+def test_a_run_with_other_options_is_refused_and_changes_nothing(
+    finished_run, training_options, tmp_path, channels, changes, message
+):
+    before, options = state_of(finished_run), [*training_options, *SHORT, *changes.split()]
+    if channels != 8:
+        tiny_preset(block_out_channels=(channels,)).save_config(tmp_path)
+        options = ["--model_config_name_or_path", str(tmp_path), *options[2:]]
+    assert exit_codes(finished_run, start_training(finished_run, options))[0] in (1, 2)
+    log = log_of(finished_run)
+    assert message in log.splitlines()[-1] and "Traceback" not in log, log[-500:]
+    assert state_of(finished_run) == before
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_run_that_was_killed_before_its_first_checkpoint_is_not_resumed_by_another(
+    finished_run, training_options, tmp_path
+):
     early = tmp_path / "early"
     early.mkdir()
-    (early / "options.json").write_text((out / "options.json").read_text())
-    assert exit_codes(early, start_training(early, [*few, "--seed", "1"])) == [1]
-    assert "seed: 0 → 1" in early.with_suffix(".0.log").read_text()
+    (early / "options.json").write_text((finished_run / "options.json").read_text())
+    assert exit_codes(early, start_training(early, [*training_options, *SHORT, "--seed", "1"])) == [1]
+    assert "seed: 0 → 1" in log_of(early)
 
 
 @pytest.mark.slow
@@ -283,7 +303,7 @@ def test_a_resumed_run_names_another_number_of_threads(tmp_path, training_option
         train(out, [*few, "--num_threads", threads])
         text = log.read_text()
         assert "going on from" in text and text.count("threads: 1 → 2: from here on") == count
-    # a checkpoint of an earlier version does not say where it was made, and goes on
+    # a checkpoint of an earlier version has no description of its machine, and is resumed
     for folder in list_checkpoints(out):
         state = json.loads((folder / "state.json").read_text())
         del state["run"]["machine"], state["run"]["versions"]

@@ -343,7 +343,7 @@ def test_gradients_of_the_bound_are_the_official_ones(build, name, num_timesteps
 
 
 def test_continuous_time_with_minimized_variance_is_official_for_the_network(build):
-    # a straight γ has no inside: minimizing the variance changes none of its gradients
+    # a straight γ has no parameters between its ends: minimizing the variance changes none of its gradients
     unet, schedule = build("tiny_scalar64")
     VariationalBound(unet, schedule, minimize_variance=True)(**run_inputs("tiny_scalar64", "anti")).loss.backward()
     data = load("tiny_scalar64")

@@ -183,7 +183,7 @@ def test_official_networks_of_every_kind_are_converted_and_converted_back(
     expected = official_eps_hat(weights, z, gamma_t, flags, (-13.0, 6.0))
     assert near(our_eps_hat(pipe, z, gamma_t, flags), expected) is None
     near(our_eps_hat(again, z, gamma_t, flags if flag else torch.zeros(3)), expected)
-    # the configured ends scale the timestep, whatever was learned
+    # the timestep is scaled by the configured ends, not by the learned ones
     assert (pipe.noise_schedule.config.gamma_min, pipe.scheduler.config.gamma_max) == (-13.0, 6.0)
     t = torch.linspace(0, 1, 41, dtype=torch.float64)
     if gamma == "network":

@@ -29,7 +29,7 @@ except ValueError as error:
 
 @pytest.fixture
 def opened(hub, tmp_path):
-    """What a process of its own finds in a split of a repository with some image files."""
+    """What a separate process finds in a split of a repository with some image files."""
 
     def opened(split, *names):
         hub.reset()

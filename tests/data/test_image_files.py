@@ -25,7 +25,7 @@ def keyed_palette():
 @pytest.mark.parametrize("image_mode", [None, "RGB", "L"])
 @pytest.mark.parametrize("kind", DEEP)
 def test_more_than_eight_bits_are_refused_always(kind, image_mode):
-    # Pillow opens a 16-bit RGB PNG as 8-bit RGB without a word, and clips 'I;16' to 255 when it converts it
+    # Pillow silently opens a 16-bit RGB PNG as 8-bit RGB, and clips 'I;16' to 255 when it converts it
     with pytest.raises(ValueError, match="more than 8 bits") as error:
         decode({"bytes": DEEP[kind], "path": None}, image_mode, image_mode is not None)
     assert kind in str(error.value) and "convert the files" in str(error.value)

@@ -174,7 +174,7 @@ def test_a_folder_of_archives_only_is_refused(tmp_path):
 
 
 def test_a_dataset_name_that_is_a_local_folder_is_read_as_a_folder_of_images(tmp_path):
-    """As `--dataset_name` a local folder goes to the same reader, and not to words in its paths."""
+    """A local folder as `--dataset_name` is read in the same way: words in its paths do not make splits."""
     path = write_images(
         tmp_path / "data", "train/apple/1.png", "train/train/1.png", "test/apple/1.png", "test/train/1.png"
     )

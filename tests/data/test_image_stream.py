@@ -165,7 +165,7 @@ def test_a_bad_image_is_named(stream, tmp_path, bad):
     assert "image 3 of shard 1 of" in str(error.value) and ("file 007.png" in str(error.value)) == (
         content is not None
     )
-    # the others can still be had
+    # the other images can still be read
     good = [p for p in range(12) if p != position]
     assert sorted(data.batch(good)[0][:, 0, 0, 0].tolist()) == [i for i in range(12) if i != 7]
 

@@ -211,7 +211,7 @@ class Bar:
 def test_a_progress_bar_counts_images_and_shows_the_bound_with_its_error(monkeypatch):
     monkeypatch.setattr(Bar, "made", [])
     bound = VariationalBound(TinyNet(), bent_gamma(), num_levels=9)
-    evaluate_bound(bound, levels(5, 2), num_samples=2, batch_size=3, progress_bar=Bar)
+    evaluate_mc(bound, levels(5, 2), num_samples=2, batch_size=3, progress_bar=Bar)
     (bar,) = Bar.made
     assert bar.total == 10 == bar.done
     assert bar.texts[-1].endswith(" bits/dim") and " ± " in bar.texts[-1] and " ± " not in bar.texts[0]

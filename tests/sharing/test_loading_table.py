@@ -67,7 +67,7 @@ COLUMNS = ["our package", "`register()`", "diffusers alone"]
 
 
 def table() -> str:
-    """Each call in three processes of its own kind, against a Hub on this machine."""
+    """Each call in a process of each column, against a Hub on this machine."""
     hub = hub_server.HubServer()
     with tempfile.TemporaryDirectory() as home:
         environment = os.environ | {"HF_TOKEN": "hf_user"}

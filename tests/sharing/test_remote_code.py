@@ -213,11 +213,11 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_samples_are_those_of_the_package_to_the_last_bit(clean, one_thread, tmp_path, kind):
-    # loaded as well, without code: torch rounds otherwise where weights lie elsewhere in memory
+    # loaded as well, but without code: torch rounds differently for weights at another place in memory
     expected = drawn(VDMPipeline.from_pretrained(saved(tmp_path, kind)))
     torch.testing.assert_close(expected["latents"], drawn(made(kind))["latents"], rtol=1e-4, atol=1e-4)
     assert expected["latents"].std() > 0.1 and same(clean.samples[str(clean.folders[kind])], expected)
-    # the folder still loads by our own class
+    # our class loads the folder as well
     assert same(drawn(VDMPipeline.from_pretrained(clean.folders[kind])), expected)
     if kind == "learned":
         assert same(clean.samples["user/vdm"], expected)
