@@ -42,7 +42,7 @@ def test_the_run_is_resumed_to_the_same_end(saved):
         shutil.rmtree(saved / "run" / name)
     (saved / "run" / "model_index.json").unlink()
     done = run_example("train.py", *COMMAND.split(), "--output_dir", "run", "--resume_from_checkpoint", "latest")
-    assert "going on from run/checkpoint-2" in done.stdout
+    assert "resuming from run/checkpoint-2" in done.stdout
     after = metrics_of(saved / "run")
     assert [line["step"] for line in after] == [1, 2, 3, 4] and after[0] == before[0]
     for a, b in zip(after, before, strict=True):

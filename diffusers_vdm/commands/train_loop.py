@@ -142,7 +142,7 @@ def loop(run: Run, test, stop, bar, sharing: Sharing) -> bool:
         due["pipeline"] = due["pipeline"] or due["upload"]
         due["log"] = due["evaluation"] or is_due(run.step, args.logging_steps)
         if not at_end:
-            clock.go()
+            clock.start()
             try:
                 clock.waited += run.fetch(batches)
             except (ValueError, OSError) as error:
@@ -190,7 +190,7 @@ def loop(run: Run, test, stop, bar, sharing: Sharing) -> bool:
             sharing.push("trained" if at_end else "in training")
         if at_end:
             return True
-        clock.go()
+        clock.start()
         run.train_step()
         clock.steps, new = clock.steps + 1, True
         bar.update()

@@ -1,1 +1,1 @@
-"""What a training run consists of: keyed batches, averages, checkpoints, metrics, stopping, sharding."""
+"""Parts of a training run: keyed batches, weight averages, checkpoints, metrics, stopping and sharding."""

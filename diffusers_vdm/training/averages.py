@@ -1,4 +1,4 @@
-"""Exponential moving averages of the weights, several at once."""
+"""Exponential moving averages of the weights, with one or more decays."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .sharding import sharded_like
 class WeightAverages:
     """Exponential moving averages of the same parameters, one for each decay, in float32 and on every process.
 
-    With the warm-up of diffusers' `EMAModel`: decay(step) = min(decay, 1 − (1 + step/inv_gamma)^−power).
+    The decay warms up as in diffusers' `EMAModel`: decay(step) = min(decay, 1 − (1 + step/inv_gamma)^−power).
 
     Args:
-        parameters (`Sequence[nn.Parameter]`): what is averaged, in an order that a resumed run has again.
-        decays (`Sequence[float]`): the largest decays, all different, in [0, 1]; none for no average at all.
-        inv_gamma, power (`float`, default to 1 and 0.75): of the warm-up.
+        parameters (`Sequence[nn.Parameter]`): the parameters to average, in an order that a resumed run repeats.
+        decays (`Sequence[float]`): the largest decays, all different, in [0, 1]; empty for no average.
+        inv_gamma, power (`float`, default to 1 and 0.75): parameters of the warm-up.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class WeightAverages:
         self.parameters = list(parameters)
         options = {"use_ema_warmup": True, "inv_gamma": inv_gamma, "power": power, "foreach": True}
         self.models = {decay: EMAModel(self.parameters, decay, **options) for decay in decays}
-        for ema in self.models.values():  # an average in half precision stands still
+        for ema in self.models.values():  # in half precision, small updates would be rounded away
             ema.shadow_params = [p.to(torch.promote_types(p.dtype, torch.float32)) for p in ema.shadow_params]
 
     def step(self) -> None:
@@ -40,7 +40,7 @@ class WeightAverages:
 
     @contextmanager
     def applied(self, decay: float | None = None) -> Iterator[None]:
-        """Within the context the parameters hold the average of `decay`, by default the first; nothing if none."""
+        """Within the context, the parameters hold the average with `decay`, by default the first, if there is any."""
         if not self.models:
             yield
             return
@@ -53,7 +53,7 @@ class WeightAverages:
             _copy(raw, self.parameters)
 
     def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
-        """The averages, each with its step, by `"ema_{decay}"`."""
+        """The averages, each with its step, under the keys `"ema_{decay}"`."""
         return {
             f"ema_{decay!r}": {str(i): p for i, p in enumerate(ema.shadow_params)}
             | {"step": torch.tensor(ema.optimization_step)}
@@ -61,16 +61,16 @@ class WeightAverages:
         }
 
     def load_state_dict(self, state: dict[str, dict[str, torch.Tensor]]) -> None:
-        """Loads what [`state_dict`] returned; other keys are ignored.
+        """Loads the output of [`state_dict`]; other keys are ignored.
 
-        Raises: `ValueError` where a decay is missing or is one too many.
+        Raises: `ValueError` if a decay is missing or unexpected.
         """
         here = {f"ema_{decay!r}" for decay in self.models}
         there = {name for name in state if name.startswith("ema_")}
         if here != there:
             raise ValueError(
-                f"the averaged weights of the checkpoint are {sorted(there)}, those of this run {sorted(here)}; "
-                "use_ema and the decays must agree."
+                f"use_ema and the decays must match those of the checkpoint, {sorted(there)}, got {sorted(here)}; "
+                "resume with the same options."
             )
         for decay, ema in self.models.items():
             group = state[f"ema_{decay!r}"]
@@ -81,5 +81,5 @@ class WeightAverages:
 
 @torch.no_grad()
 def _copy(source: Sequence[torch.Tensor], target: Sequence[torch.Tensor]) -> None:
-    for a, b in zip(source, target, strict=True):  # one by one: sharded tensors know no `foreach` of it
+    for a, b in zip(source, target, strict=True):  # one by one, because sharded tensors have no `foreach` copy
         b.copy_(a)

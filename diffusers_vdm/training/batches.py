@@ -1,8 +1,8 @@
-"""Batches of training whose randomness is keyed: which images, which times, which noise.
+"""Training batches with keyed randomness: images, times and noise.
 
-Every random draw of training is a function of (seed, step, position in the global batch), never of what was drawn
-before. So a resumed run is the run that was never stopped, and how the batch is split over processes and accumulation
-steps matters for nothing but the masks of dropout, which are drawn for each batch of each process.
+Every random draw in training is a function of (seed, step, position in the global batch), never of earlier draws. So a
+resumed run equals an uninterrupted one. How the batch is split over processes and accumulation steps affects only the
+masks of dropout, which are drawn for each batch of each process.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from ..data.image_stream import ImageStream
 from ..data.images import ImageSet
 from ..randomness import keyed_generator
 
-# share of the images whose class is withheld from a class-conditional network
+# fraction of the class labels that are withheld from a class-conditional network
 LABEL_DROPOUT = 0.1
 
 
 def batch_indices(positions: Iterable[int], num_images: int, seed: int) -> torch.Tensor:
-    """Which image stands at each of `positions` of the endless order of training: one permutation after another.
+    """Indices of the images at `positions` of the training order: an endless sequence of permutations, one per epoch.
 
-    The permutation of an epoch is keyed on (seed, epoch), so no order needs to be replayed to find one's place.
+    The permutation of an epoch is keyed on (seed, epoch), so a resumed run need not replay earlier epochs.
     """
     positions = list(positions)
     orders = {epoch: _order(num_images, seed, epoch) for epoch in {p // num_images for p in positions}}
     return torch.stack([orders[p // num_images][p % num_images] for p in positions])
 
 
-@functools.lru_cache(maxsize=2)  # the epoch at hand and the next one
+@functools.lru_cache(maxsize=2)  # the current epoch and the next one
 def _order(num_images: int, seed: int, epoch: int) -> torch.Tensor:
     return torch.randperm(num_images, generator=keyed_generator(seed, "order", epoch))
 
@@ -59,11 +59,11 @@ def keyed_batch(
     random_rotation: bool = False,
     label_dropout: float = LABEL_DROPOUT,
 ) -> KeyedBatch:
-    """Rows `rows` of the global batch of `step`: images in keyed order, and all that is drawn for each of them.
+    """Rows `rows` of the global batch of `step`: images in keyed order, and all random draws for them.
 
-    t_i = (u + i/B) mod 1 over the whole global batch, whoever computes its rows [VDM app. I.1]. `augmented` is 1 where
-    an image was flipped or turned by a multiple of 90°, which the network needs to know [VDM app. B]. `withheld` is
-    true for a share `label_dropout` of the labels.
+    t_i = (u + i/B) mod 1 over the global batch, whichever process computes row i [VDM app. I.1]. `augmented` is 1 for
+    images that were flipped or rotated by a multiple of 90°, which the network needs to know [VDM app. B]. `withheld`
+    is true for a fraction `label_dropout` of the labels.
     """
     positions = [step * global_batch_size + i for i in rows]
     if isinstance(data, ImageSet):
@@ -87,7 +87,7 @@ def keyed_batch(
             image = images[k].flip(-1) if flip else images[k]
             turned.append((k, torch.rot90(image, quarters, (-2, -1))))
     if turned:
-        images = images.clone()  # of a memory-mapped set, too
+        images = images.clone()  # never change the data set, which may be memory-mapped
         for k, image in turned:
             images[k] = image
     eps, eps_0 = (part.contiguous() for part in noise.unbind(1))

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: safetensors and JSON that are whole or not there, and what makes a run the same run."""
+"""Checkpoints of a run, written atomically as safetensors and JSON, and checks that a run may resume from one."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ def save_checkpoint(
     total_limit: int | None = None,
     milestone_steps: int | None = None,
 ) -> Path:
-    """Writes `output_dir/checkpoint-{step}` as safetensors and JSON: under another name first, then renamed.
+    """Writes `output_dir/checkpoint-{step}` as safetensors and JSON, first under a temporary name.
 
-    Each group of `tensors` is a file, `state` is anything that JSON holds. With `total_limit` only so many of the
-    newest checkpoints are kept, at least one, and those at multiples of `milestone_steps` besides. Every file is on
-    the disk before the name is. Returns the folder.
+    Each group of `tensors` becomes a file; `state` must be JSON-serializable. With `total_limit`, only that many of
+    the newest checkpoints are kept, at least one, and also those at multiples of `milestone_steps`. All files are
+    synced to the disk before the folder is renamed. Returns the folder.
 
-    Raises: `OSError` where it cannot be written, a full disk; what was there before is still there then.
+    Raises: `OSError` if it cannot be written, for example to a full disk; earlier checkpoints are kept then.
     """
     output_dir = Path(output_dir)
     final, temporary = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.tmp"
-    for left_over in output_dir.glob(".checkpoint-*"):  # of a process that was killed
+    for left_over in output_dir.glob(".checkpoint-*"):  # left by a killed process
         shutil.rmtree(left_over, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
@@ -56,7 +56,7 @@ def save_checkpoint(
             _sync(path)
             digests[path.name] = file_digest(path)
         write_atomically(temporary / "state.json", json.dumps({**state, "step": step, "files": digests}, indent=2))
-        for path in temporary.glob("*.safetensors"):  # written for the owner alone, unlike the JSON
+        for path in temporary.glob("*.safetensors"):  # they are readable by the owner only, unlike the JSON
             shutil.copymode(temporary / "state.json", path)
         _sync(temporary)
         if final.exists():
@@ -67,7 +67,7 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"{final} could not be written: {error}") from error
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs the space
+        shutil.rmtree(temporary, ignore_errors=True)  # free the space on a full disk
         raise
     if total_limit is not None:
         remove_checkpoints(output_dir, keep=max(1, total_limit), milestone_steps=milestone_steps)
@@ -75,7 +75,7 @@ def save_checkpoint(
 
 
 def remove_checkpoints(output_dir: str | os.PathLike, keep: int = 0, milestone_steps: int | None = None) -> None:
-    """Removes the complete checkpoints but for the `keep` newest and those at multiples of `milestone_steps`."""
+    """Removes the complete checkpoints except the `keep` newest and those at multiples of `milestone_steps`."""
     complete = list_checkpoints(output_dir)
     for folder in complete[: max(0, len(complete) - keep)]:
         if not (milestone_steps and step_of(folder) % milestone_steps == 0):
@@ -89,9 +89,9 @@ def list_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
 
 
 def load_checkpoint(folder: str | os.PathLike) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
-    """What [`save_checkpoint`] wrote: `(tensors, state)`.
+    """Reads the output of [`save_checkpoint`]: `(tensors, state)`.
 
-    Raises: `ValueError` for a folder that is not a checkpoint, and for one of which a file is not as it was written.
+    Raises: `ValueError` for a folder that is not a checkpoint, or in which a file is missing or was changed.
     """
     folder = Path(folder)
     if not (folder / "state.json").is_file():
@@ -102,47 +102,47 @@ def load_checkpoint(folder: str | os.PathLike) -> tuple[dict[str, dict[str, torc
         for name, digest in state["files"].items():
             path = folder / Path(name).name
             if file_digest(path) != digest:
-                raise ValueError("its content is not what was written")
+                raise ValueError("its content does not match its hash")
             tensors[path.stem] = load_file(path)
     except (ValueError, KeyError, TypeError, AttributeError, OSError, SafetensorError) as error:
         reason = "it is missing" if isinstance(error, FileNotFoundError) else error
-        raise ValueError(f"{path} is damaged ({reason}); go on from an older checkpoint, by its folder.") from error
+        raise ValueError(f"{path} is damaged ({reason}); resume from the folder of an older checkpoint.") from error
     return tensors, state
 
 
 def load_latest(
     output_dir: str | os.PathLike,
 ) -> tuple[Path, dict[str, dict[str, torch.Tensor]], dict[str, Any]] | None:
-    """The newest checkpoint that is not damaged, `(folder, tensors, state)`; `None` where there was never one.
+    """The newest checkpoint that is not damaged, `(folder, tensors, state)`; `None` if there is no checkpoint.
 
-    A damaged one is named in the log and the one before is taken. Raises `ValueError` if all are damaged.
+    A damaged checkpoint is logged and skipped. Raises `ValueError` if all are damaged.
     """
     folders = list_checkpoints(output_dir)
     for folder in reversed(folders):
         try:
             return folder, *load_checkpoint(folder)
         except ValueError as error:
-            logger.warning(str(error).split(";")[0] + "; the checkpoint before it is used.")
+            logger.warning(str(error).split(";")[0] + "; the previous checkpoint is used.")
     if folders:
-        raise ValueError(f"every checkpoint in {output_dir} is damaged; start anew with --overwrite_output_dir.")
+        raise ValueError(f"every checkpoint in {output_dir} is damaged; start over with --overwrite_output_dir.")
     return None
 
 
 def step_of(folder: Path) -> int:
-    """The step of a checkpoint, by its name."""
+    """The step of a checkpoint, from its name."""
     return int(folder.name.split("-")[1])
 
 
 def _remove(folder: Path) -> None:
-    """Away under its name at once, so that what an interruption leaves is not taken for a checkpoint."""
-    doomed = folder.with_name(f".{folder.name}.removed")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.rename(folder, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    """Renames the folder before deleting it, so that an interruption leaves nothing that looks like a checkpoint."""
+    removed = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    os.rename(folder, removed)
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+    if os.name == "nt" and path.is_dir():  # Windows cannot open folders
         return
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -161,7 +161,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Puts back what [`optimizer_tensors`] took, in whole tensors; the options of its groups stay."""
+    """Loads the output of [`optimizer_tensors`], as whole tensors; the options of the parameter groups are kept."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
@@ -171,12 +171,12 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
 
 
 def rate_state(lr_scheduler: torch.optim.lr_scheduler.LRScheduler) -> dict[str, Any]:
-    """Where a schedule of learning rates stands, as JSON can hold it; its functions are made anew."""
+    """The JSON-serializable state of a learning-rate scheduler, without its functions, which are created again."""
     return {name: value for name, value in lr_scheduler.state_dict().items() if name != "lr_lambdas"}
 
 
 def load_rate_state(lr_scheduler: torch.optim.lr_scheduler.LRScheduler, state: dict[str, Any]) -> None:
-    """Puts back what [`rate_state`] took, in the schedule and in its optimizer."""
+    """Loads the output of [`rate_state`] into the scheduler and its optimizer."""
     lr_scheduler.load_state_dict({**lr_scheduler.state_dict(), **state})
     for group, rate in zip(lr_scheduler.optimizer.param_groups, state["_last_lr"], strict=True):
         group["lr"] = rate
@@ -186,19 +186,21 @@ def load_rate_state(lr_scheduler: torch.optim.lr_scheduler.LRScheduler, state: d
 
 
 def check_same_run(before: dict[str, Any], now: dict[str, Any], allowed: Collection[str] = ()) -> str | None:
-    """`ValueError` if two descriptions of a run differ in what is trained: options, data, global batch.
+    """Raises `ValueError` if two descriptions of a run differ in what is trained: options, data, global batch.
 
     A description holds `"options"`, `"data"`, `"global_batch_size"` and `"num_processes"`. `allowed` names options, or
-    `"data"`, that may differ nevertheless; options whose row says `may_change` always may.
+    `"data"`, that may differ; options with `may_change` always may.
 
-    Returns: a message about a global batch that is split in another way, `None` if it is not.
+    Returns: a message if the global batch is split in another way, else `None`.
     """
     fixed = (set(now["options"]) & set(before["options"])) - option_names(may_change=True)
-    if str(now["options"].get("lr_scheduler")).startswith("constant"):  # else the rates depend on where they end
+    if str(now["options"].get("lr_scheduler")).startswith(
+        "constant"
+    ):  # other rates depend on the total number of steps
         fixed -= {"max_train_steps", "num_epochs"}
     pairs = {name: (before["options"][name], now["options"][name]) for name in fixed}
     pairs |= {name: (before[name], now[name]) for name in ("data", "global_batch_size")}
-    # what runs of earlier versions did not record is not compared
+    # earlier versions did not record these
     pairs |= {n: (before[n], now[n]) for n in ("class_names", "labels") if n in before and n in now}
     differ = {
         k: v
@@ -208,8 +210,8 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any], allowed: Collect
     changes = [f"{name}: {a!r} → {b!r}" for name, (a, b) in differ.items()]
     if changes:
         raise ValueError(
-            f"this is not the same run: {'; '.join(changes)}. Start a new one in another output_dir, or name what may "
-            "differ by allow_changed."
+            f"this is not the same run: {'; '.join(changes)}. Start a new one in another output_dir, or list what may "
+            "differ in allow_changed."
         )
     splits = [
         f"{run['num_processes']} × {run['options']['train_batch_size']}"
@@ -218,12 +220,12 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any], allowed: Collect
     ]
     if splits[0] == splits[1]:
         return None
-    masks = "; the masks of dropout are others from here on" if now["options"].get("dropout") else ""
+    masks = "; dropout masks differ from here on" if now["options"].get("dropout") else ""
     return f"{splits[0]} → {splits[1]}: the same data order, global batch and noise{masks}"
 
 
 def machine_of(device: torch.device) -> dict[str, Any]:
-    """What the rounding of sums depends on beside versions: the device and, of a CPU, instructions and threads."""
+    """Hardware that the rounding of sums depends on: the device and, for a CPU, its instruction set and threads."""
     if device.type == "cuda":
         return {"device": torch.cuda.get_device_name(device), "cudnn": torch.backends.cudnn.version()}
     if device.type != "cpu":
@@ -245,17 +247,17 @@ def _processor() -> str:
 
 
 def rounding_changes(before: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """What to say where a run goes on otherwise than it was saved, so that sums are rounded in other ways.
+    """A message if a run resumes on other hardware or another torch, which changes the rounding of sums, else `None`.
 
-    Two descriptions of a run are compared by `"machine"`, as [`machine_of`] gives it, and torch's version in
-    `"versions"`, as far as both hold them: checkpoints of earlier versions do not. `None` where nothing differs.
+    It compares `"machine"`, from [`machine_of`], and torch's version in `"versions"`, if both descriptions have them;
+    checkpoints of earlier versions do not.
     """
     pairs = {name: (before.get("machine", {}).get(name), value) for name, value in now.get("machine", {}).items()}
     pairs["torch"] = (before.get("versions", {}).get("torch"), now.get("versions", {}).get("torch"))
     differ = [f"{name}: {a} → {b}" for name, (a, b) in pairs.items() if None not in (a, b) and a != b]
     if not differ:
         return None
-    return f"{'; '.join(differ)}: from here on the numbers are the same up to rounding, not bit for bit"
+    return f"{'; '.join(differ)}: from here on, results are equal up to rounding, not bit for bit"
 
 
 def _plain(value: Any) -> Any:
@@ -263,7 +265,7 @@ def _plain(value: Any) -> Any:
 
 
 def check_allowed(names: Iterable[str], options: Collection[str]) -> None:
-    """`ValueError` unless each of `names` is an option or `"data"`; the global batch is never free to change."""
+    """Raises `ValueError` unless each of `names` is an option or `"data"`; the global batch size can never change."""
     unknown = sorted(set(names) - set(options) - {"data"})
     if unknown:
-        raise ValueError(f"allow_changed must name options, or data; there is no {unknown[0]!r}.")
+        raise ValueError(f"allow_changed must list options or data; there is no {unknown[0]!r}.")

@@ -1,4 +1,4 @@
-"""What training costs before it is paid: FLOPs and memory of a step, counted on tensors that hold no numbers."""
+"""Estimate the FLOPs and memory of a training step before training, with fake tensors."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class TrainingCost:
     """Cost of training a network.
 
     Attributes:
-        num_parameters (`int`): of the network.
-        flops_per_image (`int`): of a forward and a backward pass, matrix products, convolutions and attention only; a
-            product of n×k by k×m counts 2nkm.
-        activation_bytes_per_image (`int`): what the forward pass keeps for the backward pass.
+        num_parameters (`int`): number of parameters of the network.
+        flops_per_image (`int`): FLOPs of a forward and a backward pass, counting only matrix products, convolutions
+            and attention; a product of n×k by k×m counts 2nkm.
+        activation_bytes_per_image (`int`): memory that the forward pass saves for the backward pass.
         fixed_bytes (`int`): weights, gradients, AdamW's two moments and the averages, all in float32.
     """
 
@@ -32,7 +32,7 @@ class TrainingCost:
     fixed_bytes: int
 
     def memory_bytes(self, batch_size: int) -> int:
-        """Estimate of the peak for a batch: no workspace of convolutions, no fragmentation."""
+        """Estimated peak memory for a batch, without convolution workspaces and fragmentation."""
         return self.fixed_bytes + batch_size * self.activation_bytes_per_image
 
 
@@ -42,17 +42,17 @@ def training_cost(
     """FLOPs and memory of training `unet` on images of `image_shape` `(C, H, W)`.
 
     Args:
-        num_averages (`int`, defaults to 1): averages (EMA) kept beside the weights.
-        mixed_precision (`"no"`, `"bf16"` or `"fp16"`): under which the forward pass runs.
+        num_averages (`int`, defaults to 1): number of averages (EMA) of the weights.
+        mixed_precision (`"no"`, `"bf16"` or `"fp16"`): precision of the forward pass.
 
-    Takes a second and no memory, whatever the size of the network.
+    Takes a second and allocates no tensors, for any size of the network.
     """
     dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
 
     def saved_bytes_and_flops(batch_size: int) -> tuple[int, int]:
         saved: dict[int, torch.UntypedStorage] = {}
 
-        def note(tensor: torch.Tensor) -> torch.Tensor:
+        def record(tensor: torch.Tensor) -> torch.Tensor:
             saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
             return tensor
 
@@ -61,7 +61,7 @@ def training_cost(
             conditions["class_labels"] = torch.zeros(batch_size, dtype=torch.int64)
         with FlopCounterMode(display=False) as counter:
             with (
-                torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+                torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor),
                 torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None),
             ):
                 z_t = torch.zeros(batch_size, *image_shape)
@@ -73,22 +73,22 @@ def training_cost(
         fake = copy.deepcopy(unet).train()
         weights = {parameter.untyped_storage()._cdata for parameter in fake.parameters()}
         (one, _), (two, _) = saved_bytes_and_flops(1), saved_bytes_and_flops(2)
-        with sdpa_kernel(SDPBackend.MATH):  # fused attention on a CPU is not counted
+        with sdpa_kernel(SDPBackend.MATH):  # the counter misses fused attention on a CPU
             _, flops = saved_bytes_and_flops(1)
     count = sum(parameter.numel() for parameter in unet.parameters())
-    # what is kept once, whatever the batch: the weights in half precision
+    # saved once for any batch size: the weights in half precision
     fixed = 4 * count * (4 + num_averages) + max(0, 2 * one - two)
     return TrainingCost(count, flops, two - one, fixed)
 
 
 @torch.no_grad()
 def matmul_flops_per_second(device: torch.device | str, dtype: torch.dtype = torch.float32) -> float:
-    """The rate of one large matrix product on `device`, measured now: what a utilisation is a share of."""
+    """Measured FLOPs per second of a large matrix product on `device`: the reference for utilization."""
     device = torch.device(device)
     size = 8192 if device.type == "cuda" else 2048
     a = torch.full((size, size), 0.5, device=device, dtype=dtype)
     best = 0.0
-    for _ in range(4):  # the first one warms up
+    for _ in range(4):  # the first iteration warms up
         _wait(device)
         clock = time.perf_counter()
         torch.matmul(a, a)

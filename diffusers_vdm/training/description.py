@@ -1,6 +1,6 @@
-"""`options.json`: what a run is, which is its options, its data and what it ran on. Checkpoints hold the same.
+"""`options.json`: the options, data and environment of a run. Checkpoints contain the same.
 
-This module is the only one that writes and reads the keys of the file. Files of earlier versions lack some of them.
+Only this module writes and reads the keys of the file. Files of earlier versions lack some of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NAME = "options.json"
 
 @dataclass(frozen=True)
 class DataDescription:
-    """Training images: their name, how many there are if it is known, and a hash of them."""
+    """Training images: their name, their number if known, and their hash."""
 
     name: str | None = None
     images: int | None = None
@@ -30,20 +30,20 @@ class DataDescription:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> DataDescription:
-        """Reads what [`RunDescription.to_json`] wrote; a value of another type counts as missing."""
+        """Reads the output of [`RunDescription.to_json`]; a value of the wrong type counts as missing."""
         return cls(text(values.get("name")), count(values.get("images")), text(values.get("fingerprint")))
 
 
 @dataclass(frozen=True)
 class HeldOutDescription(DataDescription):
-    """Held-out images, and how many of them are training images, too; `None` where they were not compared."""
+    """Held-out images, and how many of them are also training images; `None` if they were not compared."""
 
     shared_with_training: int | None = None
     files: str | None = None
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> HeldOutDescription:
-        """Reads what [`RunDescription.to_json`] wrote; a value of another type counts as missing."""
+        """Reads the output of [`RunDescription.to_json`]; a value of the wrong type counts as missing."""
         return cls(
             text(values.get("name")),
             count(values.get("images")),
@@ -55,22 +55,23 @@ class HeldOutDescription(DataDescription):
 
 @dataclass(frozen=True, kw_only=True)
 class RunDescription:
-    """What a run is. In a description that was read, what was missing or of another type is `None` or empty.
+    """The description of a run. Values that a file lacks, or that are of the wrong type, are `None` or empty.
 
     Attributes:
         options (`dict`): every option of the command line by its name.
-        given (`list[str]`, *optional*): names of the options that were given.
-        total_steps (`int`, *optional*): optimizer steps that the run has to do.
-        device (`str`, *optional*), machine (`dict`): what it ran on; see [`checkpoints.machine_of`].
-        held_out ([`HeldOutDescription`], *optional*): the held-out images, of the main process alone.
-        histogram_bpd (`float`, *optional*): bits/dim of the histogram of each training pixel, on the held-out images.
+        given (`list[str]`, *optional*): names of the options set on the command line.
+        total_steps (`int`, *optional*): optimizer steps of the whole run.
+        device (`str`, *optional*), machine (`dict`): hardware, see [`checkpoints.machine_of`].
+        held_out ([`HeldOutDescription`], *optional*): the held-out images; only on the main process.
+        histogram_bpd (`float`, *optional*): bits/dim of the held-out images under per-pixel histograms of the
+            training images.
         data ([`DataDescription`]): the training images.
         columns (`dict`): names of the columns of images and of classes.
         class_names (`list[str]`, *optional*), labels (`str`, *optional*): names of the classes, and a hash of the
-            class of each image, of a class-conditional run.
-        files (`str`, *optional*), damaged (`list[str]`): which files are used, and those left out as damaged.
-        global_batch_size, num_processes (`int`, *optional*): images of a step over all processes, and processes.
-        versions (`dict`): of the packages.
+            class of each image, for a class-conditional run.
+        files (`str`, *optional*), damaged (`list[str]`): which files are used, and those skipped as damaged.
+        global_batch_size, num_processes (`int`, *optional*): images per step over all processes, and processes.
+        versions (`dict`): package versions.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -92,7 +93,7 @@ class RunDescription:
 
     @property
     def num_steps(self) -> int | None:
-        """The steps of the whole run as train.py works them out, also for files that do not say `total_steps`."""
+        """Steps of the whole run, computed as in train.py if the file has no `total_steps`."""
         total = self.total_steps or count(self.options.get("max_train_steps"))
         epochs, images, batch = count(self.options.get("num_epochs")), self.data.images, self.global_batch_size
         return total or (math.ceil(epochs * images / batch) if epochs and images and batch else None)
@@ -104,7 +105,7 @@ class RunDescription:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> RunDescription:
-        """Reads what [`RunDescription.to_json`] made, here or in an earlier version; never raises."""
+        """Reads the output of [`RunDescription.to_json`] of this version or an earlier one; never raises."""
         given, names, held_out = values.get("given"), values.get("class_names"), mapping(values.get("held_out"))
         counts, texts = ("total_steps", "global_batch_size", "num_processes"), ("device", "labels", "files")
         read: dict[str, Any] = {name: count(values.get(name)) for name in counts}
@@ -124,11 +125,11 @@ class RunDescription:
         )
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes the file into the folder of the run, whole or not at all."""
+        """Writes the file atomically into the folder of the run."""
         write_atomically(Path(folder) / NAME, json.dumps(self.to_json(), indent=2))
 
 
 def read_description(folder: str | os.PathLike) -> RunDescription | None:
-    """The description in the folder of a run, `None` if it has none; `ValueError` for a file that is not JSON."""
+    """Reads the description in the folder of a run, `None` if there is none; raises `ValueError` if it is not JSON."""
     path = Path(folder) / NAME
     return RunDescription.from_json(read_json(path, NAME)) if path.is_file() else None

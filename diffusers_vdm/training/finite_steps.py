@@ -1,4 +1,4 @@
-"""Optimizer steps with finite gradients only."""
+"""Skip optimizer steps whose gradients are not finite."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from .sharding import replicated_like, whole
 
 
 class FiniteSteps:
-    """Optimizer steps with finite gradients only: others change nothing, and are counted.
+    """Optimizer steps that are skipped, and counted, if their gradients are not finite.
 
-    The decision stays on the device, so that nothing waits for it: a fused optimizer of torch skips its update where
-    its `found_inf` is one. Gradients, and so the decision, are the same on every process.
+    The decision stays on the device, without synchronization: torch's fused optimizers skip their update if
+    `found_inf` is one. Gradients, and so the decision, are the same on every process.
 
-    Attributes: `skipped` and `in_row`, scalar tensors on the device: steps skipped in all, and since the last good
+    Attributes: `skipped` and `in_row`, scalar tensors on the device: steps skipped in total, and since the last good
     one.
     """
 
@@ -24,7 +24,7 @@ class FiniteSteps:
         self.in_row = torch.zeros((), device=device)
 
     def step(self, optimizer: torch.optim.Optimizer, gradient_norm: torch.Tensor, has_scaler: bool = False) -> None:
-        """`optimizer.step()`, without effect if `gradient_norm` is not finite; a `GradScaler` sees to that itself."""
+        """Calls `optimizer.step()`; skips if `gradient_norm` is not finite, which a `GradScaler` does by itself."""
         bad = (~whole(gradient_norm).isfinite()).float()
         inner: Any = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
         if not has_scaler:
@@ -41,6 +41,6 @@ class FiniteSteps:
         return {"skipped": float(self.skipped), "in_row": float(self.in_row)}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Loads what [`state_dict`] returned; other keys are ignored."""
+        """Loads the output of [`state_dict`]; other keys are ignored."""
         self.skipped.fill_(state["skipped"])
         self.in_row.fill_(state["in_row"])

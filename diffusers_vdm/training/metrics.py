@@ -1,4 +1,4 @@
-"""What a run measures while it trains: the mean loss, and the lines of metrics.jsonl with their keys."""
+"""Metrics of a training run: the mean loss, and the lines of metrics.jsonl with their keys."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ logger = logging.get_logger(__name__)
 
 
 class LossMeter:
-    """Mean of the finite losses since the last line of metrics, of all processes, without waiting for the device."""
+    """Mean of the finite losses of all processes since the last line of metrics, without synchronizing the device."""
 
     def __init__(self, device: torch.device | str):
-        self.sums = torch.zeros(2, device=device)  # of the losses, and how many
+        self.sums = torch.zeros(2, device=device)  # sum and number of the losses
 
     def add(self, loss: torch.Tensor) -> None:
         loss = loss.detach().float()
@@ -38,7 +38,7 @@ class LossMeter:
         return accelerator.gather(self.sums[None]).tolist()
 
     def load(self, sums: list[list[float]], process: int, num_processes: int) -> None:
-        """Goes on from gathered sums; those of another number of processes are shared alike."""
+        """Loads gathered sums; those of another number of processes are divided equally."""
         if len(sums) != num_processes:
             sums = [[sum(column) / num_processes for column in zip(*sums, strict=True)]] * num_processes
         self.sums.copy_(torch.tensor(sums[process]))
@@ -50,12 +50,12 @@ class LossMeter:
         return total / count if count else math.nan
 
 
-# ---- an evaluation in a line -------------------------------------------------------------------------------------
+# ---- the results of an evaluation --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class LineOfEvaluation:
-    """The bits/dim in a line of metrics: of the weights that the pipeline is saved with, and of other averages.
+    """The bits/dim in a line of metrics, for the weights saved in the pipeline and for the other averages.
 
     Attributes:
         bpd, stderr_bpd (`float`, *optional*): the Monte-Carlo estimate and its standard error, bits/dim.
@@ -63,8 +63,8 @@ class LineOfEvaluation:
         num_images, num_samples (`int`, *optional*): held-out images, and draws of (t, ε) for each.
         num_timesteps (`int`, *optional*): T; `None` in continuous time.
         class_conditional (`bool`): whether each image was measured given its class.
-        weights (`"ema"` or `"raw"`, *optional*), ema_decay (`float`, *optional*): which weights.
-        others (`dict`): of other averages by the name of their decay, `(bpd, stderr_bpd)`.
+        weights (`"ema"` or `"raw"`, *optional*), ema_decay (`float`, *optional*): the weights of the pipeline.
+        others (`dict`): `(bpd, stderr_bpd)` of the other averages, keyed by their decay.
     """
 
     bpd: float | None
@@ -90,7 +90,7 @@ class LineOfEvaluation:
 
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> LineOfEvaluation | None:
-        """Reads what [`LineOfEvaluation.to_json`] made; `None` for a line without a finite number of bits/dim."""
+        """Reads the output of [`LineOfEvaluation.to_json`]; `None` for a line without finite bits/dim."""
         bpd, weights = number(line.get("eval_bpd")), line.get("eval_weights")
         if bpd is None:
             return None
@@ -124,22 +124,22 @@ def append_metrics(path: str | os.PathLike, metrics: dict[str, Any]) -> None:
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, without one that was cut short by a kill; none if there is no such file."""
+    """The lines of metrics.jsonl, without any that a killed process left incomplete; empty if there is no file."""
     path, metrics = Path(path), []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
             metrics.append(json.loads(line))
         except ValueError:
-            logger.warning(f"{path}: a line that is no JSON is left out: {line[:40]!r}")
+            logger.warning(f"{path}: skipped a line that is not JSON: {line[:40]!r}")
     return metrics
 
 
 def read_steps(folder: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl in the folder of a run that name their step."""
+    """The lines of metrics.jsonl in the folder of a run that have a step."""
     return [line for line in read_metrics(Path(folder) / NAME) if count(mapping(line).get("step"))]
 
 
 def truncate_metrics(path: str | os.PathLike, step: int) -> None:
-    """Keeps the lines before `step`: those of the step itself and after it will be written again."""
+    """Keeps only the lines before `step`; the resumed run writes the later ones again."""
     kept = [line for line in read_metrics(path) if line["step"] < step]
     write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))

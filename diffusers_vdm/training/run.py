@@ -1,4 +1,4 @@
-"""What train.py trains: the objective, its optimizer and averages, and a checkpoint that holds all of it."""
+"""A training run: the objective, its optimizer, the averages of the weights, and checkpoints of all of these."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from .sharding import gathered, sharded_like, whole
 
 
 class Clock:
-    """Seconds of training, without what is done between steps, and how long of them was waited for data."""
+    """Seconds of training, without the work between steps, and how many of them were spent waiting for data."""
 
     def __init__(self):
         self.seconds, self.waited, self.steps, self._mark = 0.0, 0.0, 0, None
 
-    def go(self) -> None:
+    def start(self) -> None:
         self._mark = time.perf_counter() if self._mark is None else self._mark
 
     def pause(self) -> None:
@@ -47,10 +47,14 @@ class Clock:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will cost and what its numbers compare with; `text` says it to the user.
+    """The cost of a run, and baselines for its results.
 
-    FLOPs of one image of training, and those that all processes do in a second; bits/dim of the histogram of each
-    training pixel, where it is known; the held-out images, as options.json records them.
+    Attributes:
+        text (`str`): the plan, to be printed.
+        flops_per_image, flops_per_second (`float`): training FLOPs per image, and the rate of all processes.
+        histogram_bpd (`float`, *optional*): bits/dim of the held-out images under per-pixel histograms of the training
+            images.
+        held_out ([`HeldOutDescription`]): the held-out images, for options.json.
     """
 
     text: str
@@ -61,25 +65,25 @@ class Plan:
 
 
 class Run:
-    """What is trained and all that a checkpoint holds of it."""
+    """What is trained, and all state that a checkpoint saves."""
 
     def __init__(self, args: argparse.Namespace, accelerator, data, unet, noise_schedule):
         self.args, self.accelerator, self.data = args, accelerator, data
-        # what is measured and saved; under FSDP a whole copy of what is trained, which [`averaged_weights`] fills
+        # what is evaluated and saved; under FSDP an unsharded copy of what is trained, filled by [`averaged_weights`]
         self.is_sharded = accelerator.distributed_type.value == "FSDP"
         self.unet, self.noise_schedule = (
             copy.deepcopy((unet, noise_schedule)) if self.is_sharded else (unet, noise_schedule)
         )
         self.out, world = Path(args.output_dir), accelerator.num_processes
-        self.num_images = data.num_images  # as declared: a stream may learn it on the way
+        self.num_images = data.num_images  # as declared; a stream may count its images in training
         shared = {"num_levels": data.num_levels, "prediction_type": args.prediction_type}
-        # a DDPM knows the T levels of its betas, so that its bound has the T − 1 steps between them
+        # a DDPM knows the T levels of its betas, so its bound has the T − 1 steps between them
         bound_steps = (
             args.num_timesteps
             if args.schedule != "linear_beta" or args.objective == "vdm"
             else args.ddpm_num_steps - 1
         )
-        # apart from the objective, which accelerate puts under autocast: bits/dim are measured in float32
+        # separate from the objective, which accelerate runs under autocast, because bits/dim are measured in float32
         self.bound = VariationalBound(self.unet, self.noise_schedule, num_timesteps=bound_steps, **shared)
         if args.objective == "vdm":
             self.objective = VariationalBound(unet, noise_schedule, num_timesteps=args.num_timesteps, **shared)
@@ -88,7 +92,7 @@ class Run:
         self.global_rows = args.train_batch_size * args.gradient_accumulation_steps * world
         self.total = args.max_train_steps or math.ceil(args.num_epochs * data.num_images / self.global_rows)
         groups = [{"params": list(unet.parameters())}]
-        if any(p.requires_grad for p in noise_schedule.parameters()):  # decay would pull γ to a shape of its own
+        if any(p.requires_grad for p in noise_schedule.parameters()):  # weight decay would bias γ
             own = {"weight_decay": 0.0, "lr": args.gamma_learning_rate or 10 * args.learning_rate}
             groups.append({"params": list(noise_schedule.parameters()), **own})
         optimizer = torch.optim.AdamW(
@@ -103,17 +107,17 @@ class Run:
         self.lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **steps)
         self.wrapped, self.optimizer = accelerator.prepare(self.objective, optimizer)
         self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
-        # what is measured and saved, the first as the pipeline; None: raw weights
+        # decays of the averages to evaluate and save, the first as the pipeline; None means raw weights
         self.decays = args.ema_decays or [None]
         self.averages = WeightAverages(self.parameters, args.ema_decays, args.ema_inv_gamma, args.ema_power)
         self.finite, self.meter = FiniteSteps(accelerator.device), LossMeter(accelerator.device)
         self.times = ImportanceTimes(accelerator.device) if args.importance_sampling else None
         self.step, self.sums = 0, []
         self.next_inputs: list[tuple[int, dict]] = []  # the micro-batches of the next step
-        self.plan: Plan | None = None  # of the main process alone
+        self.plan: Plan | None = None  # only on the main process
 
     def description(self) -> RunDescription:
-        """What a run is: its options, its data, and what it ran on."""
+        """The options, data and environment of the run."""
         import accelerate
         import diffusers
 
@@ -141,7 +145,7 @@ class Run:
         )
 
     def batches(self):
-        """The micro-batches of this process from the next step on, made ahead by threads."""
+        """The micro-batches of this process from the next step on, prefetched by threads."""
         args, rank, world = self.args, self.accelerator.process_index, self.accelerator.num_processes
 
         def make(key: tuple[int, int]):
@@ -166,12 +170,12 @@ class Run:
 
         micros = range(args.gradient_accumulation_steps)
         keys = ((step, micro) for step in range(self.step, self.total) for micro in micros)
-        # a stream decodes with threads of its own, and gives its images one batch after another
+        # a stream has its own decoding threads, and yields batches in order
         workers = 1 if args.streaming else max(1, args.dataloader_num_workers)
         return in_order(make, keys, workers, look_ahead=2 * workers)
 
     def fetch(self, batches) -> float:
-        """Waits for all micro-batches of the next step, before any of them changes a thing; returns the seconds.
+        """Waits for all micro-batches of the next step before any of them is used; returns the seconds.
 
         Raises: `ValueError`, `OSError` for images that cannot be read.
         """
@@ -180,7 +184,7 @@ class Run:
         return time.perf_counter() - clock
 
     def train_step(self) -> None:
-        """One optimizer step on what `fetch` got."""
+        """One optimizer step on the micro-batches from `fetch`."""
         parts, self.next_inputs = self.next_inputs, []
         for seed, inputs in parts:
             inputs = {k: v.to(self.accelerator.device, non_blocking=True) for k, v in inputs.items()}
@@ -188,7 +192,7 @@ class Run:
                 inputs["t"], inputs["t_density"] = self.times.warp(inputs["t"])
             torch.manual_seed(seed)
             with self.accelerator.accumulate(self.wrapped):
-                with self.accelerator.autocast():  # under FSDP2 accelerate leaves it out
+                with self.accelerator.autocast():  # accelerate does not apply it under FSDP2
                     output = self.wrapped(**inputs)
                 loss = output.loss
                 self.accelerator.backward(loss)
@@ -207,7 +211,7 @@ class Run:
 
     @contextmanager
     def averaged_weights(self, decay: float | None = None):
-        """Within the context `unet`, `noise_schedule` and `bound` have the averaged weights; all must enter it."""
+        """Within the context, `unet`, `noise_schedule` and `bound` have the averaged weights; all must enter it."""
         with self.averages.applied(decay):
             if not self.is_sharded:
                 yield
@@ -220,7 +224,7 @@ class Run:
         try:
             yield
         finally:
-            self.bound.to("cpu")  # a process has no room for it while it trains
+            self.bound.to("cpu")  # free the memory of the device for training
 
     def evaluate(self, test, num_samples: int, num_images: int | None, decay: float | None):
         labels = test.labels[:num_images] if self.unet.config.num_class_embeds is not None else None
@@ -235,11 +239,11 @@ class Run:
             )
 
     def gather(self) -> None:
-        """The losses of all processes since the last line of metrics; all must call it."""
+        """Gathers the losses of all processes since the last line of metrics; all processes must call it."""
         self.sums = self.meter.gather(self.accelerator)
 
     def losses(self) -> dict:
-        """What a line of metrics says of them, and of the step."""
+        """The mean loss, learning rate and skipped steps, for a line of metrics."""
         mean = self.meter.mean(self.sums)
         return {
             "train_bpd" if self.args.objective == "vdm" else "train_mse": None if math.isnan(mean) else mean,
@@ -248,7 +252,7 @@ class Run:
         }
 
     def speed(self, clock: Clock) -> dict:
-        """Images per second, their FLOPs as a share of what the devices can do, and the share of waiting for data."""
+        """Images per second, utilization of the devices' FLOPs, and the fraction of time spent waiting for data."""
         if not clock.seconds:
             return {}
         images = clock.steps * self.global_rows / clock.seconds
@@ -256,18 +260,18 @@ class Run:
         return {"images_per_second": images, "flop_utilisation": share, "data_wait": clock.waited / clock.seconds}
 
     def check_finite(self) -> None:
-        """`ValueError` after too many steps in a row that had to be skipped."""
+        """Raises `ValueError` after too many skipped steps in a row."""
         in_row = int(self.finite.in_row)
         if in_row >= self.args.max_nonfinite_steps:
             last = checkpoints.list_checkpoints(self.out)
             raise ValueError(
                 f"the gradients of {in_row} steps in a row, up to step {self.step}, were not finite; all were "
-                f"skipped. The last checkpoint is {last[-1] if last else 'none'}; go on from it with a lower "
+                f"skipped. The last checkpoint is {last[-1] if last else 'none'}; resume from it with a lower "
                 "--learning_rate (and --allow_changed learning_rate)"
             )
 
     def save(self) -> None:
-        """Writes a checkpoint, with the losses as they were gathered; all processes must call it."""
+        """Writes a checkpoint with the gathered losses; all processes must call it."""
         tensors = {"model": self.objective.state_dict(), "optimizer": checkpoints.optimizer_tensors(self.optimizer)}
         if self.times is not None:
             tensors["importance"] = self.times.state_dict()
@@ -289,30 +293,30 @@ class Run:
         checkpoints.save_checkpoint(self.out, self.step, tensors, state, *limits)
 
     def resume(self) -> None:
-        """Goes on from the checkpoint that was asked for; from the start if there is none yet."""
+        """Resumes from the requested checkpoint, or starts a new run if there is none yet."""
         name, allowed = self.args.resume_from_checkpoint, self.args.allow_changed or ()
         found = [None]
         in_output_dir = name in ("latest", "last-checkpoint")
-        if in_output_dir and self.accelerator.is_main_process:  # one process decides which one is the newest
+        if in_output_dir and self.accelerator.is_main_process:  # one process decides which checkpoint is the newest
             found = [checkpoints.load_latest(self.out)]
         folder = Path(name) if not in_output_dir else broadcast_object_list([found[0] and str(found[0][0])])[0]
         now = self.description().to_json()
         if folder is None:
             if (self.out / OPTIONS).is_file():
                 checkpoints.check_same_run(read_json(self.out / OPTIONS, OPTIONS), now, allowed)
-            return self.accelerator.print(f"there is no checkpoint in {self.out} yet: a new run")
+            return self.accelerator.print(f"there is no checkpoint in {self.out} yet; starting a new run")
         tensors, state = found[0][1:] if found[0] else checkpoints.load_checkpoint(folder)
         notices = (
             checkpoints.check_same_run(state["run"], now, allowed),
             checkpoints.rounding_changes(state["run"], now),
         )
-        self.accelerator.print("\n".join([f"going on from {folder}", *(line for line in notices if line)]))
+        self.accelerator.print("\n".join([f"resuming from {folder}", *(line for line in notices if line)]))
         try:
             here = self.objective.state_dict()
             model = {name: sharded_like(t, here.get(name, t)) for name, t in tensors["model"].items()}
             self.objective.load_state_dict(model)
         except RuntimeError as error:
-            raise ValueError(f"{folder} is of another model: {str(error).splitlines()[1].strip()}") from error
+            raise ValueError(f"{folder} belongs to another model: {str(error).splitlines()[1].strip()}") from error
         self.averages.load_state_dict(tensors)
         checkpoints.load_optimizer_tensors(self.optimizer, tensors["optimizer"])
         checkpoints.load_rate_state(self.lr_scheduler, state["lr_scheduler"])
@@ -323,7 +327,7 @@ class Run:
         if self.args.streaming and "stream" in state:
             self.data.load_state_dict(state["stream"])
         self.meter.load(state["sums"], self.accelerator.process_index, self.accelerator.num_processes)
-        # a run that ended by its limit gets as many steps again, with a lower rate as a rule
+        # a run that reached max_nonfinite_steps counts from 0 again, usually with a lower learning rate
         ended = state["in_row"] >= self.args.max_nonfinite_steps
         self.finite.load_state_dict(state | {"in_row": 0.0} if ended else state)
         self.step = state["step"]

@@ -1,6 +1,6 @@
-"""Tensors that FSDP2 has cut into parts, one for each process, and the whole tensors that a file holds.
+"""Convert between tensors sharded by FSDP2 and the whole tensors in files.
 
-A sharded tensor is torch's `DTensor`. What is not sharded passes through unchanged, so that callers need not ask.
+A sharded tensor is a torch `DTensor`. Other tensors pass through unchanged, so callers need no check.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ def is_sharded(tensor: torch.Tensor) -> bool:
 
 
 def whole(tensor: Any) -> torch.Tensor:
-    """All of a tensor on each process; all of them must call it."""
+    """The whole tensor on each process; all processes must call it."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def gathered(
     groups: dict[str, dict[str, torch.Tensor]], keep: bool = True
 ) -> dict[str, dict[str, torch.Tensor]] | None:
-    """The groups of a checkpoint with whole tensors, one after another, on the CPU if they were sharded.
+    """The groups of a checkpoint with whole tensors, gathered one by one; sharded tensors are moved to the CPU.
 
-    All processes must call it with the same names in the same order; `keep` is for the one that writes, the others
-    get `None`.
+    All processes must call it with the same names in the same order. `keep` is true on the process that writes; the
+    others get `None`.
     """
     result: dict[str, dict[str, torch.Tensor]] = {}
     for name, group in groups.items():
@@ -38,7 +38,7 @@ def gathered(
 
 
 def sharded_like(tensor: torch.Tensor, target: Any) -> torch.Tensor:
-    """`tensor` cut as `target` is; all processes must call it with the same whole tensor."""
+    """`tensor` sharded like `target`; all processes must call it with the same whole tensor."""
     if not is_sharded(target) or tensor.shape != target.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -47,7 +47,7 @@ def sharded_like(tensor: torch.Tensor, target: Any) -> torch.Tensor:
 
 
 def replicated_like(tensor: torch.Tensor, target: Any) -> torch.Tensor:
-    """A tensor that is the same on all processes, as one that may meet `target` in an operation."""
+    """A tensor that is equal on all processes, in a form that can be combined with `target`."""
     if not is_sharded(target):
         return tensor
     from torch.distributed.tensor import DTensor, Replicate

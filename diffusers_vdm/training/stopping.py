@@ -1,4 +1,4 @@
-"""The end of a run: signals and failures as requests to stop, answered by all processes at once."""
+"""Stop all processes of a run together, after a signal or a failure."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 as a request to stop, answered between two steps by all processes at once.
+    """Handles SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 as requests to stop all processes between the same two steps.
 
-    A context manager: within it the signals are noted. Another Ctrl-C five seconds after the first one ends the
-    program at once (a launcher may hand the first one on a second time).
+    A context manager: within it, signals are recorded. Another Ctrl-C more than five seconds after the first ends the
+    program immediately (a launcher may forward the first one twice).
     """
 
     SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
@@ -32,7 +32,7 @@ class StopRequest:
         self.has_failed = False
         self._since = math.inf
         self._at_once = False
-        # agreed on over a group on the CPU: to ask must not wait for the accelerator
+        # processes agree over a group on the CPU, which does not synchronize the accelerator
         self._group = torch.distributed.new_group(backend="gloo") if num_processes > 1 else None
 
     def __enter__(self) -> StopRequest:
@@ -55,9 +55,10 @@ class StopRequest:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Within the context a request raises [`Stopped`], for work that can be thrown away.
+        """Within the context, a request raises [`Stopped`] immediately, for work that can be discarded.
 
-        Each process raises by itself; what the others then miss of it, in a collective, is a `Stopped` as well.
+        Each process raises on its own. If a collective fails because another process has left it, that error becomes
+        `Stopped` as well.
         """
         self._at_once = True
         try:
@@ -72,13 +73,13 @@ class StopRequest:
             self._at_once = False
 
     def fail(self, error: Exception) -> None:
-        """Notes an error of this process after which no step can be made; [`agreed`] brings it to the others."""
+        """Records an error of this process that prevents further steps; [`agreed`] reports it to the others."""
         self.error = error
 
     def agreed(self) -> bool:
-        """Whether any process was asked to stop or failed; all must call it at the same step, for the same answer.
+        """Whether any process was asked to stop or failed; all must call it at the same step and get the same answer.
 
-        `has_failed` then says whether one failed, and `error` is this process's own.
+        Afterwards `has_failed` is whether any process failed; `error` is that of this process.
         """
         asked = 2.0 if self.error is not None else float(self.signal is not None)
         if self._group is not None:

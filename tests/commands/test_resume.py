@@ -126,7 +126,7 @@ def test_a_run_is_resumed_from_the_checkpoint_before_a_damaged_one(tmp_path, tra
             victim.unlink()
         train(whole, training_options)
         log = whole.with_suffix(".0.log").read_text()
-        assert f"{victim} is damaged" in log and f"going on from {before}" in log
+        assert f"{victim} is damaged" in log and f"resuming from {before}" in log
         assert state_of(whole) == expected
 
 
@@ -210,11 +210,11 @@ def finished_run(training_options, tmp_path_factory):
     ("channels", "changes", "message"),
     [
         (16, "", "model_config_name_or_path: "),
-        (16, "--allow_changed model_config_name_or_path", "is of another model: size mismatch"),
+        (16, "--allow_changed model_config_name_or_path", "belongs to another model: size mismatch"),
         (8, "--learning_rate 1", "learning_rate: 0.004 → 1.0"),
         (8, "--max_train_steps 2 --allow_changed max_train_steps", "past the 2 that are asked for"),
         (8, "--allow_changed learning_rat", "there is no 'learning_rat'"),
-        (8, "--ema_decays 0.5 --allow_changed ema_decays", "must agree"),
+        (8, "--ema_decays 0.5 --allow_changed ema_decays", "must match"),
     ],
     ids=["network", "allowed network", "option", "steps", "misspelled option", "averages"],
 )
@@ -285,7 +285,7 @@ def test_a_run_on_a_stream_is_resumed_in_its_order(tmp_path, training_options):
     process.kill()
     process.wait()
     train(killed, stream)
-    assert "going on from" in killed.with_suffix(".0.log").read_text()
+    assert "resuming from" in killed.with_suffix(".0.log").read_text()
     assert state_of(whole) == state_of(killed)
 
 
@@ -302,7 +302,7 @@ def test_a_resumed_run_names_another_number_of_threads(tmp_path, training_option
         shutil.rmtree(list_checkpoints(out)[-1])
         train(out, [*few, "--num_threads", threads])
         text = log.read_text()
-        assert "going on from" in text and text.count("threads: 1 → 2: from here on") == count
+        assert "resuming from" in text and text.count("threads: 1 → 2: from here on") == count
     # a checkpoint of an earlier version has no description of its machine, and is resumed
     for folder in list_checkpoints(out):
         state = json.loads((folder / "state.json").read_text())
@@ -311,4 +311,4 @@ def test_a_resumed_run_names_another_number_of_threads(tmp_path, training_option
     shutil.rmtree(list_checkpoints(out)[-1])
     lines = len(log.read_text())
     train(out, few)
-    assert "going on from" in log.read_text()[lines:] and "bit for bit" not in log.read_text()[lines:]
+    assert "resuming from" in log.read_text()[lines:] and "bit for bit" not in log.read_text()[lines:]

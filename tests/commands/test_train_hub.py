@@ -140,7 +140,7 @@ def test_a_damaged_checkpoint_on_the_hub_is_refused(hub, run, tmp_path):
     assert exit_codes(out, run(out, "checkpoint", "--max_train_steps", "3")) == [0], log_of(out)
     files = head(hub)
     for damage, message in (
-        ({"last-checkpoint/model.safetensors": files["last-checkpoint/model.safetensors"][:-9]}, "its content is not"),
+        ({"last-checkpoint/model.safetensors": files["last-checkpoint/model.safetensors"][:-9]}, "content does not"),
         ({"last-checkpoint/state.json": b"[]"}, "JSON object"),
     ):
         hub.create(REPO, files | damage)

@@ -53,7 +53,7 @@ def test_averages_are_saved_and_loaded(parameter, averages):
 
 
 def test_averages_of_other_decays_are_not_loaded(parameter, averages):
-    with pytest.raises(ValueError, match="must agree"):
+    with pytest.raises(ValueError, match="must match"):
         WeightAverages([parameter], [0.5]).load_state_dict(averages.state_dict())
 
 

@@ -179,7 +179,7 @@ def test_a_sharded_run_in_half_precision_saves_float32(train_sharded, sharded_ru
 def test_a_sharded_run_is_resumed_bit_for_bit_and_by_one_process(train_sharded, sharded_run, tmp_path):
     (run, options), twice = train_sharded, tmp_path / "twice"
     run(twice, "--max_train_steps", "6", "--allow_changed", "max_train_steps")
-    assert "going on from" in run(twice, "--allow_changed", "max_train_steps")
+    assert "resuming from" in run(twice, "--allow_changed", "max_train_steps")
     one, other = state_of(sharded_run), state_of(twice)
     assert one[0].keys() == other[0].keys() and [name for name in one[0] if one[0][name] != other[0][name]] == []
     # its checkpoints hold whole weights, so one process resumes from them
