@@ -11,8 +11,7 @@ trains on one CPU core, saves `toy_2d.png` (densities and samples), takes 20 sec
     The ODE's mean is +0.008 ± 0.004 nats off the exact one.
 
 `VariationalBound` needs integer data, so the bound for continuous data is written here with `diffusers_vdm.diffusion`.
-The bound belongs to ancestral sampling, and the ODE defines another density; both equal the data's density only if ε̂
-is exact.
+The ODE has another density than the ancestral sampling that the bound describes; both are exact only if ε̂ is.
 """
 
 import argparse
