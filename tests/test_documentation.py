@@ -151,7 +151,7 @@ def run_parser(name: str, arguments: list[str]) -> None:
     elif name == "convert":
         convert.parse_options(arguments)
     elif name == "card":
-        with pytest.raises(SystemExit, match=r"diffusers-vdm card: folder must be one that holds a saved pipeline"):
+        with pytest.raises(SystemExit, match=r"diffusers-vdm card: folder must contain a saved pipeline"):
             card.main(arguments)  # the folder is the reader's
     else:
         assert name == "env" and not arguments

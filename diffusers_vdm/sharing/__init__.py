@@ -1,1 +1,1 @@
-"""Sharing on the Hub: uploads, the model card, and code for those who do not have this package."""
+"""Share models on the Hub: uploads, the model card, and code for users without this package."""

@@ -1,4 +1,4 @@
-"""The sections of a model card, each a function of what was read of a run; "" where there is nothing to say."""
+"""The sections of a model card: functions of a [`CardSource`] that return "" if there is nothing to report."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ from .measurements import (
 if TYPE_CHECKING:
     from ..pipeline import VDMPipeline
 
-# what options.json holds beside the options of the command line
-_NOT_OF_THE_COMMAND = ("digits",)
+# keys of options.json that are not command-line options
+_NOT_COMMAND_OPTIONS = ("digits",)
 _VDM = "[Kingma et al. 2021](https://arxiv.org/abs/2107.00630)"
 _DDPM = "[Ho et al. 2020](https://arxiv.org/abs/2006.11239)"
 
 
 @dataclass(frozen=True)
 class CardSource:
-    """All that a card is made of.
+    """Everything that a card is made from.
 
     Attributes:
-        folder (`Path`), name (`str`): where it is, and what the model is called.
-        repo_id, variant (`str`, *optional*): what the code of use names.
-        step (`int`, *optional*): of the weights, where training was still going on.
+        folder (`Path`), name (`str`): the folder of the pipeline, and the name of the model.
+        repo_id, variant (`str`, *optional*): arguments of `from_pretrained` in the code example.
+        step (`int`, *optional*): training step of the weights, if training had not finished.
         pipe ([`VDMPipeline`]): the pipeline.
-        has_code (`bool`): whether the repository carries code for those without this package.
+        has_code (`bool`): whether the repository contains code for users without this package.
         description ([`RunDescription`]): options.json, an empty one if there is none.
         lines (`list[dict]`): metrics.jsonl.
-        measured (`list[Measurement]`): all numbers, the report's first.
+        measured (`list[Measurement]`): all results, those of the report first.
         report ([`Report`], *optional*), report_path (`Path`, *optional*): the report, if it measured these weights.
     """
 
@@ -73,7 +73,7 @@ class CardSource:
 
     @property
     def claimed(self) -> list[Measurement]:
-        """Numbers of these weights on data that have a name; the report's, whose weights were compared, first."""
+        """Results of these weights on named data; those of the report, whose weights were verified, come first."""
         return first_of_each(m for m in self.measured if m.is_final and m.data)
 
 
@@ -84,24 +84,27 @@ def title_section(run: CardSource) -> str:
     size = "×".join(str(side) for side in run.pipe.image_shape[1:])
     objective, schedule = str(run.options.get("objective")), str(run.options.get("schedule"))
     if objective == "vdm":
-        learned = {"learned": "its noise schedule γ(t) learned", "learned_linear": "the ends of its γ(t) learned"}
+        learned = {
+            "learned": "a learned noise schedule γ(t)",
+            "learned_linear": "a linear γ(t) whose ends are learned",
+        }
         how = learned.get(schedule, "DDPM's linear betas" if schedule == "linear_beta" else "a fixed γ(t)")
         what = f"A variational diffusion model ({_VDM}) with {how}"
     elif objective == "ddpm":
         betas = "linear betas" if schedule == "linear_beta" else "a fixed γ(t)"
         what = f"A DDPM ({_DDPM}) with {betas}, trained on the unweighted squared error"
     else:
-        what = f"A diffusion model of pixels ({_VDM}, {_DDPM})"
+        what = f"A pixel-space diffusion model ({_VDM}, {_DDPM})"
     on = f", trained on {escaped(run.data.name)}" if run.data else ""
-    picture = _picture(run, "samples.png", "Samples of the model")
-    going_on = f" Training was going on: these are its weights after step {run.step}." if run.step else ""
-    text = f"# {escaped(run.name)}\n\n{what}{on}.{going_on} It draws images of {size} pixels"
+    picture = _picture(run, "samples.png", "Samples from the model")
+    unfinished = f" Training had not finished: these are the weights after step {run.step}." if run.step else ""
+    text = f"# {escaped(run.name)}\n\n{what}{on}.{unfinished} It generates images of {size} pixels"
     channels = {1: ", grayscale", 3: ", RGB"}.get(run.pipe.image_shape[0], "")
     return f"{text}{channels}." + (f"\n\n{picture}" if picture else "")
 
 
 def sampling_steps(run: CardSource) -> int:
-    """What samples.png was drawn with, or the pipeline's 250, where the scheduler has so many."""
+    """The steps of samples.png, else the pipeline's 250, and at most those of the scheduler."""
     steps = count(run.options.get("ddpm_num_inference_steps")) or 250
     if isinstance(run.pipe.scheduler, VDMScheduler):
         return steps
@@ -125,20 +128,20 @@ def use_section(run: CardSource) -> str:
         '    picture.save(f"sample-{i}.png")',
     ]
     parts = ["## Use", fenced("pip install diffusers_vdm", "sh"), fenced("\n".join(code), "python")]
-    hints = ["" if run.repo_id else "To be run in this folder.", '`pipe.to("cuda")` draws on a GPU.']
+    hints = ["" if run.repo_id else "Run it in this folder.", '`pipe.to("cuda")` uses a GPU.']
     if classes is not None:
-        null = "no `class_labels` draw of all classes" if has_null else "`class_labels` must be given"
-        hints.append(f"`class_labels` are classes in [0, {classes}), one or one for each image; {null}.")
+        null = "without `class_labels`, images are of all classes" if has_null else "`class_labels` must be given"
+        hints.append(f"`class_labels` are classes in [0, {classes}), one for all images or one per image; {null}.")
     parts.append(" ".join(text for text in hints if text))
     if run.has_code:
         short = ["from diffusers import DiffusionPipeline", ""]
         short.append(f"pipe = DiffusionPipeline.from_pretrained({loaded}, trust_remote_code=True)")
-        parts.append("Without that package, by code of this repository, which it runs (read it first):")
+        parts.append("To load it without that package, run the code in this repository (read it first):")
         parts.append(fenced("\n".join(short), "python"))
     else:
         parts.append(
-            "`DiffusionPipeline.from_pretrained` loads it, too, once `diffusers_vdm.register()` was called in the "
-            "process: diffusers by itself does not know these classes."
+            "`DiffusionPipeline.from_pretrained` also loads it after a call of `diffusers_vdm.register()`, because "
+            "diffusers by itself does not know these classes."
         )
     return "\n\n".join(parts)
 
@@ -151,34 +154,36 @@ def likelihood_section(run: CardSource) -> str:
     first = next(iter(run.claimed), run.measured[0])
     parts = ["## Likelihood", _headline(first, run)]
     rows = [_row(m, first, run) for m in run.measured]
-    header = ("bits/dim", "what", "images", "draws of each", "± is the standard error of", "weights")
+    header = ("bits/dim", "quantity", "images", "draws per image", "± is the standard error of", "weights")
     parts.append(table(header, rows))
     termed = [m for m in first_of_each(run.measured) if m.terms_bpd]
     if termed:
         parts.append("The terms of the bound, in bits/dim:")
-        parts.append(table(("what", "images", "diffusion", "reconstruction", "prior"), [_terms(m) for m in termed]))
+        parts.append(
+            table(("quantity", "images", "diffusion", "reconstruction", "prior"), [_terms(m) for m in termed])
+        )
     conditional = sum(bool(m.details.get("class_conditional")) for m in run.measured)
     p = {0: "p(x)", len(run.measured): "p(x | class), given the class of each image,"}.get(
-        conditional, "p(x), or p(x | class) where the class of each image is given,"
+        conditional, "p(x), or p(x | class) if the class of each image is given,"
     )
     text = (
-        f"An upper bound on −log₂ {p} for each of the {math.prod(run.pipe.image_shape)} integers 0 … {levels - 1} of "
-        f"an image ({shape}): the bits that a lossless code by this model would need. Less is better, and "
-        f"{math.log2(levels):.4f} is what every level alike would give."
+        f"An upper bound on −log₂ {p} per dimension, for images of {math.prod(run.pipe.image_shape)} integers 0 … "
+        f"{levels - 1} ({shape}): the bits per integer that a lossless code with this model would need. Lower is "
+        f"better; a uniform distribution over the levels gives {math.log2(levels):.4f}."
     )
     if any(m.method == "ode" for m in run.measured):
-        text += " By the ODE, it is a bound up to the tolerances of the solver."
+        text += " For the ODE, it is a bound up to the tolerances of the solver."
     if any(m.convention == "vdm" for m in run.measured):
-        text += " Decoder: softmax over the levels at γ(0), of x = 2(k + ½)/levels − 1."
+        text += " Decoder: softmax over the levels at γ(0), with x = 2(k + ½)/levels − 1."
     if any(m.convention == "ddpm" for m in run.measured):
         text += (
-            " DDPM's convention: x = 2k/(levels − 1) − 1, and the discretized Gaussian of index 0 as the decoder; it "
-            "is not to be compared with the other one to the last digits."
+            " DDPM's convention: x = 2k/(levels − 1) − 1, and the discretized Gaussian at index 0 as the decoder; its "
+            "results differ from those of the other convention in the last digits."
         )
     histogram = run.description.histogram_bpd
     if histogram is not None and first.step is not None:
-        text += f" The histograms of the training pixels, each by itself, give {histogram:.4f} on the same images."
-    parts.append(text + " Numbers of other T, of other data, or of images prepared otherwise, are other quantities.")
+        text += f" Per-pixel histograms of the training images give {histogram:.4f} on the same images."
+    parts.append(text + " Results for another T, other data or other image preprocessing are not comparable.")
     return "\n\n".join(parts)
 
 
@@ -186,12 +191,12 @@ def _headline(m: Measurement, run: CardSource) -> str:
     images = f"{m.num_images} images" if m.num_images else "images"
     of = f" of {escaped(m.data.name)}" + (f", split {escaped(m.data.split)}" if m.data.split else "") if m.data else ""
     unit = {"mc": "draws of (t, ε)", "ode": "solves"}.get(m.method)
-    draws = f", {unit} for each image: {m.num_draws}" if m.num_draws and unit else ""
+    draws = f", {unit} per image: {m.num_draws}" if m.num_draws and unit else ""
     error = f" ± is the standard error of {escaped(m.stderr_is_of)}." if m.stderr_bpd is not None else ""
     weights = f", weights: {escaped(m.weights)}" if m.weights else ""
     parts = [f"**{m.value} bits/dim** on {images}{of}: {escaped(m.quantity)}{draws}{weights}.{error}"]
     if m.stderr_bpd is None:
-        parts.append("No error of it is known.")
+        parts.append("Its standard error is unknown.")
     details = {k: v for k, v in m.details.items() if k not in ("clip_sample", "dequantization")}
     if details:
         listed = ", ".join(k.replace("_", " ") + ("" if v is True else f" {_short(v)}") for k, v in details.items())
@@ -204,20 +209,20 @@ def _headline(m: Measurement, run: CardSource) -> str:
 
 
 def _warnings(m: Measurement, run: CardSource) -> list[str]:
-    """What takes from the worth of a number."""
+    """Caveats of a result."""
     held_out, found = run.description.held_out, []
     if _is_training_data(m, run):
         found.append("**These are the images that the model was trained on.**")
     if held_out and held_out.shared_with_training and m.data_fingerprint == held_out.fingerprint:
-        found.append(f"**{held_out.shared_with_training} of these images are among the training images as well.**")
+        found.append(f"**{held_out.shared_with_training} of these images are also training images.**")
     if not m.is_final:
-        found.append(f"**Measured at step {m.step}; the weights here may be of another step.**")
+        found.append(f"**Measured at step {m.step}; the weights here may be from another step.**")
     return found
 
 
 def _row(m: Measurement, first: Measurement, run: CardSource) -> tuple[object, ...]:
-    when = "" if m.step is None else f", in training, step {m.step}"
-    data = f" of {m.data.name}, {m.data.split or 'all'}" if m.data and not m.is_of_data_of(first) else ""
+    when = "" if m.step is None else f", during training, step {m.step}"
+    data = f" of {m.data.name}, {m.data.split or 'all'}" if m.data and not m.has_same_data_as(first) else ""
     images = f"{m.num_images or ''}" + (" of the training set" if _is_training_data(m, run) else "") + data
     return (
         m.value,
@@ -245,18 +250,18 @@ def _picture(run: CardSource, name: str, alternative: str) -> str:
 
 def figures_section(run: CardSource) -> str:
     pictures = [
-        _picture(run, "schedule.png", "The noise schedule, γ over t, and the shares of data and noise"),
+        _picture(run, "schedule.png", "The noise schedule, γ over t, and the fractions of signal and noise"),
         _picture(run, "loss_by_gamma.png", "The loss as a density over γ, with the terms of the bound"),
-        _picture(run, "training.png", "Loss and bits/dim over the steps of training"),
+        _picture(run, "training.png", "Loss and bits/dim over the training steps"),
         _picture(run, "denoising.gif", "From noise to samples"),
     ]
     if run.report_path is not None and run.report_path.resolve().is_relative_to(run.folder.resolve()):
         beside = run.report_path.resolve().relative_to(run.folder.resolve())
         for part, alternative in (
-            ("by_gamma", "The loss over γ, as the report measured it"),
+            ("by_gamma", "The loss over γ, from the report"),
             ("histogram", "Histogram of the bits/dim of the images"),
-            ("most_likely", "The images of the fewest bits"),
-            ("most_unlikely", "The images of the most bits"),
+            ("most_likely", "The images with the fewest bits"),
+            ("most_unlikely", "The images with the most bits"),
         ):
             pictures.append(_picture(run, beside.with_name(f"{beside.stem}_{part}.png").as_posix(), alternative))
     found = [picture for picture in pictures if picture]
@@ -267,9 +272,9 @@ def training_section(run: CardSource) -> str:
     rows = [(name, value) for name, value in _facts(run).items() if value not in (None, "")]
     parts = ["## Model and training", table(("", ""), rows)]
     if run.options:
-        parts.append("The command, with the scripts of the package's repository:")
+        parts.append("The command, with the scripts in the package's repository:")
         if run.description.given is None:
-            parts[-1] = "All options that weights and numbers depend on, as a command of the package's repository:"
+            parts[-1] = "All options that weights and results depend on, as a command in the package's repository:"
         parts.append(fenced(training_command(run.description), "sh"))
     return "\n\n".join(parts)
 
@@ -279,9 +284,9 @@ def _facts(run: CardSource) -> dict[str, object]:
     data, description = run.data, run.description
     steps, total = run.step or (run.lines[-1]["step"] if run.lines else None), description.num_steps
     skipped = count(run.lines[-1].get("skipped_steps")) if run.lines else None
-    loss = {"train_bpd": "bits/dim", "train_mse": "squared error of what the network predicts, for each dimension"}
+    loss = {"train_bpd": "bits/dim", "train_mse": "squared error of the network's prediction, per dimension"}
     last = next(((line, k) for line in reversed(run.lines) for k in loss if number(line.get(k)) is not None), None)
-    trained = {"vdm": "the bound, " + _time(options), "ddpm": "unweighted squared error"}.get(
+    trained = {"vdm": "variational bound, " + _time(options), "ddpm": "unweighted squared error"}.get(
         str(options.get("objective"))
     )
     decays = items(options.get("ema_decays"))
@@ -289,7 +294,7 @@ def _facts(run: CardSource) -> dict[str, object]:
     return {
         "training data": data and data.name + (f", split {data.split}" if data.split else ""),
         "images": description.data.images and f"{description.data.images}",
-        "fingerprint of the data": description.data.fingerprint,
+        "data fingerprint": description.data.fingerprint,
         "network": f"{type(pipe.unet).__name__}, {sum(p.numel() for p in pipe.unet.parameters()):,} parameters, "
         f"predicts {pipe.scheduler.config.get('prediction_type', 'epsilon')}",
         "scheduler": type(pipe.scheduler).__name__,
@@ -297,11 +302,11 @@ def _facts(run: CardSource) -> dict[str, object]:
         "objective": trained,
         "optimizer steps": steps
         and f"{steps}"
-        + (f" of {total}: it was still being trained" if run.step and total and steps < total else "")
+        + (f" of {total}: training had not finished" if run.step and total and steps < total else "")
         + (f", of which {skipped} were skipped" if skipped else ""),
-        "images a step": description.global_batch_size and f"{description.global_batch_size}",
-        "last loss of training": last and f"{last[0][last[1]]:.4f} {loss[last[1]]}, at step {last[0]['step']}",
-        "averages of the weights": (", ".join(f"EMA {_short(d)}" for d in decays) or "none") if options else None,
+        "images per step": description.global_batch_size and f"{description.global_batch_size}",
+        "last training loss": last and f"{last[0][last[1]]:.4f} {loss[last[1]]}, at step {last[0]['step']}",
+        "weight averages": (", ".join(f"EMA {_short(d)}" for d in decays) or "none") if options else None,
         "precision": precision,
         "processes": description.num_processes and f"{description.num_processes}",
         "device": description.device,
@@ -315,7 +320,7 @@ def _time(options: dict[str, Any]) -> str:
 
 
 def _noise_schedule(pipe: VDMPipeline) -> str | None:
-    """The ends of γ(t) that samples are drawn with."""
+    """The ends of the γ(t) used for sampling."""
     try:
         gamma_0, gamma_1 = (float(end) for end in noise_schedule_of(pipe.scheduler).ends())
     except ValueError:
@@ -329,21 +334,21 @@ def _short(value: object) -> str:
 
 
 def training_command(description: RunDescription) -> str:
-    """The command that made a run, without `output_dir` and the like, which are the reader's own.
+    """The command of a run, without options such as `output_dir`, which the reader chooses.
 
-    It has the options that were given; all options where that was not recorded, since their defaults are not known
-    here. Of a path only the last part is shown, of a token nothing.
+    It has the options that were set, or all options if the run did not record which were set, because the defaults of
+    that version are unknown. Only the last part of a path is shown, and no token.
     """
     options, given = description.options, description.given
     names = list(options) if given is None else [name for name in options if name in given]
     words = []
     for name in names:
         value = options[name]
-        # of a file that was written elsewhere, too: nothing private
-        private = name in _NOT_OF_THE_COMMAND or name.startswith(("hub_", "push_")) or "token" in name
+        # checked by name as well: a file from elsewhere may hold private options
+        private = name in _NOT_COMMAND_OPTIONS or name.startswith(("hub_", "push_")) or "token" in name
         if private or name in option_names(in_card=False) or value in (None, []):
             continue
-        if name == "gamma_min" and options.get("schedule") == "linear_beta":  # of no use there, and refused
+        if name == "gamma_min" and options.get("schedule") == "linear_beta":  # not allowed with linear_beta
             continue
         if not re.fullmatch(r"\w+", name, re.ASCII):
             continue
@@ -365,7 +370,7 @@ def _arguments(name: str, value: object) -> list[str]:
     words = []
     for v in value if isinstance(value, list) else [value]:
         if name == "model_config_name_or_path" and isinstance(v, str) and ("/" in v or "\\" in v):
-            v = "unet"  # of this repository: a path of the author's is of no use
+            v = "unet"  # the folder in this repository instead of the author's path
         elif isinstance(v, str):
             v = base_name(v) if name.endswith("_dir") else last_part(v)
         words.append(shlex.quote(one_line(repr(v) if isinstance(v, float) else v)))

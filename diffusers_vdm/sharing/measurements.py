@@ -1,6 +1,6 @@
-"""The bits/dim of metrics.jsonl and report.json as [`Measurement`]s, with everything that they must be quoted with.
+"""The bits/dim of metrics.jsonl and report.json as [`Measurement`]s, with everything needed to quote them.
 
-A number that is missing or not finite is not claimed: it makes no [`Measurement`], or is `None` in one.
+A number that is missing or not finite is not reported: it gives no [`Measurement`], or is `None` in one.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from ..training.metrics import LineOfEvaluation
 
 _DIGITS_SPLITS = {"1500 training": "train", "297 held-out": "test"}
 _REPOSITORY = re.compile(r"(?:[\w-]+/)?[\w.-]+", re.ASCII)
-# what a folder, not a repository, is called
+# a path, as opposed to a repository
 _PATH = re.compile(r"[/~.\\]|[A-Za-z]:|.*\\|.*/.*/", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class DataName:
-    """What the images are called.
+    """The name of a data set.
 
     Attributes:
-        name (`str`): repository, or the last part of a folder's path: where it lies is nobody's business.
-        split (`str`, *optional*): split, with the slice of it.
-        is_repository (`bool`): whether `name` is one of the Hub, by its form.
+        name (`str`): repository, or the last part of a folder's path; the rest of the path is private.
+        split (`str`, *optional*): split, with its slice.
+        is_repository (`bool`): whether `name` has the form of a Hub repository.
     """
 
     name: str
@@ -40,21 +40,21 @@ class DataName:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One number in bits/dim.
+    """One result in bits/dim.
 
     Attributes:
-        bpd (`float`): the number, bits/dim.
-        stderr_bpd, stderr_is_of (`float`, `str`, *optional*): its standard error, and of what it is one.
+        bpd (`float`): the result, bits/dim.
+        stderr_bpd, stderr_is_of (`float`, `str`, *optional*): its standard error, and of which estimate.
         method (`"mc"`, `"vlb"` or `"ode"`): draws of (t, ε); every term of T steps; probability-flow ODE.
         num_steps (`int`, *optional*): T; `None` for continuous time and for the ODE.
-        num_images, num_draws (`int`, *optional*): images, and draws (for the ODE repeats) of each.
-        terms_bpd (`dict`): diffusion, reconstruction and prior, as far as they are known.
+        num_images, num_draws (`int`, *optional*): images, and draws per image (repeats, for the ODE).
+        terms_bpd (`dict`): diffusion, reconstruction and prior, if known.
         data ([`DataName`], *optional*), data_fingerprint (`str`, *optional*): the images.
-        weights (`str`): which weights.
-        convention (`"vdm"` or `"ddpm"`): map of levels to x, and decoder; see evaluation/all_terms.py.
-        details (`dict`): what else the method depends on.
-        step (`int`, *optional*): optimizer step, where the number is of training.
-        is_final (`bool`): whether it is of the weights of the folder.
+        weights (`str`): description of the weights.
+        convention (`"vdm"` or `"ddpm"`): map from levels to x, and decoder; see evaluation/all_terms.py.
+        details (`dict`): further settings of the method.
+        step (`int`, *optional*): optimizer step, for a result from training.
+        is_final (`bool`): whether it was measured with the weights in the folder.
     """
 
     bpd: float
@@ -73,15 +73,15 @@ class Measurement:
     step: int | None = None
     is_final: bool = True
 
-    def is_of_data_of(self, other: Measurement) -> bool:
-        """Whether another one is of the same images, by their names."""
+    def has_same_data_as(self, other: Measurement) -> bool:
+        """Whether both are on the same images, by name and split."""
         return (self.data and (self.data.name, self.data.split)) == (
             other.data and (other.data.name, other.data.split)
         )
 
     @property
     def quantity(self) -> str:
-        """What was measured, in words."""
+        """Description of what was measured."""
         if self.method == "ode":
             named = self.details.get("dequantization")
             return "probability-flow ODE" + (f", {str(named).replace('_', '-')} dequantization" if named else "")
@@ -104,12 +104,12 @@ class Measurement:
 
 
 def base_name(path: str) -> str:
-    """The last part of a path, of whatever system."""
+    """The last part of a POSIX or Windows path."""
     return re.split(r"[/\\]", path.rstrip("/\\"))[-1]
 
 
 def last_part(name: str) -> str:
-    """The last part of what looks like a path; a repository of the Hub stays as it is."""
+    """The last part of anything like a path; a Hub repository is returned unchanged."""
     return base_name(name) if _PATH.match(name) else name
 
 
@@ -122,7 +122,7 @@ def data_name(dataset: object, split: object = None, is_folder: bool = False) ->
 
 
 def data_name_from_text(name: str | None) -> DataName | None:
-    """[`DataName`] of one text for path and split, which is all that files of earlier versions have."""
+    """[`DataName`] from one string with path and split, as in files of earlier versions."""
     if name is None:
         return None
     if name.startswith(DIGITS):
@@ -156,9 +156,9 @@ def _data_of(run: RunDescription, split: str, recorded: str | None) -> DataName 
 
 
 def measured_in_training(lines: list[dict[str, Any]], run: RunDescription) -> list[Measurement]:
-    """The numbers in the last line of metrics that has bits/dim: of the pipeline's weights, then of other averages.
+    """The results in the last line of metrics with bits/dim: of the pipeline's weights, then of other averages.
 
-    They are final if the run did not go on after that line, and had no more steps to do.
+    The first is final if that line is the last one, at the last step of the run.
     """
     found = ((line, LineOfEvaluation.from_json(line)) for line in reversed(lines))
     line, evaluation = next((pair for pair in found if pair[1] is not None), ({}, None))
@@ -196,7 +196,7 @@ def measured_in_training(lines: list[dict[str, Any]], run: RunDescription) -> li
 
 
 def measured_in_report(report: Report) -> list[Measurement]:
-    """The number of a report and those of its table over T, the limit T → ∞ last."""
+    """The result of a report and those of its table over T, with the limit T → ∞ last."""
     data = report.data
     named = data_name(data.dataset, data.split, data.is_folder) if data.dataset else data_name_from_text(data.name)
     shared: dict[str, Any] = {
@@ -205,7 +205,7 @@ def measured_in_report(report: Report) -> list[Measurement]:
         "data": named,
         "data_fingerprint": data.fingerprint,
     }
-    of_all = {
+    common = {
         "dtype": report.dtype,
         "seed": report.seed,
         "class_conditional": report.class_conditional,
@@ -216,7 +216,7 @@ def measured_in_report(report: Report) -> list[Measurement]:
     if report.bpd is not None:
         names = ("variance_type", "importance_sampling", "dequantization", "divergence", "num_probes",
                  "num_importance_samples", "rtol", "atol", "gamma_start", "gamma_end")  # fmt: skip
-        details = of_all | {"clip_sample": report.clip_sample} | {name: report.details.get(name) for name in names}
+        details = common | {"clip_sample": report.clip_sample} | {name: report.details.get(name) for name in names}
         main = Measurement(
             bpd=report.bpd,
             stderr_bpd=report.stderr_bpd,
@@ -226,7 +226,7 @@ def measured_in_report(report: Report) -> list[Measurement]:
             num_draws=1 if report.method == "vlb" else report.num_samples,
             terms_bpd=report.terms_bpd,
             convention="ddpm" if report.convention == "ddpm" else "vdm",
-            details=_said(details),
+            details=_present(details),
             **shared,
         )
         found.append(main)
@@ -239,7 +239,7 @@ def measured_in_report(report: Report) -> list[Measurement]:
                 method="mc",
                 num_steps=row.num_steps,
                 num_draws=row.num_samples,
-                details=_said(of_all),
+                details=_present(common),
                 **shared,
             )
             found.append(measured)
@@ -247,7 +247,7 @@ def measured_in_report(report: Report) -> list[Measurement]:
 
 
 def first_of_each(measured: Iterable[Measurement]) -> list[Measurement]:
-    """Of measurements of the same quantity on the same images the first one."""
+    """The first measurement of each quantity on each set of images."""
     first: dict[tuple[object, ...], Measurement] = {}
     for m in measured:
         first.setdefault(_quantity_and_data(m), m)
@@ -260,6 +260,6 @@ def _quantity_and_data(m: Measurement) -> tuple[object, ...]:
     return m.method, m.num_steps, m.convention, clipped, m.num_images, data
 
 
-def _said(details: dict[str, Any]) -> dict[str, Any]:
-    """Those of some details that say something: texts, what is true, finite numbers."""
+def _present(details: dict[str, Any]) -> dict[str, Any]:
+    """The details to report: texts, `True`, and finite numbers."""
     return {k: v for k, v in details.items() if v is True or text(v) or number(v) is not None}

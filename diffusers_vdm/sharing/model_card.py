@@ -1,6 +1,6 @@
-"""A model card made from what a run left: it quotes what was measured, and leaves out what was not.
+"""Generate a model card from the files of a run. It reports only what was measured.
 
-A card is only made for a pipeline that was loaded, and a report only counts if it measured these very weights. The
+A card is generated only for a loaded pipeline, and a report is used only if it measured exactly these weights. The
 same folder gives the same text.
 """
 
@@ -43,7 +43,7 @@ logger = logging.get_logger(__name__)
 NAME = "README.md"
 _MARK = (
     "*Made by `diffusers_vdm.sharing.model_card` of the files beside it, as {digest}; "
-    "once edited, it is not made again.*"
+    "once edited, it is no longer updated.*"
 )
 _MARKED = re.compile(
     r"(.*\n)\*Made by `diffusers_vdm(?:\.sharing)?\.model_card` of the files beside it, as ([0-9a-f]{16});[^\n]*\n*",
@@ -52,9 +52,9 @@ _MARKED = re.compile(
 
 
 def load_quietly(cls: type[VDMPipeline], folder: str | os.PathLike, variant: str | None = None) -> VDMPipeline:
-    """The pipeline in a folder, loaded without the progress bar of diffusers; `ValueError` if there is no folder."""
+    """Loads the pipeline in a folder without a progress bar; raises `ValueError` if there is no folder."""
     if not Path(folder).is_dir():
-        raise ValueError(f"folder must be one that holds a saved pipeline, got {os.fspath(folder)!r}.")
+        raise ValueError(f"folder must contain a saved pipeline, got {os.fspath(folder)!r}.")
     shows_bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -78,22 +78,21 @@ def model_card(
     """The text of README.md for a saved pipeline: YAML metadata, use, bits/dim with their errors, figures, training.
 
     Args:
-        pipeline ([`VDMPipeline`]): the pipeline in the folder, loaded. It is not changed.
-        folder (`str` or `os.PathLike`): what examples/train.py left, or what `VDMPipeline.save_pretrained` wrote: then
-            the card says less.
-        repo_id (`str`, *optional*): name of the repository, for the code that loads it; "." if not given, which works
-            within the folder.
-        license (`str`, *optional*): the Hub's identifier of the license; none is claimed if not given.
-        datasets (`str` or sequence of them, *optional*): data sets of the Hub that the model was trained on, by
-            default the one that options.json names.
-        report (`str` or `os.PathLike`, *optional*): report of examples/evaluate.py, defaults to report.json of the
-            folder; one that is found there and is of other weights, or is damaged, is left out with a warning.
-        variant (`str`, *optional*): the variant of the weights in the folder, as `VDMPipeline.from_pretrained` takes.
-        step (`int`, *optional*): the step of training that the weights are of, if it was not the last.
+        pipeline ([`VDMPipeline`]): the loaded pipeline of the folder. It is not changed.
+        folder (`str` or `os.PathLike`): output of examples/train.py, or of `VDMPipeline.save_pretrained` for a
+            shorter card.
+        repo_id (`str`, *optional*): repository in the code example; defaults to ".", which works within the folder.
+        license (`str`, *optional*): the Hub's identifier of the license; no license is stated if not given.
+        datasets (`str` or sequence of them, *optional*): data sets on the Hub that the model was trained on; defaults
+            to the one in options.json.
+        report (`str` or `os.PathLike`, *optional*): report of examples/evaluate.py; defaults to report.json in the
+            folder, which is skipped with a warning if it is damaged or of other weights.
+        variant (`str`, *optional*): the variant of the weights, as for `VDMPipeline.from_pretrained`.
+        step (`int`, *optional*): training step of the weights, if it is not the last.
 
     Returns: `str`, the same for the same folder and arguments.
-    Raises: `TypeError`, `ValueError` for arguments that are none of these, a report that is none or is of other
-        weights, and files that are damaged; `OSError` for a folder without a pipeline.
+    Raises: `TypeError` or `ValueError` for invalid arguments, a report that is invalid or of other weights, and
+        damaged files; `OSError` for a folder without a pipeline.
     """
     _check_arguments(repo_id, license)
     run = _read(pipeline, Path(folder), repo_id, report, variant, step)
@@ -105,7 +104,7 @@ def model_card(
 
 
 def is_made_here(text: str) -> bool:
-    """Whether a card is as [`model_card`] made it, and was not edited since."""
+    """Whether [`model_card`] generated a card and it was not edited since."""
     found = _MARKED.fullmatch("\n".join(text.splitlines()) + "\n")
     return found is not None and _digest(found[1]) == found[2]
 
@@ -117,24 +116,24 @@ def _digest(text: str) -> str:
 def save_model_card(
     pipeline: VDMPipeline, folder: str | os.PathLike, *, overwrite: bool = False, **arguments: Any
 ) -> Path:
-    """Writes [`model_card`] to README.md of `folder`, whole or not at all, and returns its path.
+    """Writes [`model_card`] atomically to README.md in `folder`, and returns its path.
 
     Args:
         pipeline ([`VDMPipeline`]), folder (`str` or `os.PathLike`), arguments: as in [`model_card`].
-        overwrite (`bool`, defaults to `False`): replace a README.md that was not made here, or was edited.
+        overwrite (`bool`, defaults to `False`): replace a README.md that was not generated by it, or was edited.
 
     Raises: as [`model_card`]; `ValueError` for such a README.md.
     """
     path = Path(folder) / NAME
     if path.exists() and not overwrite and not is_made_here(path.read_text(encoding="utf-8", errors="replace")):
         raise ValueError(
-            f"{NAME} of {folder} was not made by save_model_card, or edited since; set overwrite=True to replace it."
+            f"{NAME} of {folder} was not made by save_model_card, or was edited; set overwrite=True to replace it."
         )
     write_atomically(path, model_card(pipeline, folder, **arguments))
     return path
 
 
-# ---- what a card is made of --------------------------------------------------------------------------------------
+# ---- reading the folder ------------------------------------------------------------------------------------------
 
 
 def _check_arguments(repo_id: str | None, license: str | None) -> None:
@@ -146,7 +145,7 @@ def _check_arguments(repo_id: str | None, license: str | None) -> None:
 
 
 def check_license(license: str | None) -> None:
-    """`ValueError` for what cannot be an identifier of the Hub's."""
+    """Raises `ValueError` for anything but an identifier of the Hub."""
     if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
         raise ValueError(f"license must be an identifier of the Hub like 'apache-2.0' or 'other', got {license!r}.")
 
@@ -160,7 +159,7 @@ def _read(
     step: int | None,
 ) -> CardSource:
     if not folder.is_dir():
-        raise ValueError(f"folder must be one that holds a saved pipeline, got {str(folder)!r}.")
+        raise ValueError(f"folder must contain a saved pipeline, got {str(folder)!r}.")
     description = read_description(folder) or RunDescription()
     lines = read_steps(folder)
     found, report_path = _report_of(folder, report, pipe)
@@ -191,16 +190,16 @@ def _report_of(folder: Path, report: str | os.PathLike | None, pipe: VDMPipeline
     except ValueError as error:
         if report is not None:
             raise
-        logger.warning(f"the model card leaves {path.name} out: {error}")
+        logger.warning(f"the model card skips {path.name}: {error}")
         return None, None
     return found, path
 
 
 def _check_same_model(report: Report, pipe: VDMPipeline, name: str) -> None:
-    """`ValueError` unless the report is of these weights, and of this γ and these levels where it says them."""
+    """Raises `ValueError` unless the report is of these weights and, where recorded, of the same γ(t) and levels."""
     weights = (t.to(torch.float32) if t.is_floating_point() else t for t in pipe.unet.state_dict().values())
     here = {
-        "weights_fingerprint": fingerprint(weights),  # evaluations are in float32
+        "weights_fingerprint": fingerprint(weights),  # as in evaluations
         "gammas_fingerprint": gammas_fingerprint(pipe.scheduler),
         "num_levels": pipe.config.num_levels,
         "prediction_type": pipe.scheduler.config.get("prediction_type", "epsilon"),
@@ -209,8 +208,8 @@ def _check_same_model(report: Report, pipe: VDMPipeline, name: str) -> None:
         found = getattr(report, key)
         if found is not None and found != value:
             raise ValueError(
-                f"report {name} must be of the model of the folder, whose {key} is {value}, got "
-                f"{one_line(found)}; evaluate this one again."
+                f"report {name} must be of the model in the folder, whose {key} is {value}, got "
+                f"{one_line(found)}; evaluate this model again."
             )
 
 
@@ -220,7 +219,7 @@ def _checked_datasets(datasets: str | Sequence[str] | None, data: DataName | Non
     names = [datasets] if isinstance(datasets, str) else list(datasets)
     for name in names:
         if not isinstance(name, str) or not re.fullmatch(r"([\w-]+/)?[\w.-]+", name, re.ASCII):
-            raise ValueError(f"datasets must be names of data sets of the Hub like 'user/name', got {name!r}.")
+            raise ValueError(f"datasets must be names of data sets on the Hub like 'user/name', got {name!r}.")
     return names
 
 
@@ -228,7 +227,7 @@ def _checked_datasets(datasets: str | Sequence[str] | None, data: DataName | Non
 
 
 def _metadata(run: CardSource, license: str | None, datasets: list[str]) -> ModelCardData:
-    """What the Hub reads: only numbers of the weights that are here, on data that have a name."""
+    """The metadata for the Hub, with results only of these weights on named data."""
     results = [_result(m, m.data) for m in run.claimed if m.data]
     kind = {"vdm": ["variational-diffusion-model"], "ddpm": ["ddpm"]}.get(str(run.options.get("objective")), [])
     conditional = ["class-conditional"] if run.pipe.unet.config.num_class_embeds is not None else []
@@ -244,8 +243,8 @@ def _metadata(run: CardSource, license: str | None, datasets: list[str]) -> Mode
 
 
 def _result(m: Measurement, data: DataName) -> EvalResult:
-    """A number in the Hub's format, with all that it must be quoted with as arguments of the metric."""
-    # a hexadecimal number may read as 1e9 in YAML, a word before it may not
+    """A result in the Hub's format, with everything needed to quote it as arguments of the metric."""
+    # YAML may parse a hexadecimal number as 1e9, but not with a word before it
     data_fingerprint = one_line(f"blake2b {m.data_fingerprint}") if m.data_fingerprint else None
     arguments = {
         "stderr": m.stderr_bpd,

@@ -1,4 +1,4 @@
-"""A pipeline made ready for others and sent to the Hub: with its card and its numbers, and its code if asked for."""
+"""Publish a pipeline on the Hub with its model card and results, and its code on request."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def publish(
     token: str | None = None,
     create_pr: bool = False,
 ) -> Any:
-    """[`VDMPipeline.push_to_hub`], which describes the arguments; everything is made before anything is sent."""
+    """Implements [`VDMPipeline.push_to_hub`], see its arguments; all files are prepared before the upload."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "pipeline"
         if run_dir is None:
@@ -56,7 +56,7 @@ def publish(
         shutil.copytree(saved, folder, dirs_exist_ok=True)
         with refusals(repo_id):
             user = "" if "/" in repo_id else f"{call_with_retries(HfApi(token=token).whoami)['name']}/"
-        loaded = load_quietly(type(pipeline), folder, variant)  # what is sent can be loaded
+        loaded = load_quietly(type(pipeline), folder, variant)  # check that the upload can be loaded
         add_card_and_code(loaded, folder, user + repo_id, include_code=include_code, license=license, variant=variant)
         created = create_repository(repo_id, private=private, token=token)
         keep_edited_card(folder, created, token)
@@ -77,19 +77,19 @@ def add_card_and_code(
     variant: str | None = None,
     step: int | None = None,
 ) -> None:
-    """Adds the card to a folder that is to be uploaded, and the code that loads it without this package.
+    """Adds the card, and with `include_code` the code to load it without this package, to a folder for upload.
 
-    Where the pipelines and the report lay on this machine is taken out. `step` is that of weights still in training.
+    Local paths are removed from the configs and the report. `step` is that of weights from an unfinished training.
     """
     for path in Path(folder).rglob("*.json"):
         if LAST_CHECKPOINT not in path.relative_to(folder).parts:
-            _without_places(path)
+            _remove_local_paths(path)
     if include_code:
         save_code(folder)
     save_model_card(pipeline, folder, overwrite=True, repo_id=repo_id, license=license, variant=variant, step=step)
 
 
-def _without_places(path: Path) -> None:
+def _remove_local_paths(path: Path) -> None:
     if path.name not in ("report.json", INDEX) and not path.name.endswith("config.json"):
         return
     content = read_json(path, path.name)
@@ -101,23 +101,23 @@ def _without_places(path: Path) -> None:
 
 
 def keep_edited_card(folder: str | os.PathLike, repo_id: str, token: str | None = None) -> None:
-    """Takes the card out of a folder that is to be uploaded if the repository has one that was written by hand."""
+    """Removes the card from a folder for upload if the repository has one that was written by hand."""
     download = HfApi(token=token).hf_hub_download
     try:
         with tempfile.TemporaryDirectory() as temporary:
             path = call_with_retries(download, repo_id, NAME, local_dir=temporary)
             there = Path(path).read_text("utf-8", "replace")
     except LocalEntryNotFoundError as error:
-        raise OSError(f"whether {NAME} of {repo_id} was edited could not be found out: {error}") from error
+        raise OSError(f"could not check whether {NAME} of {repo_id} was edited: {error}") from error
     except EntryNotFoundError:
         return
     if there.strip() and not is_made_here(there):
-        logger.warning(f"{NAME} of {repo_id} was not made by diffusers_vdm, or edited since: it stays as it is.")
+        logger.warning(f"{NAME} of {repo_id} was not made by diffusers_vdm, or was edited since; it is not replaced.")
         (Path(folder) / NAME).unlink(missing_ok=True)
 
 
 def _check_same_pipeline(saved: Path, folder: Path, run_dir: str | os.PathLike, variant: str | None) -> None:
-    """`ValueError` unless all of the pipeline is that which the numbers of the run are of."""
+    """Raises `ValueError` unless the pipeline is exactly the one that the run measured."""
     for path in sorted([saved / INDEX, *saved.glob("*/*")]):
         name = path.relative_to(saved)
         other = folder / name
@@ -125,14 +125,14 @@ def _check_same_pipeline(saved: Path, folder: Path, run_dir: str | os.PathLike, 
             other = other.with_name(other.name.replace(f".{variant}.", "."))
         if not other.is_file() or _content(path) != _content(other):
             raise ValueError(
-                f"run_dir must be the folder that this pipeline was loaded from, so that its numbers are of this very "
+                f"run_dir must be the folder that this pipeline was loaded from, so that its results are of this "
                 f"pipeline; {name} differs in {os.fspath(run_dir)!r}. Leave run_dir out, or push "
                 "VDMPipeline.from_pretrained(run_dir)."
             )
 
 
 def _content(path: Path) -> Any:
-    """What a file of a pipeline says, without who wrote it and from where it was loaded."""
+    """The content of a pipeline file, without the diffusers version and the path that it was loaded from."""
     if path.suffix == ".safetensors":
         tensors = load_file(path)
         return {name: (str(t.dtype), tuple(t.shape), fingerprint([t])) for name, t in tensors.items()}

@@ -1,11 +1,13 @@
-"""Code beside the weights: a saved pipeline that loads where this package is not installed.
+"""Add code to a saved pipeline, so that it loads where this package is not installed.
 
-`DiffusionPipeline.from_pretrained(…, trust_remote_code=True)` takes the classes that diffusers does not have from
-Python files in the repository: the pipeline's from its root, a component's from the component's folder, each file
-alone. So [`save_code`] puts [`VDMPipeline`] and all that it needs into one file, and that into each of those places.
+`DiffusionPipeline.from_pretrained(…, trust_remote_code=True)` loads classes that are not in diffusers from Python
+files in the repository: the pipeline's from the root, and a component's from its folder. Each file must be
+self-contained. So [`save_code`] puts [`VDMPipeline`] and everything it needs into one file, and copies that file to
+each of these places.
 
-Diffusers runs the file once for each place, as one module, named as the file is: by a digest of its content. The first
-run counts, so that a pipeline and its components share their classes; repositories with different code share none.
+Diffusers runs the file once for each place, as a module named after the file, whose name is a digest of its content.
+Only the first run defines the classes. So a pipeline and its components share their classes, and repositories with
+different code share none.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ _HEAD = '''\
 # From its modules {modules}.
 # License: Apache-2.0, https://www.apache.org/licenses/LICENSE-2.0
 # SPDX-License-Identifier: Apache-2.0
-"""VDMPipeline and what it needs, for `DiffusionPipeline.from_pretrained(…, trust_remote_code=True)`."""
+"""VDMPipeline and everything it needs, for `DiffusionPipeline.from_pretrained(…, trust_remote_code=True)`."""
 
 from __future__ import annotations
 
@@ -47,10 +49,10 @@ _before = dict(globals())
 '''
 
 _FOOT = """
-# the oldest diffusers reads annotations as they are, not as strings
+# the oldest supported diffusers does not evaluate annotations that are strings
 VDMPipeline.__init__.__annotations__ = get_type_hints(VDMPipeline.__init__)
 
-# diffusers runs this file for the pipeline and for each component: all of them, and earlier pipelines, share one class
+# diffusers runs this file for the pipeline and for each component; the classes of the first run are kept for all
 if "VDMPipeline" in _before:
     globals().update(_before)
 """
@@ -59,21 +61,22 @@ if "VDMPipeline" in _before:
 def save_code(folder: str | os.PathLike) -> list[Path]:
     """Adds the code to a saved pipeline, so that it also loads without this package.
 
-    That is by `DiffusionPipeline.from_pretrained(…, trust_remote_code=True)`, which runs it.
-    [`VDMPipeline.from_pretrained`] loads the folder as before, neither fetching nor running the code. In a pipeline
-    that was loaded by its code, this function is `sys.modules[type(pipe).__module__].save_code`: diffusers saves it
-    without the code, and loads that by `type(pipe).from_pretrained` alone. Diffusers takes no other component in the
-    place of one with code (`scheduler=…`) while it loads, so set it afterwards (`pipe.scheduler = …`); and without the
-    Hub, its newest versions load by the folder that `snapshot_download` returns, not by the repository's name.
+    `DiffusionPipeline.from_pretrained(…, trust_remote_code=True)` then runs the code. [`VDMPipeline.from_pretrained`]
+    loads the folder as before, without downloading or running the code.
+
+    Diffusers saves a pipeline that was loaded from its code without the code; only `type(pipe).from_pretrained` loads
+    that. Call `sys.modules[type(pipe).__module__].save_code` to add the code again. While loading, diffusers accepts
+    no replacement for a component with code (`scheduler=…`); set it afterwards (`pipe.scheduler = …`). Without the
+    Hub, its newest versions load from the folder that `snapshot_download` returns, not by the repository's name.
 
     Args:
-        folder (`str` or `os.PathLike`): what [`VDMPipeline.save_pretrained`] wrote. To call it twice is to call it
-            once; code of other versions is replaced.
+        folder (`str` or `os.PathLike`): output of [`VDMPipeline.save_pretrained`]. A second call changes nothing; code
+            of other versions is replaced.
 
     Returns: `list[Path]`, the files that were written: the code in the root and in the folders of our components, and
-        `model_index.json`, which names it. That one comes last, and each is whole or not there.
-    Raises: `OSError` if the folder is no saved pipeline; `ValueError` for a pipeline or a component of a class that is
-        neither ours nor diffusers'. Nothing is written then.
+        last `model_index.json`, which refers to it. Each is written atomically.
+    Raises: `OSError` if the folder is not a saved pipeline; `ValueError` for a pipeline or a component of a class that
+        is neither ours nor diffusers'. Nothing is written then.
     """
     root = Path(folder)
     index = _read_index(root)
@@ -94,9 +97,9 @@ def save_code(folder: str | os.PathLike) -> list[Path]:
 
 
 def code() -> str:
-    """The text of the code file: the sources of this package's modules behind each other, but for their own imports.
+    """The text of the code file: the sources of our modules in sequence, without their imports of each other.
 
-    The same text for the same version. A code file returns itself.
+    A version always gives the same text. Within a code file, this returns the file itself.
     """
     if _NAME.fullmatch(__name__.rpartition(".")[2]):
         return inspect.getsource(sys.modules[__name__])
@@ -108,20 +111,20 @@ def code() -> str:
     return "\n".join([head, *parts, _FOOT])
 
 
-# ---- what the folder holds ---------------------------------------------------------------------------------------
+# ---- reading the folder ------------------------------------------------------------------------------------------
 
 
 def _read_index(root: Path) -> dict[str, Any]:
     if not (root / INDEX).is_file():
         raise FileNotFoundError(
-            f"folder must be one that VDMPipeline.save_pretrained wrote, got {os.fspath(root)!r}, which has no "
-            f"{INDEX}: save the pipeline there first."
+            f"folder must be an output of VDMPipeline.save_pretrained, got {os.fspath(root)!r}, which has no "
+            f"{INDEX}; save the pipeline there first."
         )
     return read_json(root / INDEX, f"{INDEX} in folder={os.fspath(root)!r}")
 
 
 def _our_components(index: dict[str, Any], root: Path) -> dict[str, str]:
-    """The components whose class is ours, and its name; `ValueError` if one is neither ours nor diffusers'."""
+    """Our components and their class names; raises `ValueError` if one is neither ours nor diffusers'."""
     where = f"folder={os.fspath(root)!r}"
     class_name = index.get("_class_name")
     if isinstance(class_name, list) and len(class_name) == 2 and _is_code(class_name[0]):
@@ -129,13 +132,13 @@ def _our_components(index: dict[str, Any], root: Path) -> dict[str, str]:
     if class_name != components.PIPELINE:
         raise ValueError(
             f"folder must hold a VDMPipeline itself, got a {class_name} in {where}: the code of subclasses is not "
-            "ours to write. Save its components in a VDMPipeline, or publish your own pipeline file."
+            "supported. Save its components in a VDMPipeline, or publish your own pipeline file."
         )
     unknown = [name for name, value in index.items() if isinstance(value, list) and name[:1] != "_"]
     known = sorted(components.IS_OPTIONAL)
     unknown = sorted(set(unknown) - set(known))
     if unknown:
-        raise ValueError(f"folder must hold the components {known} alone, got also {unknown} in {where}.")
+        raise ValueError(f"folder must hold only the components {known}, got also {unknown} in {where}.")
     ours = {}
     for name in known:
         library, class_name = _entry(index, name, where)
@@ -143,12 +146,12 @@ def _our_components(index: dict[str, Any], root: Path) -> dict[str, str]:
             continue
         if class_name in components.MODULE_OF and _is_ours(library):
             if not (root / name).is_dir():
-                raise FileNotFoundError(f"folder must hold a folder of each component, {where} has no {name}.")
+                raise FileNotFoundError(f"folder must hold a folder for each component, but {where} has no {name}.")
             ours[name] = class_name
         elif not _is_of_diffusers(library, class_name):
             raise ValueError(
                 f"folder must hold components of diffusers_vdm or diffusers, got {name}={class_name} of {library} in "
-                f"{where}: nobody without {library} could load it. Save the pipeline with another {name}."
+                f"{where}: users without {library} could not load it. Save the pipeline with another {name}."
             )
     return ours
 
@@ -174,7 +177,7 @@ def _is_of_diffusers(library: str, class_name: str) -> bool:
     return isinstance(cls, type) and issubclass(cls, ModelMixin | SchedulerMixin)
 
 
-# ---- one file of many modules ------------------------------------------------------------------------------------
+# ---- joining modules into one file -------------------------------------------------------------------------------
 
 
 def _source(name: str) -> str:
@@ -198,12 +201,12 @@ def _add_with_imports(name: str, names: list[str]) -> None:
 
 
 def _without_own_imports(name: str) -> str:
-    """The source of a module as a part of the one file, where names of other modules are there already."""
+    """The source of a module for the joined file, in which the names of other modules are already defined."""
     source = _source(name)
     lines = source.split("\n")
     tree = ast.parse(source)
     imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
-    replaced = [(node, _in_place_of(node)) for node in imports if node.level or node.module == "__future__"]
+    replaced = [(node, _assignments_for(node)) for node in imports if node.level or node.module == "__future__"]
     methods = [node for cls in tree.body if isinstance(cls, ast.ClassDef) for node in cls.body]
     replaced += [(node, []) for node in methods if _needs_the_package(node)]
     for node, text in sorted(replaced, key=lambda pair: -pair[0].lineno):
@@ -212,14 +215,14 @@ def _without_own_imports(name: str) -> str:
 
 
 def _needs_the_package(node: ast.AST) -> bool:
-    """Whether a method imports modules of ours when it is called: it is left out, diffusers' own takes its place."""
+    """Whether a method imports our modules when called. It is left out, so that diffusers' own method is used."""
     return isinstance(node, ast.FunctionDef) and any(
         isinstance(part, ast.ImportFrom) and part.level for part in ast.walk(node)
     )
 
 
-def _in_place_of(node: ast.ImportFrom) -> list[str]:
-    """What the names that `node` imports are in the one file; nothing for those that are there by the same name."""
+def _assignments_for(node: ast.ImportFrom) -> list[str]:
+    """Assignments for the names that `node` imports and that the joined file defines under another name."""
     if node.module:
         return [f"{alias.asname} = {alias.name}" for alias in node.names if alias.asname]
     values = {"__version__": repr(__version__)}

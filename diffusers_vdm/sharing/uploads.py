@@ -1,7 +1,7 @@
-"""What a run sends to the Hub while it goes on, and its checkpoint that comes back on another machine.
+"""Upload a run to the Hub during training, and download its checkpoint on another machine.
 
-A Hub that is slow, ill or gone costs a run nothing: what is sent is a copy, on a thread of its own, and what could not
-be sent goes with the next. A commit is whole or not there.
+A Hub that is slow or down does not delay a run: a thread uploads copies, and the next upload includes what an earlier
+one could not upload. A commit is atomic.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from ..training.checkpoints import list_checkpoints, load_checkpoint, step_of
 
 logger = logging.get_logger(__name__)
 
-LAST_CHECKPOINT = "last-checkpoint"  # the name that transformers' Trainer gives it
-# what train.py and evaluate.py write, and nothing else that may lie in the folder
+LAST_CHECKPOINT = "last-checkpoint"  # the name that transformers' Trainer uses
+# files that train.py and evaluate.py write; no other file in the folder is uploaded
 PICTURES = ("samples.png", "samples-*.png", "training.png", "schedule.png", "loss_by_gamma.png", "denoising.gif")
-_OF_A_REPORT = ("by_gamma", "histogram", "most_likely", "most_unlikely")
+_REPORT_FIGURES = ("by_gamma", "histogram", "most_likely", "most_unlikely")
 _RUN_FILES = (
     *(INDEX, "README.md", "options.json", "metrics.jsonl", "report.json"),
     *PICTURES,
-    *(f"report_{name}.png" for name in _OF_A_REPORT),
+    *(f"report_{name}.png" for name in _REPORT_FIGURES),
 )
-STALE_CODE = ["vdm_code_*.py", "*/vdm_code_*.py"]  # of an older commit, which the newer index does not name
+STALE_CODE = ["vdm_code_*.py", "*/vdm_code_*.py"]  # code of older commits, to which the new index does not refer
 _PREFIX = ".upload-vdm-"
-_IN_A_CHECKPOINT = re.compile(rf"{LAST_CHECKPOINT}/(state\.json|[\w.]+\.safetensors)")
+_CHECKPOINT_FILE = re.compile(rf"{LAST_CHECKPOINT}/(state\.json|[\w.]+\.safetensors)")
 
 
-# ---- there -------------------------------------------------------------------------------------------------------
+# ---- upload ------------------------------------------------------------------------------------------------------
 
 
 def stage(
@@ -48,15 +48,15 @@ def stage(
     checkpoint: str | os.PathLike | None = None,
     within: str | os.PathLike | None = None,
 ) -> Path:
-    """A copy of what a run shows to others, in a new hidden folder `within` another one: what [`Uploads.push`] takes.
+    """Copies what is to be uploaded into a new hidden folder, for [`Uploads.push`].
 
-    It holds the pipeline and those of other averages (`ema_*`), options, metrics, the card, the report and pictures,
-    as train.py and evaluate.py name them; with `checkpoint`, a folder, that as well, by links, as `last-checkpoint`.
-    `within` defaults to `output_dir`.
+    It has the pipeline and those of other averages (`ema_*`), options, metrics, the card, the report and figures, as
+    train.py and evaluate.py name them. A `checkpoint` folder is added by links, as `last-checkpoint`. The new folder
+    is in `within`, by default in `output_dir`.
     """
     output_dir = Path(output_dir)
     if not (output_dir / INDEX).is_file() and checkpoint is None:
-        raise FileNotFoundError(f"{output_dir} is no folder of a run: it has no {INDEX}.")
+        raise FileNotFoundError(f"output_dir must be the folder of a run, got {output_dir}, which has no {INDEX}.")
     staged = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=within or output_dir))
     try:
         for pattern in _RUN_FILES:
@@ -80,13 +80,13 @@ def stage(
 
 
 def remove_left_overs(output_dir: str | os.PathLike) -> None:
-    """Removes what [`stage`] made in `output_dir` for a process that was killed."""
+    """Removes folders that [`stage`] made in `output_dir` for a killed process."""
     for folder in Path(output_dir).glob(f"{_PREFIX}*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def components_in(folder: Path) -> list[str]:
-    """The folders that a pipeline's index names."""
+    """The component folders in a pipeline's index."""
     index = read_json(folder / INDEX, INDEX).items()
     named = [name for name, entry in index if isinstance(entry, list) and entry != [None, None] and name[:1] != "_"]
     return [name for name in named if (folder / name).is_dir()]
@@ -94,19 +94,19 @@ def components_in(folder: Path) -> list[str]:
 
 def _link(path: Path, to: Path) -> None:
     try:
-        os.link(path, to)  # a checkpoint is never written again, only removed
-    except OSError:  # another file system, or one that knows no links
+        os.link(path, to)  # safe, because a checkpoint is never changed, only removed
+    except OSError:  # another file system, or one without links
         shutil.copyfile(path, to)
 
 
 class RefusedError(OSError):
-    """The Hub answers, and does not let this user do it."""
+    """The Hub answered, but does not allow this user to do it."""
 
 
 def create_repository(
     repo_id: str, *, private: bool | None = None, token: str | None = None, attempts: int = 4
 ) -> str:
-    """Makes sure of a repository and returns its whole name; [`RefusedError`] where this user may not write there."""
+    """Creates the repository if needed and returns its full name; raises [`RefusedError`] without write access."""
     with refusals(repo_id):
         create = HfApi(token=token).create_repo
         return call_with_retries(create, repo_id, private=private, exist_ok=True, attempts=attempts).repo_id
@@ -114,30 +114,31 @@ def create_repository(
 
 @contextmanager
 def refusals(repo_id: str) -> Iterator[None]:
-    """Errors of the client that say that this user may not write to the repository become a [`RefusedError`]."""
+    """Turns client errors for missing write access to the repository into a [`RefusedError`]."""
     try:
         yield
     except HFValidationError as error:
-        raise RefusedError(f"repo_id {repo_id!r} is no name that the Hub allows: {error}") from error
+        raise RefusedError(f"repo_id must be a name that the Hub allows, got {repo_id!r}: {error}") from error
     except UNREACHABLE as error:
         if status_of(error) not in (400, 401, 403, 404):
             raise
         raise RefusedError(
-            f"{repo_id} cannot be written to ({reason_of(error)}); pass token=… or run `hf auth login`, as a user who "
-            "may."
+            f"{repo_id} cannot be written to ({reason_of(error)}); pass token=… or run `hf auth login` as a user "
+            "with write access."
         ) from error
 
 
 class Uploads:
-    """Folders that go to one repository, one after another, while the program does something else.
+    """Uploads folders to one repository in the background, one after another.
 
-    Of several that wait only the newest goes. What fails is reported and not repeated: the next folder holds it too.
+    If several are waiting, only the newest is uploaded. A failed upload is reported but not repeated, because the next
+    folder includes its content.
 
     Args:
         repo_id (`str`): `"user/name"`, or a name in the user's own space.
-        private (`bool`, *optional*): of a repository that is created; the space's default if not given.
-        token (`str`, *optional*): the one that was logged in with, if not given.
-        before_upload (`Callable`, *optional*): called with a folder and the repository's name, on the thread.
+        private (`bool`, *optional*): for a new repository; defaults to the setting of the user or organization.
+        token (`str`, *optional*): defaults to that of the login.
+        before_upload (`Callable`, *optional*): called on the thread with the folder and the repository's name.
     """
 
     def __init__(
@@ -157,18 +158,16 @@ class Uploads:
         self._thread: threading.Thread | None = None
 
     def create(self) -> bool:
-        """Makes sure of the repository; `False`, and a warning, if the Hub does not answer.
+        """Creates the repository if needed; returns `False`, with a warning, if the Hub does not answer.
 
-        Raises: `OSError` where the Hub refuses: a token that may not write there, a name that it does not allow.
+        Raises: `OSError` if the Hub refuses, because of a token without write access or an invalid name.
         """
         try:
             self._create(attempts=2)
         except UNREACHABLE as error:
             if isinstance(error, RefusedError):
                 raise
-            logger.warning(
-                f"The Hub does not answer ({reason_of(error)}); what is to be uploaded is kept and tried again."
-            )
+            logger.warning(f"The Hub does not answer ({reason_of(error)}); uploads are kept and tried again.")
             return False
         return True
 
@@ -177,7 +176,7 @@ class Uploads:
         self.is_created = True
 
     def push(self, folder: str | os.PathLike, message: str) -> None:
-        """Takes `folder` over, which is removed in the end, and returns at once; `message` is the commit's."""
+        """Queues `folder`, which is removed afterwards, and returns immediately; `message` is the commit message."""
         with self._changed:
             if self._next is not None:
                 shutil.rmtree(self._next[0], ignore_errors=True)
@@ -193,13 +192,13 @@ class Uploads:
             return self._next is not None or self._current is not None
 
     def wait(self, seconds: float | None = None) -> str | None:
-        """Until all is there, or the time is over; the reason why the newest folder is not, `None` if it is."""
+        """Waits up to `seconds` for all uploads; returns why the newest folder was not uploaded, or `None`."""
         with self._changed:
             idle = self._changed.wait_for(lambda: self._next is None and self._current is None, seconds)
-            return self._failure if idle else f"it was not done after {seconds:g} s"
+            return self._failure if idle else f"not complete after {seconds:g} s"
 
     def close(self) -> None:
-        """Gives up what is not there yet."""
+        """Discards everything that is not uploaded yet."""
         with self._changed:
             waiting = [job[0] for job in (self._next, self._current) if job is not None]
             self._next = None
@@ -217,9 +216,11 @@ class Uploads:
             failure = None
             try:
                 self._upload(folder, message)
-            except Exception as error:  # whatever it is, training goes on
+            except Exception as error:  # no error of an upload may stop training
                 failure = reason_of(error)
-                logger.warning(f"{message!r} was not uploaded to {self.repo_id} ({failure}); the next one is tried.")
+                logger.warning(
+                    f"{message!r} was not uploaded to {self.repo_id} ({failure}); the next upload is tried."
+                )
             shutil.rmtree(folder, ignore_errors=True)
             with self._changed:
                 self._current, self._failure = None, failure
@@ -235,19 +236,19 @@ class Uploads:
             repo_id=self.repo_id,
             folder_path=folder,
             commit_message=message,
-            # of an older run, or of one with another schedule and other averages
+            # files of an older run, or of one with another noise schedule or other averages
             delete_patterns=[f"{LAST_CHECKPOINT}/*", "ema_*/*", "noise_schedule/*", *STALE_CODE],
         )
 
 
 def reason_of(error: BaseException) -> str:
-    """An error of the Hub's client in one line."""
+    """An error of the Hub client in one line."""
     message = getattr(error, "server_message", None) if isinstance(error, HfHubHTTPError) else None
     reason = str(message or error).strip().split("\n")[0]
     return f"{status_of(error) or type(error).__name__}: {reason}"
 
 
-# ---- and back ----------------------------------------------------------------------------------------------------
+# ---- download ----------------------------------------------------------------------------------------------------
 
 
 def fetch_checkpoint(
@@ -257,20 +258,20 @@ def fetch_checkpoint(
     token: str | None = None,
     check: Callable[[dict[str, Any]], object] | None = None,
 ) -> Path | None:
-    """Brings `last-checkpoint` of a repository into `output_dir`, as the `checkpoint-N` that it was, if it is newer.
+    """Downloads `last-checkpoint` of a repository into `output_dir` as `checkpoint-N`, if it is newer than any there.
 
-    With it come `options.json` and `metrics.jsonl`, in the place of those that are there. Only safetensors and JSON
-    are fetched, and the checkpoint must be what its own hashes say before it gets its name. `check` is called with its
-    state before that, too, to refuse by an error what is of another run.
+    It also downloads `options.json` and `metrics.jsonl`, which replace the local ones. Only safetensors and JSON are
+    downloaded. The checkpoint gets its final name after its hashes were verified and `check` was called with its
+    state; `check` raises an error to reject a checkpoint of another run.
 
-    Returns: the folder; `None` where the repository has no checkpoint, or `output_dir` has one as new.
-    Raises: `OSError` where the Hub does not answer or refuses, or what came is damaged.
+    Returns: the folder; `None` if the repository has no checkpoint, or `output_dir` has one that is as new.
+    Raises: `OSError` if the Hub does not answer or refuses, or the download is damaged.
     """
     output_dir = Path(output_dir)
     listing, reason = list_files(repo_id, None, token)
     if listing is None:
-        raise OSError(f"whether {repo_id} has a {LAST_CHECKPOINT} could not be found out ({reason}).")
-    names = [file.rfilename for file in listing.siblings if _IN_A_CHECKPOINT.fullmatch(file.rfilename)]
+        raise OSError(f"could not check whether {repo_id} has a {LAST_CHECKPOINT} ({reason}).")
+    names = [file.rfilename for file in listing.siblings if _CHECKPOINT_FILE.fullmatch(file.rfilename)]
     state = f"{LAST_CHECKPOINT}/state.json"
     if state not in names:
         return None
@@ -282,7 +283,7 @@ def fetch_checkpoint(
         call_with_retries(snapshot_download, repo_id, allow_patterns=[state], **options)
         step = read_json(temporary / state, f"{state} of {repo_id}").get("step")
         if not isinstance(step, int) or step < 0:
-            raise OSError(f"{state} of {repo_id} says no step.")
+            raise OSError(f"{state} of {repo_id} has no valid step.")
         if here and step_of(here[-1]) >= step:
             return None
         call_with_retries(
@@ -296,7 +297,7 @@ def fetch_checkpoint(
             if check is not None:
                 check(found)
         except (KeyError, TypeError, AttributeError) as error:
-            raise OSError(f"{LAST_CHECKPOINT} of {repo_id} does not say what run it is of.") from error
+            raise OSError(f"{LAST_CHECKPOINT} of {repo_id} does not describe its run.") from error
         for name in ("options.json", "metrics.jsonl"):
             if (temporary / name).is_file():
                 write_atomically(output_dir / name, (temporary / name).read_bytes())
@@ -306,6 +307,6 @@ def fetch_checkpoint(
     except UNREACHABLE as error:
         if isinstance(error, OSError) and status_of(error) is None:
             raise
-        raise OSError(f"{LAST_CHECKPOINT} of {repo_id} could not be fetched ({reason_of(error)}).") from error
+        raise OSError(f"{LAST_CHECKPOINT} of {repo_id} could not be downloaded ({reason_of(error)}).") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -298,7 +298,7 @@ def test_a_number_of_an_earlier_step_is_not_in_the_metadata(tmp_path, lines, tot
     folder = saved(tmp_path / "m", description(max_train_steps=total), lines)
     card = card_of(folder)
     assert results(card) == {} and "3.2500" in card and "nan" not in card.lower()
-    assert "Measured at step 4; the weights here may be of another step." in card
+    assert "Measured at step 4; the weights here may be from another step." in card
 
 
 @pytest.mark.parametrize(("step", "claimed"), [(22, 1), (20, 0)])
@@ -331,7 +331,7 @@ def test_images_that_were_trained_on_are_named(tmp_path):
     more = {"held_out": held_out, "histogram_bpd": 6.5, "device": "NVIDIA H200", "total_steps": 6}
     folder = saved(tmp_path / "n", description(max_train_steps=None) | more, [measured(6)])
     card = card_of(folder)
-    assert "**7 of these images are among the training images as well.**" in card
+    assert "**7 of these images are also training images.**" in card
     assert "give 6.5000" in card and "NVIDIA H200" in card and len(results(card)) == 1
 
 
@@ -341,9 +341,9 @@ def test_images_that_were_trained_on_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"weights_fingerprint": "00"}, "of the folder, whose weights_fingerprint is .* got 00"),
-        ({"gammas_fingerprint": "00"}, "of the folder, whose gammas_fingerprint is .* got 00"),
-        ({"num_levels": 3}, "of the folder, whose num_levels is .* got 3"),
+        ({"weights_fingerprint": "00"}, "in the folder, whose weights_fingerprint is .* got 00"),
+        ({"gammas_fingerprint": "00"}, "in the folder, whose gammas_fingerprint is .* got 00"),
+        ({"num_levels": 3}, "in the folder, whose num_levels is .* got 3"),
         ('{"bpd": 1.0}', "report must be what examples/evaluate.py writes"),
         ("{", "is not JSON"),
     ],
@@ -376,7 +376,7 @@ def test_wrong_arguments_are_refused(tmp_path, arguments, error, message):
 
 
 def test_folders_without_a_pipeline_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="folder must be one that holds a saved pipeline"):
+    with pytest.raises(ValueError, match="folder must contain a saved pipeline"):
         card_of("user/not-a-folder")
     with pytest.raises(OSError, match="it is not a pipeline"):
         card_of(tmp_path)

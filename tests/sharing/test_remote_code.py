@@ -461,7 +461,7 @@ def test_wrong_indices_are_refused(tmp_path, case):
 def test_folders_without_a_pipeline_are_refused(tmp_path, place):
     saved(tmp_path / "vdm")
     before = contents(tmp_path)
-    with pytest.raises(OSError, match=r"folder must be one that VDMPipeline.save_pretrained wrote.*save the pipeline"):
+    with pytest.raises(OSError, match=r"folder must be an output of VDMPipeline.save_pretrained.*save the pipeline"):
         save_code(tmp_path / place)
     assert contents(tmp_path) == before
 
