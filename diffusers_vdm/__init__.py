@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 from .components import MODULE_OF as _COMPONENTS
 
 if TYPE_CHECKING:  # what `__getattr__` imports on first use
+    from .calibration import Calibration
     from .diffusers_schedulers import noise_schedule_of
     from .evaluation.all_terms import best_timesteps, evaluate_bpd, evaluate_vlb
+    from .evaluation.calibrate import calibrate
     from .evaluation.monte_carlo import evaluate_bound, evaluate_mc
     from .evaluation.ode_density import evaluate_ode
     from .noise_schedules import (
@@ -40,6 +42,8 @@ _MODULE_OF = {
     "evaluate_vlb": "evaluation.all_terms",
     "evaluate_ode": "evaluation.ode_density",
     "best_timesteps": "evaluation.all_terms",
+    "calibrate": "evaluation.calibrate",
+    "Calibration": "calibration",
     "noise_schedule_of": "diffusers_schedulers",
     "VDMPipeline": "pipeline",
     "register": "registration",

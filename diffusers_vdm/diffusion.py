@@ -214,6 +214,23 @@ def forward_log_variance(gamma_s: torch.Tensor, gamma_t: torch.Tensor) -> torch.
     return torch.log(-torch.expm1(log_alpha_squared(gamma_t) - log_alpha_squared(gamma_s)))
 
 
+def optimal_log_variance(gamma_s: torch.Tensor, gamma_t: torch.Tensor, mse: torch.Tensor) -> torch.Tensor:
+    """log of the variance of p(z_s | z_t) with the best bound: σ_Q² (1 + m), m = expm1(γ_t − γ_s) mse.
+
+    σ_Q² is the variance of q(z_s | z_t, x), see [`posterior_log_variance`], and mse = E(ε − ε̂)² at γ_t [Bao et al.
+    2022, arXiv 2201.06503, theorem 1]. At γ_s = −inf it is the variance of x given z_t, mse/SNR(t).
+
+    Args:
+        gamma_s, gamma_t (`torch.Tensor` of shape `()`): levels, γ_s < γ_t.
+        mse (`torch.Tensor`): errors of any shape, at least 0.
+
+    Returns: `torch.Tensor` of the shape of `mse`.
+    """
+    if bool(gamma_s == -math.inf):
+        return gamma_t + torch.log(mse)
+    return posterior_log_variance(gamma_s, gamma_t) + torch.log1p(torch.expm1(gamma_t - gamma_s) * mse)
+
+
 def dpm_solver_2m_correction(
     x_hat: torch.Tensor,
     last_x_hat: torch.Tensor,

@@ -15,7 +15,8 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from . import call_arguments, denoiser, diffusion
+from . import call_arguments, denoiser, diffusion, step_selection
+from .calibration import Calibration, Variance, check_variance
 from .diffusers_schedulers import (
     SAME_AS_FIXED_SMALL,
     arguments_of,
@@ -103,7 +104,8 @@ class GammaScheduler(TypedConfig, SchedulerMixin, ConfigMixin):
         z_s = (α_s/α_t)(z_t − c σ_t ε̂) + σ_s √c ε,  c = −expm1(γ_s − γ_t),  ε ~ N(0, I)
 
         s is the timestep after `timestep` in `self.timesteps`; the last step goes to the end of the chain. With a
-        learned `variance_type` the noise has the variance that the network predicts instead of σ_s² c.
+        learned `variance_type` the noise has the variance that the network predicts instead of σ_s² c, and with
+        `variance="optimal"` the best one, see [`Calibration`].
 
         Args:
             model_output (`torch.Tensor` of shape `(B, C, ...)` or `(B, 2C, ...)`): the network's output, see
@@ -120,6 +122,8 @@ class GammaScheduler(TypedConfig, SchedulerMixin, ConfigMixin):
         gamma_t, gamma_s = self._step_gammas(timestep)
         z_t = sample.to(torch.promote_types(sample.dtype, torch.float32))
         prediction = denoiser.Prediction.from_output(model_output, z_t, gamma_t, self.config.prediction_type)
+        if self._calibration is not None and self.config.variance == "optimal":
+            self._calibration.check_shape(tuple(z_t.shape[1:]))
         if self.config.algorithm == "ancestral":
             denoiser.check_variance_values(self.config.variance_type, prediction.variance_values)
         x_hat, eps_hat = prediction.x_and_eps()
@@ -138,6 +142,8 @@ class GammaScheduler(TypedConfig, SchedulerMixin, ConfigMixin):
             if float(std) > 0:
                 if denoiser.is_learned(self.config.variance_type):
                     std = self._predicted_std(prediction, gamma_s)
+                elif self._calibration is not None and self.config.variance == "optimal":
+                    std = torch.exp(0.5 * self._calibration.log_variance(gamma_s, gamma_t)).to(z_t.dtype)
                 noise = randn_tensor(z_t.shape, generator=generator, device=z_t.device, dtype=z_t.dtype)
                 mean = mean + std.to(z_t.device) * noise
             prev_sample = mean
@@ -187,6 +193,7 @@ class GammaScheduler(TypedConfig, SchedulerMixin, ConfigMixin):
             raise ValueError(f"clip_sample_range must be positive, got {clip_sample_range}.")
         if self.config.algorithm not in get_args(Algorithm):
             raise ValueError(f"algorithm must be one of {get_args(Algorithm)}, got {self.config.algorithm!r}.")
+        self._calibration = self._checked_calibration(self.config.variance, self.config.calibration)
         # `trained_betas` gives diffusers' schedulers these levels in `from_config`; without the list of default
         # values, which would let their defaults replace our values
         table = (self.betas if betas is None else betas).tolist()
@@ -194,6 +201,57 @@ class GammaScheduler(TypedConfig, SchedulerMixin, ConfigMixin):
         self.num_inference_steps = None
         self.set_timesteps(self.config.num_train_timesteps)
         self.num_inference_steps = None
+
+    def _checked_calibration(self, variance: Variance, calibration: Any) -> Calibration | None:
+        """The calibration of a config, which then holds it as JSON."""
+        check_variance(variance)
+        if variance == "optimal" and calibration is None:
+            raise ValueError("variance='optimal' needs a calibration; set the calibration that calibrate returns.")
+        if variance == "optimal" and denoiser.is_learned(self.config.variance_type):
+            raise ValueError(
+                f"variance must be 'posterior' for variance_type={self.config.variance_type!r}, because the network "
+                "predicts the variance, got 'optimal'."
+            )
+        if calibration is None:
+            return None
+        if not isinstance(calibration, Calibration):
+            calibration = Calibration.from_json(calibration)
+        self.register_to_config(calibration=calibration.to_json())
+        return calibration
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """mse_ε(γ) of the network, as [`calibrate`] measured it; `None` if the config has none."""
+        return self._calibration
+
+    def _levels_of_steps(self) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        """Increasing γ that a chain may visit, their timesteps, and whether a last step leads from γ_0 to the data."""
+        raise NotImplementedError
+
+    def best_timesteps(self, num_steps: int) -> list[float]:
+        """The timesteps of T steps with the best bound, by the calibration; for `set_timesteps(timesteps=…)`.
+
+        They are chosen among a few hundred levels by dynamic programming, for the `variance` of this scheduler, see
+        [`best_levels`].
+
+        Args:
+            num_steps (`int`): T.
+
+        Raises: `ValueError` without a calibration, and for T out of range.
+        """
+        num_steps = call_arguments.positive_integer("num_steps", num_steps)
+        if self._calibration is None:
+            raise ValueError(
+                "the best timesteps need a calibration, got none in the scheduler's config; calibrate it."
+            )
+        gammas, timesteps, ends_at_data = self._levels_of_steps()
+        # a step of its own leads from the first level of a table of betas to the data
+        low, high = 1 + ends_at_data, len(gammas) - 1 + ends_at_data
+        if not low <= num_steps <= high:
+            raise ValueError(f"num_steps must be within [{low}, {high}] for the best timesteps, got {num_steps}.")
+        mse = self._calibration.mse_at(gammas[1:])
+        path, _ = step_selection.best_levels(gammas, mse, num_steps - ends_at_data, self.config.variance)
+        return timesteps[path if ends_at_data else path[1:]].flip(0).tolist()
 
     def _set_chain(self, gammas: torch.Tensor, timesteps: torch.Tensor, device) -> None:
         """Sets the chain: decreasing γ (float64, CPU) and their timesteps."""

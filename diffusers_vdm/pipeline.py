@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, Literal, Union
 
 import torch
 from diffusers import DDPMParallelScheduler, DDPMScheduler, UNet2DModel
@@ -243,7 +243,7 @@ class VDMPipeline(TypedConfig, DiffusionPipeline):
         num_inference_steps: int | None = None,
         generator: Generators | tuple[torch.Generator, ...] = None,
         class_labels: int | list[int] | torch.Tensor | None = None,
-        timesteps: list[float] | None = None,
+        timesteps: list[float] | Literal["best"] | None = None,
         latents: torch.Tensor | None = None,
         decode: str = "mode",
         output_type: str = "pil",
@@ -260,8 +260,9 @@ class VDMPipeline(TypedConfig, DiffusionPipeline):
             generator (`torch.Generator` or a list or tuple of `batch_size` of them, *optional*): with a list, each
                 image depends only on its own generator, whatever the batch.
             class_labels (`int`, `list[int]` or `torch.Tensor`, *optional*): one class for all images, or one for each.
-            timesteps (`list`, *optional*): custom decreasing timesteps instead of `num_inference_steps`, for
-                schedulers that support them.
+            timesteps (`list` or `"best"`, *optional*): custom decreasing timesteps instead of `num_inference_steps`,
+                for schedulers that support them; or `"best"`, the `num_inference_steps` timesteps with the best bound,
+                for our schedulers with a calibration, see [`calibrate`].
             latents (`torch.Tensor` of shape `(B, C, H, W)`, *optional*): z_1 to start from, standard normal.
             decode (`"mode"` or `"sample"`, defaults to `"mode"`): the most probable level of p(x | z_0), or a sample.
             output_type (`"pil"`, `"np"`, `"pt"` or `"latent"`, defaults to `"pil"`):
@@ -422,6 +423,17 @@ class VDMPipeline(TypedConfig, DiffusionPipeline):
             steps = 250 if num_inference_steps is None else num_inference_steps
             steps = call_arguments.positive_integer("num_inference_steps", steps)
             return self.scheduler.set_timesteps(steps, device=device)
+        if isinstance(timesteps, str):
+            if timesteps != "best":
+                raise ValueError(f"timesteps must be a decreasing list, 'best' or None, got {timesteps!r}.")
+            if not isinstance(self.scheduler, GammaScheduler):
+                raise ValueError(
+                    f"timesteps='best' needs a VDMScheduler or a LinearBetaScheduler with a calibration, got a "
+                    f"{type(self.scheduler).__name__}."
+                )
+            steps = 250 if num_inference_steps is None else num_inference_steps
+            steps = call_arguments.positive_integer("num_inference_steps", steps)
+            return self.scheduler.set_timesteps(timesteps=self.scheduler.best_timesteps(steps), device=device)
         if num_inference_steps is not None:
             raise ValueError("pass either num_inference_steps or timesteps, not both.")
         numbers = call_arguments.decreasing_numbers("timesteps", timesteps)

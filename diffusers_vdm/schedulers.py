@@ -15,6 +15,7 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin  # noqa: F401  diffusers looks for it in the module
 
+from .calibration import Variance
 from .denoiser import VarianceType, is_learned
 from .diffusers_schedulers import betas_of_gammas, checked_betas, diffusers_betas, same_betas
 from .diffusion import PredictionType, gammas_from_betas, linear_betas
@@ -22,6 +23,8 @@ from .gamma_scheduler import Algorithm, GammaScheduler, VDMSchedulerOutput  # no
 from .noise_schedules import BetaGamma, LinearBetaGamma, NoiseSchedule, TableGamma, check_ends, check_gamma_table
 
 TimestepType = Literal["gamma", "index"]
+# levels among which the best timesteps are chosen
+_LEVELS_OF_STEPS = 256
 
 
 class VDMScheduler(GammaScheduler):
@@ -55,6 +58,10 @@ class VDMScheduler(GammaScheduler):
         variance_type (`"fixed_small"`, `"learned_range"` or `"learned"`, defaults to `"fixed_small"`):
             the variance of an ancestral step: that of q(z_s | z_t, x), or the prediction of a network with twice the
             channels, as in diffusers' `DDPMScheduler`. [`VDMScheduler.from_diffusers`] sets it.
+        variance (`"posterior"` or `"optimal"`, defaults to `"posterior"`):
+            with `variance_type="fixed_small"`, the variance of q(z_s | z_t, x) as it is, or the one with the best
+            bound for this network, which is larger. It matters for few steps; `"optimal"` needs `calibration`.
+        calibration ([`Calibration`] or `dict`, *optional*): the network's mse_ε(γ), from [`calibrate`].
 
     Raises: `ValueError` for γ_min ≥ γ_max, a table that does not increase, and unknown names.
     """
@@ -75,6 +82,8 @@ class VDMScheduler(GammaScheduler):
         timestep_type: TimestepType = "gamma",
         trained_betas: list[float] | None = None,
         variance_type: VarianceType = "fixed_small",
+        variance: Variance = "posterior",
+        calibration: dict[str, Any] | None = None,
     ):
         if trained_betas is not None:
             betas = checked_betas(trained_betas, count=num_train_timesteps)
@@ -172,6 +181,11 @@ class VDMScheduler(GammaScheduler):
         """γ(0), the level of the z_0 that the last step returns; float64, shape `()`."""
         return self._schedule.ends()[0]
 
+    def _levels_of_steps(self) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        gamma_0, gamma_1 = (float(end) for end in self._schedule.ends())
+        gammas = torch.linspace(gamma_0, gamma_1, _LEVELS_OF_STEPS + 1, dtype=torch.float64)
+        return gammas, self._schedule.timestep(None, gammas), False
+
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
@@ -238,6 +252,8 @@ class LinearBetaScheduler(GammaScheduler):
             T custom betas, not rescaled, instead of the linear ones, as in diffusers' schedulers.
         variance_type (`"fixed_small"`, `"learned_range"` or `"learned"`, defaults to `"fixed_small"`): see
             [`VDMScheduler`].
+        variance (`"posterior"` or `"optimal"`, defaults to `"posterior"`), calibration (*optional*): see
+            [`VDMScheduler`].
 
     Raises: `ValueError` for betas outside of (0, 1) and unknown names.
     """
@@ -258,6 +274,8 @@ class LinearBetaScheduler(GammaScheduler):
         algorithm: Algorithm = "ancestral",
         trained_betas: list[float] | None = None,
         variance_type: VarianceType = "fixed_small",
+        variance: Variance = "posterior",
+        calibration: dict[str, Any] | None = None,
     ):
         if timestep_spacing not in ("linspace", "leading", "trailing"):
             raise ValueError(
@@ -320,6 +338,11 @@ class LinearBetaScheduler(GammaScheduler):
     def final_gamma(self) -> torch.Tensor:
         """−inf: the last step returns the data x̂, not a latent; float64, shape `()`."""
         return torch.tensor(-math.inf, dtype=torch.float64)
+
+    def _levels_of_steps(self) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        count = min(len(self), _LEVELS_OF_STEPS + 1)
+        indices = torch.linspace(0, len(self) - 1, count, dtype=torch.float64).round().long()
+        return self._gammas[indices], indices, True
 
     def set_timesteps(
         self,

@@ -21,15 +21,18 @@ from typing import Any, Literal
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
+from diffusers.utils import logging
 from torch import nn
 from tqdm.auto import tqdm
 
 from .. import denoiser, diffusion
+from ..calibration import Calibration, Variance, check_variance
 from ..diffusers_schedulers import noise_schedule_of
 from ..diffusion import PredictionType, to_high_precision
 from ..gamma_scheduler import GammaScheduler
 from ..randomness import keyed_noise
 from ..schedulers import VDMScheduler
+from ..step_selection import best_levels
 from .rows import (
     Rows,
     batches,
@@ -42,9 +45,10 @@ from .rows import (
     identity_of,
     progress_text,
 )
-from .step_selection import best_levels
 
 Convention = Literal["vdm", "ddpm"]
+
+logger = logging.get_logger(__name__)
 
 # number of terms copied from the device at a time, because each copy synchronizes
 _TERMS_AT_ONCE = 16
@@ -108,6 +112,8 @@ class _Chain:
     clip_sample: bool
     clip_range: float
     num_levels: int
+    calibration: Calibration | None = None  # of variance_type "optimal"
+    log_variances: torch.Tensor | None = None  # of p(z_s | z_t) of each term, by the calibration
 
 
 @torch.no_grad()
@@ -120,6 +126,8 @@ def evaluate_vlb(
     timesteps: Sequence[float] | None = None,
     convention: Convention | None = None,
     clip_sample: bool | None = None,
+    variance: Variance | None = None,
+    calibration: Calibration | None = None,
     num_levels: int = 256,
     class_labels: torch.Tensor | None = None,
     batch_size: int = 64,
@@ -142,6 +150,9 @@ def evaluate_vlb(
             `set_timesteps`; for example those of [`best_timesteps`]. The prior is that of the first timestep's level.
         convention (`"vdm"` or `"ddpm"`, *optional*): defaults to `"vdm"` for our schedulers and to `"ddpm"` for those
             of diffusers. Results of different conventions are not comparable.
+        variance (`"posterior"` or `"optimal"`, *optional*): the variance of p(z_s|z_t), by default what the scheduler
+            has; `"optimal"` is the one with the best bound, by the calibration.
+        calibration ([`Calibration`], *optional*): defaults to that of the scheduler; diffusers' schedulers have none.
         clip_sample (`bool`, *optional*): clamp x̂ to ± the scheduler's `clip_sample_range`; defaults to the
             scheduler's setting. Clamping changes p(x).
         num_levels, class_labels, batch_size, seed, device, accelerator, resume_dir, progress_bar: as in
@@ -153,6 +164,7 @@ def evaluate_vlb(
     """
     chain = _chain(scheduler, num_steps, timesteps, convention, clip_sample, num_levels)
     check_images(images, num_levels, unet)
+    chain = _with_variance(chain, scheduler, variance, calibration, unet, images)
     check_class_labels(class_labels, images, unet)
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}.")
@@ -165,6 +177,8 @@ def evaluate_vlb(
         identity |= {"method": "all terms", "seed": seed, "chain": fingerprint([chain.gammas, chain.timesteps])}
         names = ("convention", "prediction_type", "variance_type", "clip_sample", "clip_range", "num_levels")
         identity |= {name: getattr(chain, name) for name in names}
+        if chain.calibration is not None:
+            identity["calibration"] = fingerprint([chain.calibration.gammas, chain.calibration.mse])
     # columns: prior, reconstruction, then the T terms and the T squared errors
     rows = Rows(2 + 2 * total, accelerator=accelerator, resume_dir=resume_dir, identity=identity)
     rows.grow(n)
@@ -219,7 +233,7 @@ def best_timesteps(result: BpdEvaluation, num_steps: int) -> tuple[list[float], 
     """
     if not isinstance(result, BpdEvaluation):
         raise TypeError(f"result must be what evaluate_vlb returns, got {type(result).__name__}.")
-    if result.variance_type != "fixed_small":
+    if result.variance_type not in ("fixed_small", "optimal"):
         raise ValueError(f"variance_type must be 'fixed_small' to choose timesteps, got {result.variance_type!r}.")
     ddpm = result.convention == "ddpm"  # in this convention the last network call is the decoder
     if not isinstance(num_steps, int) or not 1 + ddpm <= num_steps <= result.num_steps:
@@ -229,7 +243,8 @@ def best_timesteps(result: BpdEvaluation, num_steps: int) -> tuple[list[float], 
         )
     gamma_0 = torch.tensor([result.gamma_0], dtype=torch.float64)
     levels = result.gammas if ddpm else torch.cat([gamma_0, result.gammas])
-    path, diffusion_bpd = best_levels(levels, result.mse.mean(0)[int(ddpm) :], num_steps - int(ddpm))
+    variance = "optimal" if result.variance_type == "optimal" else "posterior"
+    path, diffusion_bpd = best_levels(levels, result.mse.mean(0)[int(ddpm) :], num_steps - int(ddpm), variance)
     timesteps = result.timesteps[::-1]
     # the list of a VDMScheduler lacks the timestep of γ(0), at which the chain always ends
     visited = path if len(timesteps) == len(levels) else path[1:] - 1
@@ -239,8 +254,7 @@ def best_timesteps(result: BpdEvaluation, num_steps: int) -> tuple[list[float], 
 
 def _chain(scheduler, num_steps, timesteps, convention, clip_sample: bool | None, num_levels: int) -> _Chain:
     """Checks the arguments and builds the chain that the scheduler defines."""
-    ours = isinstance(scheduler, GammaScheduler)
-    convention = convention or ("vdm" if ours else "ddpm")
+    convention = convention or default_convention(scheduler)
     if convention not in ("vdm", "ddpm"):
         raise ValueError(f"convention must be 'vdm' or 'ddpm', got {convention!r}.")
     if not 2 <= num_levels <= 65536:
@@ -310,6 +324,41 @@ def _chain(scheduler, num_steps, timesteps, convention, clip_sample: bool | None
     )
 
 
+def _with_variance(
+    chain: _Chain,
+    scheduler: Any,
+    variance: Variance | None,
+    calibration: Calibration | None,
+    unet: nn.Module,
+    images: torch.Tensor,
+) -> _Chain:
+    """`chain` with the best variance where that is asked for, checked."""
+    variance = variance or getattr(scheduler, "config", {}).get("variance", "posterior")
+    check_variance(variance)
+    if variance == "posterior":
+        return chain
+    calibration = calibration or getattr(scheduler, "calibration", None)
+    if calibration is None:
+        raise ValueError("variance='optimal' needs a calibration; set the one that calibrate returns.")
+    if chain.variance_type not in ("fixed_small", "fixed_large"):
+        raise ValueError(f"variance must be 'posterior' for variance_type={chain.variance_type!r}, got 'optimal'.")
+    calibration.check_shape(tuple(images.shape[1:]))
+    if calibration.data_fingerprint == fingerprint([images]):
+        raise ValueError(
+            "images must be other ones than those of the calibration, which would make the bound too small; calibrate "
+            "on training images."
+        )
+    if calibration.clip_sample != chain.clip_sample:
+        logger.warning(
+            f"the calibration was measured with clip_sample={calibration.clip_sample}, and the bound is with "
+            f"clip_sample={chain.clip_sample}: its variance is not the best one."
+        )
+    if calibration.weights_fingerprint not in (None, fingerprint(unet.state_dict().values())):
+        logger.warning("the calibration was measured with other weights: its variance is not the best one for these.")
+    log_variances = [calibration.log_variance(_gamma_s(chain, k), chain.gammas[k]) for k in range(len(chain.gammas))]
+    return replace(chain, variance_type="optimal", calibration=calibration, log_variances=torch.stack(log_variances))
+
+
 def _custom_timesteps(timesteps: Sequence[float]) -> torch.Tensor:
     """`timesteps` as an increasing float64 tensor."""
     custom = torch.as_tensor(timesteps, dtype=torch.float64).flatten().flip(0)
@@ -326,20 +375,31 @@ def _steps(num_steps: int) -> int:
     return num_steps
 
 
+def default_convention(scheduler: Any) -> Convention:
+    """`"vdm"` for our schedulers, `"ddpm"` for those of diffusers."""
+    return "vdm" if isinstance(scheduler, GammaScheduler) else "ddpm"
+
+
+def x_of_levels(images: torch.Tensor, convention: str, num_levels: int, dtype: torch.dtype) -> torch.Tensor:
+    """The data x of integers, see the head of the module."""
+    if convention == "vdm":
+        return diffusion.x_from_levels(images, num_levels, dtype)
+    return 2 * images.to(dtype) / (num_levels - 1) - 1
+
+
 def _evaluate_chain(unet, chain: _Chain, images, labels, index, seed: int, rows: Rows, bar) -> None:
     """Fills the rows of a batch of images: prior, reconstruction, terms and errors. Existing terms are kept."""
     row, keys = rows.values[index], index.tolist()  # with one repeat, an image's index is its row
     device, total = images.device, len(chain.gammas)
     dtype = denoiser.working_dtype(unet)
-    if chain.convention == "vdm":
-        x = diffusion.x_from_levels(images, chain.num_levels, dtype)
-    else:
-        x = 2 * images.to(dtype) / (chain.num_levels - 1) - 1
+    x = x_of_levels(images, chain.convention, chain.num_levels, dtype)
     nats_per_bpd = x[0].numel() * math.log(2)
     # moved to the device once: copying a coefficient from the CPU at each step would synchronize
     on_device = {
         name: to_high_precision(_mps_float(getattr(chain, name), device)).to(device) for name in ("gammas", "gamma_0")
     }
+    if chain.log_variances is not None:
+        on_device["log_variances"] = _mps_float(chain.log_variances, device).to(device)
     chain = replace(chain, **on_device, timesteps=_mps_float(chain.timesteps, device).to(device))
 
     def noise(name: int | str) -> torch.Tensor:
@@ -411,6 +471,8 @@ def _log_variance(chain: _Chain, k: int, values: torch.Tensor | None, x: torch.T
     decoder = k == 0 and chain.convention == "ddpm"
     if chain.variance_type == "fixed_small" or (chain.variance_type == "fixed_large" and decoder):
         return diffusion.expand_like(small, x)
+    if chain.log_variances is not None:
+        return chain.log_variances[k].expand(x.shape)
     large = diffusion.forward_log_variance(_gamma_s(chain, k), chain.gammas[k])
     if chain.variance_type == "fixed_large":
         return diffusion.expand_like(large, x)

@@ -1,4 +1,4 @@
-"""evaluation/step_selection.py: the best timesteps, against all paths and against an evenly spaced chain."""
+"""step_selection.py: the best timesteps, against all paths and against an evenly spaced chain."""
 
 import math
 from dataclasses import replace
@@ -15,7 +15,7 @@ from diffusers_vdm import (
     evaluate_vlb,
     noise_schedule_of,
 )
-from diffusers_vdm.evaluation.step_selection import best_levels
+from diffusers_vdm.step_selection import best_levels
 from tests.models import SmoothNet
 from tests.oracles import GaussianDenoiser
 from tests.tensors import random_levels
@@ -23,16 +23,24 @@ from tests.tensors import random_levels
 IMAGES = random_levels(3, 2, 4, 4, dtype=torch.uint8)
 
 
+@pytest.mark.parametrize("variance", ["posterior", "optimal"])
+@pytest.mark.parametrize("pixels", [(), (2, 1, 3)])
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 5, 8])
-def test_best_levels_by_trying_all_paths(num_steps):
+def test_best_levels_by_trying_all_paths(num_steps, pixels, variance):
     generator = torch.Generator().manual_seed(num_steps)
     gammas = torch.rand(9, generator=generator, dtype=torch.float64).mul(3).cumsum(0) - 8
-    mse = torch.rand(8, generator=generator, dtype=torch.float64)
+    mse = torch.rand(8, *pixels, generator=generator, dtype=torch.float64)
+
+    def bits_of_step(s, t):
+        m = [math.expm1(gammas[t] - gammas[s]) * error for error in mse[t - 1].flatten().tolist()]
+        nats = [0.5 * (math.log(1 + each) if variance == "optimal" else each) for each in m]
+        return sum(nats) / len(nats) / math.log(2)
+
     bits = {}
     for inner in combinations(range(1, 8), num_steps - 1):
         path = (0, *inner, 8)
-        bits[path] = sum(0.5 * math.expm1(gammas[t] - gammas[s]) * mse[t - 1] for s, t in pairwise(path)) / math.log(2)
-    path, value = best_levels(gammas, mse, num_steps)
+        bits[path] = sum(bits_of_step(s, t) for s, t in pairwise(path))
+    path, value = best_levels(gammas, mse, num_steps, variance)
     best = min(bits, key=bits.get)
     assert tuple(path.tolist()) == best and value == pytest.approx(float(bits[best]), rel=1e-12)
 

@@ -1,0 +1,174 @@
+"""The best variance of an ancestral step, from a table of the network's mean squared error over γ.
+
+The mean of p(z_s | z_t) is that of q(z_s | z_t, x̂). Around it, z_s varies by more than the variance σ_Q² of q, because
+x̂ is uncertain. The variance with the smallest bound is σ_Q² (1 + m), m = expm1(γ_t − γ_s) mse_ε(γ_t), with
+mse_ε(γ) = E(ε − ε̂)² [Bao et al. 2022, Analytic-DPM, arXiv 2201.06503, theorem 1]. A [`Calibration`] holds mse_ε(γ) of
+each level, channel or pixel, measured on training images by [`calibrate`]. A scheduler keeps it in its config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+
+from . import diffusion
+from .json_values import count, items, mapping, number, text
+
+Variance = Literal["posterior", "optimal"]
+Detail = Literal["level", "channel", "pixel"]
+# significant digits of the table in a config: more would say nothing, and a table of pixels is large
+_DIGITS = 6
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """mse_ε(γ) = E(ε − ε̂)² of a network as a table over γ, and where it comes from.
+
+    Attributes:
+        gammas (`torch.Tensor` of shape `(K,)`): increasing levels, float64.
+        mse (`torch.Tensor` of shape `(K,)`, `(K, C, 1, 1)` or `(K, C, H, W)`): errors at these levels, float64; of
+            each level, each channel or each pixel.
+        num_images, num_draws (`int`): images of the measurement, and draws of ε for each at every level.
+        data (`str`, *optional*), data_fingerprint (`str`, *optional*): name and hash of the images.
+        weights_fingerprint (`str`, *optional*): hash of the weights.
+        clip_sample (`bool`): whether x̂ was clamped.
+        seed (`int`): key of the noise.
+    """
+
+    gammas: torch.Tensor
+    mse: torch.Tensor
+    num_images: int
+    num_draws: int = 1
+    data: str | None = None
+    data_fingerprint: str | None = None
+    weights_fingerprint: str | None = None
+    clip_sample: bool = False
+    seed: int = 0
+
+    def __post_init__(self):
+        gammas = torch.as_tensor(self.gammas, dtype=torch.float64).cpu()
+        mse = _rounded(torch.as_tensor(self.mse, dtype=torch.float64).cpu())
+        if gammas.ndim != 1 or len(gammas) < 2 or not bool(gammas.isfinite().all() & (gammas.diff() > 0).all()):
+            raise ValueError(
+                f"gammas must be at least two finite increasing numbers, got shape {tuple(gammas.shape)}."
+            )
+        if mse.ndim not in (1, 4) or len(mse) != len(gammas) or not bool(mse.isfinite().all() & (mse >= 0).all()):
+            raise ValueError(
+                f"mse must hold finite numbers of at least 0, of shape ({len(gammas)},), ({len(gammas)}, C, 1, 1) or "
+                f"({len(gammas)}, C, H, W), got shape {tuple(mse.shape)}."
+            )
+        object.__setattr__(self, "gammas", gammas)
+        object.__setattr__(self, "mse", mse)
+
+    @property
+    def detail(self) -> Detail:
+        """Of what the table has an error: `"level"`, `"channel"` or `"pixel"`."""
+        if self.mse.ndim == 1:
+            return "level"
+        return "channel" if self.mse.shape[2:] == (1, 1) else "pixel"
+
+    def mse_at(self, gamma: torch.Tensor | float) -> torch.Tensor:
+        """mse_ε at γ, linear in log mse between the levels of the table and constant beyond its ends.
+
+        Args:
+            gamma (`torch.Tensor` of shape `()` or `(N,)`): float64 levels.
+
+        Returns: float64 `torch.Tensor` of the shape of `gamma` followed by that of `mse[0]`.
+        """
+        gamma = torch.as_tensor(gamma, dtype=torch.float64).cpu()
+        inside = gamma.clamp(self.gammas[0], self.gammas[-1])
+        right = torch.searchsorted(self.gammas, inside).clamp(1, len(self.gammas) - 1)
+        share = (inside - self.gammas[right - 1]) / (self.gammas[right] - self.gammas[right - 1])
+        share = share.reshape(share.shape + (1,) * (self.mse.ndim - 1))
+        return self.mse[right - 1] ** (1 - share) * self.mse[right] ** share
+
+    def log_variance(self, gamma_s: torch.Tensor, gamma_t: torch.Tensor) -> torch.Tensor:
+        """log of the best variance of p(z_s | z_t), see [`optimal_log_variance`] of diffusion.py.
+
+        Args:
+            gamma_s, gamma_t (`torch.Tensor` of shape `()`): float64 levels, γ_s < γ_t; γ_s may be −inf.
+
+        Returns: float64 `torch.Tensor` of shape `()`, `(C, 1, 1)` or `(C, H, W)`, which broadcasts to z_s.
+        """
+        return diffusion.optimal_log_variance(gamma_s.cpu(), gamma_t.cpu(), self.mse_at(gamma_t))
+
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Raises `ValueError` unless the table fits images of shape `(C, H, W)`."""
+        if self.mse.ndim == 1:
+            return
+        own = tuple(self.mse.shape[1:])
+        if (
+            len(shape) != 3
+            or any(a not in (1, b) for a, b in zip(own[1:], shape[1:], strict=True))
+            or own[0] != shape[0]
+        ):
+            raise ValueError(
+                f"the calibration must be for images of shape {tuple(shape)}, got one for {own}; calibrate this "
+                "network again, or by detail='level'."
+            )
+
+    def reduced(self, detail: Detail) -> Calibration:
+        """The same measurement in less detail: means over pixels, or over channels and pixels."""
+        check_detail(detail)
+        order = get_args(Detail)
+        if order.index(detail) > order.index(self.detail):
+            raise ValueError(f"detail must be at most that of the table, {self.detail!r}, got {detail!r}.")
+        mse = self.mse
+        if detail == "level" and mse.ndim > 1:
+            mse = mse.flatten(1).mean(1)
+        elif detail == "channel" and mse.ndim > 1:
+            mse = mse.mean((2, 3), keepdim=True)
+        known = {name: value for name, value in vars(self).items() if name not in ("gammas", "mse")}
+        return Calibration(self.gammas, mse, **known)
+
+    def to_json(self) -> dict[str, Any]:
+        """What a scheduler's config holds."""
+        return vars(self) | {"gammas": self.gammas.tolist(), "mse": self.mse.tolist()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Calibration:
+        """Reads what [`Calibration.to_json`] made; raises `ValueError` for anything else."""
+        values = mapping(dict(values) if isinstance(values, Mapping) else values)
+        try:
+            gammas = torch.tensor(items(list(values.get("gammas") or ())), dtype=torch.float64)
+            mse = torch.tensor(values.get("mse") or [], dtype=torch.float64)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"calibration must hold numbers in gammas and mse: {error}") from error
+        if not count(values.get("num_images")):
+            raise ValueError("calibration must be what calibrate returns, with num_images; calibrate again.")
+        seed = values.get("seed")
+        return cls(
+            gammas,
+            mse,
+            num_images=values["num_images"],
+            num_draws=count(values.get("num_draws")) or 1,
+            data=text(values.get("data")),
+            data_fingerprint=text(values.get("data_fingerprint")),
+            weights_fingerprint=text(values.get("weights_fingerprint")),
+            clip_sample=values.get("clip_sample") is True,
+            seed=seed if isinstance(seed, int) and number(seed) is not None else 0,
+        )
+
+
+def check_detail(detail: str) -> None:
+    """Raises `ValueError` unless it is one of the names."""
+    if detail not in get_args(Detail):
+        raise ValueError(f"detail must be one of {get_args(Detail)}, got {detail!r}.")
+
+
+def check_variance(variance: str) -> None:
+    """Raises `ValueError` unless it is one of the names."""
+    if variance not in get_args(Variance):
+        raise ValueError(f"variance must be one of {get_args(Variance)}, got {variance!r}.")
+
+
+def _rounded(mse: torch.Tensor) -> torch.Tensor:
+    """To a few significant digits, so that a table in memory equals the one in a file."""
+    if not bool(mse.isfinite().all() & (mse >= 0).all()):
+        return mse
+    return torch.tensor(
+        [float(f"{value:.{_DIGITS}g}") for value in mse.flatten().tolist()], dtype=torch.float64
+    ).reshape(mse.shape)

@@ -1,0 +1,145 @@
+"""Measure mse_ε(γ) of a network, the table that gives the best variance and the best timesteps of few steps.
+
+Measure it on training images, never on the images of an evaluation: the variance would be fitted to them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from torch import nn
+from tqdm.auto import tqdm
+
+from .. import call_arguments, denoiser, diffusion
+from ..calibration import Calibration, Detail, check_detail
+from ..diffusers_schedulers import noise_schedule_of
+from ..randomness import keyed_noise
+from ..schedulers import VDMScheduler
+from .all_terms import Convention, default_convention, x_of_levels
+from .rows import check_class_labels, check_images, device_of, fingerprint
+
+
+@torch.no_grad()
+def calibrate(
+    unet: nn.Module,
+    scheduler: ConfigMixin,
+    images: torch.Tensor,
+    *,
+    num_gammas: int = 65,
+    detail: Detail = "level",
+    num_draws: int = 1,
+    num_levels: int = 256,
+    class_labels: torch.Tensor | None = None,
+    convention: Convention | None = None,
+    clip_sample: bool | None = None,
+    data: str | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    accelerator: Any = None,
+    progress_bar: bool = True,
+) -> Calibration:
+    """mse_ε(γ) = E(ε − ε̂)² at levels from γ(0) to γ(1), over some training images, see [`Calibration`].
+
+    Args:
+        unet (`nn.Module`): a `VDMUNet2DModel`, a `UNet2DModel`; called as `unet(z_t, timestep, return_dict=False)[0]`.
+        scheduler: one of ours, or a diffusers scheduler with betas. Its levels are measured evenly spaced in γ, those
+            of a table of betas at the nearest indices.
+        images (integer `torch.Tensor` of shape `(N, C, H, W)`): **training** images in [0, num_levels).
+        num_gammas (`int`, defaults to 65): levels of the table, at least 2.
+        detail (`"level"`, `"channel"` or `"pixel"`, defaults to `"level"`): one error for each level, or one for each
+            channel or pixel, too. Pixels need many draws: the relative error of each is √(2/(N · num_draws)).
+        num_draws (`int`, defaults to 1): draws of ε for each image at every level.
+        num_levels (`int`, defaults to 256): levels of the data, 2 to 65536.
+        class_labels (`torch.Tensor` of shape `(N,)`, *optional*): classes.
+        convention (`"vdm"` or `"ddpm"`, *optional*): the map from levels to x, as in `evaluate_vlb`.
+        clip_sample (`bool`, *optional*): clamp x̂ to ± the scheduler's `clip_sample_range`; defaults to the
+            scheduler's setting.
+        data (`str`, *optional*): what the images are called, to be recorded.
+        batch_size, seed, device, accelerator, progress_bar: as in `evaluate_mc`. The result does not depend on the
+            batch size and the number of processes, up to rounding.
+
+    Returns: [`Calibration`], to be given to a scheduler as `calibration`.
+    Raises: `TypeError`, `ValueError` as `evaluate_vlb`.
+    """
+    check_detail(detail)
+    check_images(images, num_levels, unet)
+    check_class_labels(class_labels, images, unet)
+    num_draws, num_gammas = (
+        call_arguments.positive_integer(name, value)
+        for name, value in (("num_draws", num_draws), ("num_gammas", num_gammas))
+    )
+    batch_size = call_arguments.positive_integer("batch_size", batch_size)
+    device = device_of(unet) if device is None else torch.device(device)
+    gammas, timesteps = _levels(scheduler, num_gammas)
+    convention = convention or default_convention(scheduler)
+    config: Any = getattr(scheduler, "config", {})
+    prediction_type = config.get("prediction_type", "epsilon")
+    clip_sample = bool(config.get("clip_sample", False)) if clip_sample is None else clip_sample
+    limit = float(config.get("clip_sample_range", 1.0))
+    rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    mine = torch.arange(rank, len(images), world)
+    dtype = denoiser.working_dtype(unet)
+    sums = torch.zeros(len(gammas), *images.shape[1:], dtype=torch.float64)
+    was_training = unet.training
+    unet.eval()
+    try:
+        with tqdm(
+            total=len(mine) * len(gammas) * num_draws, desc="calibrating", unit="call", leave=False,
+            disable=not progress_bar or rank > 0,
+        ) as bar:  # fmt: skip
+            for index in mine.split(batch_size):
+                x = x_of_levels(images[index].to(device), convention, num_levels, dtype)
+                labels = None if class_labels is None else class_labels[index].to(device)
+                for k, (gamma, timestep) in enumerate(zip(gammas, timesteps, strict=True)):
+                    gamma_t = diffusion.to_high_precision(gamma.float() if x.device.type == "mps" else gamma).to(
+                        device
+                    )
+                    t = timestep.to(device) if timestep.dtype == torch.long else timestep.to(device, x.dtype)
+                    for draw in range(num_draws):
+                        eps = keyed_noise([(seed, "calibration", k, draw, int(i)) for i in index], x.shape[1:], x)
+                        z_t = diffusion.q_sample(x, eps, gamma_t)
+                        prediction = denoiser.predict(unet, z_t, gamma_t, t, prediction_type, class_labels=labels)
+                        eps_hat = prediction.eps_hat
+                        if clip_sample:
+                            eps_hat = diffusion.eps_from_x(z_t, prediction.x_hat.clamp(-limit, limit), gamma_t)
+                        sums[k] += (eps - eps_hat).square().sum(0).double().cpu()
+                        bar.update(len(index))
+    finally:
+        unet.train(was_training)
+    if accelerator is not None and world > 1:
+        sums = accelerator.reduce(sums.to(device), reduction="sum").cpu()
+    if not bool(sums.isfinite().all()):
+        k = int((~sums.flatten(1).isfinite().all(1)).nonzero()[0])
+        raise ValueError(f"the network returned NaN or infinity at gamma = {float(gammas[k]):.4g}.")
+    mse = sums / (len(images) * num_draws)
+    whole = Calibration(
+        gammas,
+        mse,
+        num_images=len(images),
+        num_draws=num_draws,
+        data=data,
+        data_fingerprint=fingerprint([images]),
+        weights_fingerprint=fingerprint(unet.state_dict().values()),
+        clip_sample=clip_sample,
+        seed=seed,
+    )
+    return whole.reduced(detail)
+
+
+def _levels(scheduler: Any, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Levels evenly spaced in γ, increasing, and the network's timesteps there."""
+    if count < 2:
+        raise ValueError(f"num_gammas must be at least 2, got {count}.")
+    schedule = noise_schedule_of(scheduler)
+    gamma_0, gamma_1 = (float(end) for end in schedule.ends())
+    gammas = torch.linspace(gamma_0, gamma_1, count, dtype=torch.float64)
+    if isinstance(scheduler, VDMScheduler):
+        return gammas, schedule.timestep(None, gammas)
+    table = schedule.table()
+    indices = torch.searchsorted(table, gammas).clamp(1, len(table) - 1)
+    nearer_left = gammas - table[indices - 1] < table[indices] - gammas
+    indices = torch.unique(indices - nearer_left.long())
+    return table[indices], indices
