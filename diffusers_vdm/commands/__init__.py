@@ -1,1 +1,1 @@
-"""The commands: thin, driven by Accelerate, each a module that `python -m` or `accelerate launch -m` runs."""
+"""The commands, built on Accelerate; `python -m` or `accelerate launch -m` runs each of these modules."""

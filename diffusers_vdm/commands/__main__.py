@@ -1,4 +1,4 @@
-"""The console script `diffusers-vdm`: one process of any command, and what a bug report needs."""
+"""The console script `diffusers-vdm`, which runs any of the commands in one process."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from importlib import import_module
 from ..console import tolerate_any_encoding
 
 COMMANDS = {
-    "train": "train a model on images, by the variational bound or by DDPM's objective",
+    "train": "train a model on images, with the variational bound or DDPM's objective",
     "evaluate": "measure bits per dimension of a model on images",
     "sample": "draw images from a saved model",
-    "convert": "checkpoints of other codes in and out",
+    "convert": "convert checkpoints from and to other code bases",
     "card": "write the model card of a saved run",
     "env": "print versions and devices for a bug report",
 }
@@ -22,18 +22,18 @@ def _help() -> str:
     rows = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
     return (
         f"usage: diffusers-vdm COMMAND [options]\n\n{rows}\n\n"
-        "`diffusers-vdm COMMAND --help` lists the options of a command. Several processes, or devices:\n"
-        "`accelerate launch -m diffusers_vdm.commands.train [options]`, and evaluate likewise."
+        "`diffusers-vdm COMMAND --help` lists the options of a command. For several processes or devices:\n"
+        "`accelerate launch -m diffusers_vdm.commands.train [options]`, and the same for evaluate."
     )
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs a command by the command line, or by `arguments`; ends with code 2 for one that does not exist."""
+    """Runs the command in the command line, or in `arguments`; exits with code 2 for an unknown command."""
     tolerate_any_encoding()
     try:
         _run(sys.argv[1:] if arguments is None else arguments, is_script=arguments is None)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough, as `head` has
+    except BrokenPipeError:  # the reader has closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
 
@@ -52,7 +52,7 @@ def _run(arguments: list[str], is_script: bool) -> None:
         print(f"diffusers-vdm: {name!r} is not a command\n\n{_help()}", file=sys.stderr)
         raise SystemExit(2)
     if is_script:
-        sys.argv = [f"diffusers-vdm {name}", *rest]  # what argparse calls the program
+        sys.argv = [f"diffusers-vdm {name}", *rest]  # the name of the program for argparse
     import_module(f".{name}", __package__).main(rest)
 
 

@@ -1,4 +1,4 @@
-"""What a bug report needs: versions, the machine, and its devices.
+"""Print the versions, the machine and its devices for a bug report.
 
 diffusers-vdm env
 """
@@ -13,7 +13,7 @@ PACKAGES = ("torch", "diffusers", "accelerate", "datasets", "huggingface-hub", "
 
 
 def environment() -> dict[str, str]:
-    """The versions of this package and of what it uses, Python, the system, and the devices that PyTorch sees."""
+    """Versions of this package, its dependencies, Python and the system, and the devices that PyTorch finds."""
     import torch
 
     from .. import __version__

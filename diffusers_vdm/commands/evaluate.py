@@ -1,15 +1,15 @@
-"""The likelihood of held-out images in bits per dimension, of our models and of diffusers' pixel-space checkpoints.
+"""Measure the likelihood of images in bits per dimension, for our models and diffusers' pixel-space checkpoints.
 
     accelerate launch examples/evaluate.py --model runs/digits                       # bundled digits, continuous time
-    accelerate launch examples/evaluate.py --model runs/digits --target_stderr 0.002         # until the error is this
+    accelerate launch examples/evaluate.py --model runs/digits --target_stderr 0.002   # until the error is this small
     accelerate launch examples/evaluate.py --model runs/digits --table 10 50 250 1000        # the bound over T
     accelerate launch examples/evaluate.py --model runs/digits --method vlb --num_steps 1000 --best_steps 10 25
     accelerate launch examples/evaluate.py --model runs/digits --method ode
     accelerate launch examples/evaluate.py --model google/ddpm-cifar10-32 --dataset_name uoft-cs/cifar10 --method vlb
 
---method mc draws (t, ε) for each image, in continuous time or with --num_steps; vlb works out every term of every
-image; ode solves the probability-flow ODE of every image. Writes a report with all that the number must be quoted
-with, and figures beside it. --resume goes on with what an interrupted run of the same command left.
+--method mc draws (t, ε) for each image, in continuous time or with --num_steps; vlb computes every term for every
+image; ode solves the probability-flow ODE for every image. A report is written with everything needed to quote the
+result, and figures next to it. --resume continues an interrupted run of the same command.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DECODERS = {"vdm": "softmax over the levels at γ_0", "ddpm": "discretized Gauss
 
 
 class Evaluation:
-    """A model, its data, and the ways to measure it; every measurement keeps its numbers in a folder until the end."""
+    """A model, its data, and the methods to measure it; intermediate results are kept in folders until the end."""
 
     def __init__(self, args: argparse.Namespace, accelerator):
         import torch
@@ -62,12 +62,12 @@ class Evaluation:
         }
 
     def folder(self, name: str) -> Path:
-        """Where a measurement keeps its numbers."""
+        """The folder for the intermediate results of a measurement."""
         self.folders.append(self.partial / name)
         return self.folders[-1]
 
     def tidy(self) -> None:
-        """Removes what this run kept, once the report is there."""
+        """Removes the intermediate results, after the report is written."""
         for folder in self.folders:
             shutil.rmtree(folder, ignore_errors=True)
         if self.partial.is_dir() and not any(self.partial.iterdir()):
@@ -157,7 +157,9 @@ def measure(evaluation: Evaluation) -> tuple[Any, dict[str, Any], dict[str, Any]
     if args.best_steps and not str(evaluation.scheduler.config.get("variance_type", "fixed_small")).startswith(
         "fixed_small"
     ):
-        raise ValueError("--best_steps needs the fixed_small variance: other terms are functions of both levels")
+        raise ValueError(
+            "--best_steps needs the fixed_small variance: with others, a term is not a function of one level's error"
+        )
     steps = (
         len(args.timesteps) if args.timesteps else args.num_steps or evaluation.scheduler.config.num_train_timesteps
     )
@@ -167,7 +169,7 @@ def measure(evaluation: Evaluation) -> tuple[Any, dict[str, Any], dict[str, Any]
         )
     result = evaluation.vlb()
     terms = result.terms_bpd
-    errors = [None] * terms.shape[1]  # one image has none
+    errors = [None] * terms.shape[1]  # undefined for one image
     if result.num_images > 1:
         errors = (terms.std(0) / math.sqrt(result.num_images)).tolist()
     rows = zip(result.gammas.tolist(), terms.mean(0).tolist(), errors, strict=True)
@@ -190,18 +192,18 @@ def measure(evaluation: Evaluation) -> tuple[Any, dict[str, Any], dict[str, Any]
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """All processes of a run; nothing beside its report is read or written before no other run can."""
+    """Evaluates on all processes; nothing next to the report is read or written before the lock is taken."""
     import accelerate
     import torch
 
     accelerator = accelerate.Accelerator(mixed_precision="no")
     check_processes(accelerator)
     for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda number, _: sys.exit(128 + number))  # what is done is saved on the way out
+        signal.signal(name, lambda number, _: sys.exit(128 + number))  # the exception saves intermediate results
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     set_threads(accelerator, args.num_threads)
     output = Path(args.output)
-    taken = f"another run is writing --output {output}; wait for its end, or name another file"
+    taken = f"another run is writing to --output {output}; wait for its end, or use another file"
     try:
         with only_run(accelerator, output.with_name(f".{output.stem}.lock"), taken, lambda: check_partial(args)):
             run_evaluation(args, accelerator)
@@ -281,7 +283,7 @@ def run_evaluation(args: argparse.Namespace, accelerator) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measures by the command line, or by `arguments`; `SystemExit` says in one line what is wrong."""
+    """Evaluates for the command line, or `arguments`; exits with an error message of one line."""
     tolerate_any_encoding()
     evaluate(parse_options(__doc__ or "", arguments))
 

@@ -1,4 +1,4 @@
-"""The options of evaluate.py, and the model and the data that they name."""
+"""The options of evaluate.py, and loading of the model and the data that they specify."""
 
 from __future__ import annotations
 
@@ -17,48 +17,56 @@ OPTIONS: dict[str, list[Option]] = {
     ],
     "method": [
         Option(
-            "method", ("mc", "vlb", "ode"), "Monte Carlo; all terms of T steps; density by the probability-flow ODE"
+            "method", ("mc", "vlb", "ode"), "Monte Carlo; all terms of T steps; density of the probability-flow ODE"
         ),
-        Option("num_steps", int, "T; for mc continuous time if not given, for vlb 1000 or all betas", range=POSITIVE),
-        Option("num_samples", int, "draws for each image: 20 of mc, 1 of ode", range=POSITIVE),
         Option(
-            "target_stderr", float, "mc: go on until the standard error is at most this, in bits/dim", range=POSITIVE
+            "num_steps", int, "T; defaults to continuous time for mc, and to 1000 or all betas for vlb", range=POSITIVE
         ),
-        Option("max_samples", 1000, "mc: most draws for it", range=POSITIVE),
-        Option("importance_sampling", False, "mc: draw t where the loss was large in a first pass"),
-        Option("convention", (None, "vdm", "ddpm"), "vlb: data and decoder; vdm for our schedulers, else ddpm"),
+        Option("num_samples", int, "draws for each image; defaults to 20 for mc and 1 for ode", range=POSITIVE),
+        Option(
+            "target_stderr", float, "mc: draw until the standard error is at most this, in bits/dim", range=POSITIVE
+        ),
+        Option("max_samples", 1000, "mc: largest number of draws for --target_stderr", range=POSITIVE),
+        Option("importance_sampling", False, "mc: draw t more often where the loss was large in a first pass"),
+        Option(
+            "convention",
+            (None, "vdm", "ddpm"),
+            "vlb: scaling of the data, and decoder; defaults to vdm for our schedulers, else ddpm",
+        ),
         Option("dequantization", ("truncated_normal", "uniform", "decoder"), "ode: how integers become real numbers"),
         Option("num_importance_samples", 1, "ode: K of the importance-weighted bound", range=POSITIVE),
         Option(
             "divergence",
             ("hutchinson", "exact"),
-            "ode: noise, fixed for a solve, or a backward pass for each dimension",
+            "ode: random probes, fixed during a solve, or a backward pass for each dimension",
         ),
-        Option("num_probes", 1, "ode: vectors of noise for hutchinson", range=POSITIVE),
-        Option("rtol", 1e-05, "ode: relative error of a step", range=POSITIVE),
-        Option("atol", 1e-05, "ode: absolute error of a step, of z and of nats per dimension", range=POSITIVE),
+        Option("num_probes", 1, "ode: number of random probes of hutchinson", range=POSITIVE),
+        Option("rtol", 1e-05, "ode: relative tolerance of a step", range=POSITIVE),
+        Option("atol", 1e-05, "ode: absolute tolerance of a step, for z and for nats per dimension", range=POSITIVE),
         train_option("seed"),
     ],
     "data": [
-        Option("dataset_name", str, "data set on the Hub, or a local copy; the bundled digits if nothing is given"),
+        Option("dataset_name", str, "data set on the Hub, or a local copy; defaults to the bundled digits"),
         train_option("dataset_config_name"),
         Option("data_dir", str, "folder of image files, instead of --dataset_name"),
-        Option("split", "test", "slices allowed: test[:500]"),
+        Option("split", "test", "split to measure; slices such as test[:500] are allowed"),
         *(train_option(name) for name in ("image_column", "label_column", "image_mode", "frames")),
-        Option("allow_shared", False, "go on where images of the split are in another split of the data set, too"),
-        Option("resolution", int, "resize and crop to squares of this side", range=POSITIVE),
-        Option("center_crop", False, "crop the middle instead of a place drawn for each image"),
+        Option(
+            "allow_shared", False, "continue even if images of the split are also in another split of the data set"
+        ),
+        Option("resolution", int, "resize and crop to squares of this size", range=POSITIVE),
+        Option("center_crop", False, "crop the center instead of a position drawn for each image"),
         train_option("cache_dir"),
     ],
     "work": [
-        Option("batch_size", 128, "images at once; no number depends on it", range=POSITIVE),
-        Option("output", "report.json", "report to write; figures go beside it"),
-        Option("num_threads", int, "CPU threads of a process; all cores, shared, if not given", range=POSITIVE),
-        Option("allow_tf32", False, "TF32 matrix products on a GPU; they move bits/dim"),
+        Option("batch_size", 128, "images per batch; no result depends on it", range=POSITIVE),
+        Option("output", "report.json", "report to write; figures are written next to it"),
+        Option("num_threads", int, "CPU threads per process; defaults to an equal share of the cores", range=POSITIVE),
+        Option("allow_tf32", False, "use TF32 matrix products on a GPU, which change bits/dim"),
     ],
 }
 DIGITS_SPLIT = re.compile(r"(train|test)(?:\[(\d*):(\d*)\])?")
-# options that only one method has
+# options of a single method
 METHOD_OF = {
     "target_stderr": "mc", "max_samples": "mc", "importance_sampling": "mc",
     "convention": "vlb", "best_steps": "vlb", "timesteps": "vlb",
@@ -68,13 +76,13 @@ METHOD_OF = {
 
 
 def parse_options(description: str, arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line, checked; wrong arguments end the program before any work starts."""
+    """Parses and checks the command line; exits on invalid arguments before any work starts."""
     parser = option_parser("%(prog)s --model MODEL [options], see --help", description, OPTIONS)
     add = parser.add_argument
     add(
         "--resume",
         action=argparse.BooleanOptionalAction,
-        help="go on with what an interrupted run of the same command left, or throw it away; refused if not given",
+        help="continue an interrupted run of the same command, or discard its results; an error if not given",
     )
     add("--table", type=int, nargs="+", metavar="T", help="also estimate the bound at each of these T, and at ∞")
     add("--best_steps", type=int, nargs="+", metavar="T", help="vlb: also find the T timesteps with the best bound")
@@ -86,12 +94,12 @@ def parse_options(description: str, arguments: list[str] | None = None) -> argpa
         check_ranges(args, OPTIONS)
         for name, method in METHOD_OF.items():
             if getattr(args, name) != parser.get_default(name) and args.method != method:
-                raise ValueError(f"--{name} goes with --method {method}, not with {args.method}")
+                raise ValueError(f"--{name} needs --method {method}, got --method {args.method}")
         if args.method == "vlb" and args.num_samples is not None:
-            raise ValueError("--num_samples goes with --method mc and ode, not with vlb, which works out all terms")
+            raise ValueError("--num_samples needs --method mc or ode; vlb computes all terms")
         if args.method == "ode" and args.num_steps is not None:
             raise ValueError(
-                "--num_steps goes with mc and vlb; the ODE takes the steps that --rtol and --atol ask for"
+                "--num_steps needs --method mc or vlb; the steps of the ODE follow from --rtol and --atol"
             )
         if args.timesteps and args.num_steps is not None:
             raise ValueError("give --num_steps or --timesteps, not both")
@@ -103,10 +111,10 @@ def parse_options(description: str, arguments: list[str] | None = None) -> argpa
                    "frames")  # fmt: skip
         for name in ignored if not (args.dataset_name or args.data_dir) else ():
             if getattr(args, name):
-                raise ValueError(f"--{name} is of a data set; name one by --dataset_name or --data_dir")
+                raise ValueError(f"--{name} needs a data set; set --dataset_name or --data_dir")
         if not (args.dataset_name or args.data_dir) and not DIGITS_SPLIT.fullmatch(args.split):
             raise ValueError(
-                f"--split of the digits must be train or test, slices allowed: test[:50]; got {args.split!r}"
+                f"--split of the digits must be train, test or a slice such as test[:50], got {args.split!r}"
             )
         if args.dataset_name and args.data_dir:
             raise ValueError("give --dataset_name or --data_dir, not both")
@@ -124,7 +132,7 @@ def parse_options(description: str, arguments: list[str] | None = None) -> argpa
 
 
 def load_model(name: str):
-    """(network, scheduler, number of levels, which weights they are, names of the classes) of a saved pipeline."""
+    """Loads a saved pipeline: (network, scheduler, number of levels, description of the weights, class names)."""
     from diffusers import DiffusionPipeline
 
     from .. import VDMPipeline
@@ -134,15 +142,15 @@ def load_model(name: str):
         index = VDMPipeline.load_config(name)
     except (OSError, ValueError) as error:
         raise SystemExit(
-            f"--model {name} is no folder with a model_index.json and no repository that can be read: {error}"
+            f"--model must be a folder with a model_index.json or a readable repository, got {name}: {error}"
         ) from error
     if any(part in index for part in ("vae", "vqvae", "movq", "prior")):
         raise SystemExit(
-            f"{name} works on latents of an autoencoder: they are real numbers, not 8-bit pixels, so that no "
-            "likelihood of images in bits/dim can be read off it"
+            f"--model must work on pixels, got {name}, which works on latents of an autoencoder: these are real "
+            "numbers, so they do not give the likelihood of 8-bit pixels in bits/dim"
         )
     if "unet" not in index or "scheduler" not in index:
-        raise SystemExit(f"{name} is a {index.get('_class_name')}, without a unet and a scheduler")
+        raise SystemExit(f"--model must have a unet and a scheduler, got {name}, a {index.get('_class_name')}")
     cls = VDMPipeline if index["_class_name"] == "VDMPipeline" else DiffusionPipeline
     pipe = cls.from_pretrained(name)
     weights, class_names, run = "as saved in the pipeline", None, read_description(name)
@@ -160,7 +168,7 @@ def load_data(
     class_names: list[str] | None,
     progress_bar: bool,
 ):
-    """The images to measure, with classes if the model has `num_classes` of them, which may have names."""
+    """Loads the images to measure, with their classes if the model has `num_classes`, named `class_names` if known."""
     from ..data.image_sources import shared_with_other_splits
     from ..data.images import load_images
 
@@ -181,20 +189,22 @@ def load_data(
                 found = shared_with_other_splits(path, args.split, progress_bar=progress_bar, **same)
                 if found:
                     raise ValueError(
-                        f"images of {data.name} are in other splits of the data set, too: {found}. If the model was "
-                        "trained on those, this is no held-out number; set --allow_shared to measure it all the same"
+                        f"images of {data.name} are also in other splits of the data set: {found}. If the model was "
+                        "trained on those, the result is not held out; set --allow_shared to measure it anyway"
                     )
         except (ValueError, OSError) as error:
-            hint = " Set --split, slices allowed: 'train[:1000]'." if "nknown split" in str(error) else ""
+            hint = " Set --split, slices are allowed: 'train[:1000]'." if "nknown split" in str(error) else ""
             raise SystemExit(f"the data: {error}{hint}") from error
     if data.num_levels != num_levels:
-        raise SystemExit(f"the model is of data with {num_levels} levels, {data.name} has {data.num_levels}")
+        raise SystemExit(
+            f"the data must have the {num_levels} levels of the model, but {data.name} has {data.num_levels}"
+        )
     if num_classes is not None and data.labels is not None:
         check_classes(data, num_classes, class_names)
         if not class_names and data.class_names and progress_bar:
-            print("classes by their numbers, as the model records no names:", ", ".join(data.class_names))
+            print("the model has no class names, so classes are compared by index:", ", ".join(data.class_names))
     if num_classes is not None and data.labels is None and progress_bar:
-        print(f"{data.name} has no classes: this model, which has {num_classes}, is measured without them")
+        print(f"{data.name} has no classes: this model with {num_classes} classes is measured without them")
     return data
 
 
@@ -205,7 +215,7 @@ def digits_of(split: str):
     train, test = load_digits_split()
     found = DIGITS_SPLIT.fullmatch(split)
     if found is None:
-        raise ValueError(f"split of the digits must be train or test, slices allowed: test[:50]; got {split!r}.")
+        raise ValueError(f"split of the digits must be train, test or a slice such as test[:50], got {split!r}.")
     name, start, stop = found.groups()
     data = test if name == "test" else train
     if not (start or stop):
@@ -216,17 +226,17 @@ def digits_of(split: str):
 
 
 def check_classes(data, num_classes: int, class_names: list[str] | None) -> None:
-    """`SystemExit` unless a label of the data stands for the class that the model knows by this number."""
+    """Raises `SystemExit` unless labels have the same meaning in the data and in the model."""
     highest = int(data.labels.max())
     if highest >= num_classes:
         raise SystemExit(
             f"the model has {num_classes} classes, and {data.name} has images of class {highest}, which it does not "
-            "know. Leave these images out, or measure without classes by --label_column ''"
+            "know. Remove these images, or measure without classes by --label_column ''"
         )
     if class_names and data.class_names and list(class_names) != list(data.class_names):
         raise SystemExit(
             f"the model was trained with the classes {list(class_names)}, and {data.name} has "
-            f"{list(data.class_names)}: a label would stand for another class. Use the same names, or measure "
+            f"{list(data.class_names)}: a label would mean another class. Use the same names, or measure "
             "without classes by --label_column ''"
         )
     names = data.class_names or ()
@@ -235,6 +245,6 @@ def check_classes(data, num_classes: int, class_names: list[str] | None) -> None
     if not class_names and names and (len(names) != num_classes or misleading):
         raise SystemExit(
             f"the model has {num_classes} classes, and {data.name} has {len(data.class_names)} "
-            f"({', '.join(data.class_names[:10])}, …): their numbers need not mean the same. Measure without classes "
+            f"({', '.join(data.class_names[:10])}, …): their indices may have other meanings. Measure without classes "
             "by --label_column ''"
         )

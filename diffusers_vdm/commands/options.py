@@ -1,4 +1,4 @@
-"""What the command lines of train.py and evaluate.py share: tables of options, their checks, what names images."""
+"""Shared by the command lines of train.py and evaluate.py: option tables, checks, and arguments for images."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Iterable
 
 from ..training.options import POSITIVE, Option
 
-# other names of options: train.py and evaluate.py each take the other's name for a folder of images
+# aliases: train.py and evaluate.py each accept the other's name for a folder of images
 ALIASES = {"train_data_dir": "data_dir", "data_dir": "train_data_dir"}
 
 
 def add_options(parser: argparse.ArgumentParser, groups: dict[str, list[Option]]) -> None:
-    """One argument for each row of a table."""
+    """Adds one argument for each row."""
     for group, rows in groups.items():
         section = parser.add_argument_group(group)
         for row in rows:
@@ -46,9 +46,9 @@ def option_parser(usage: str, description: str, groups: dict[str, list[Option]])
 
 
 def image_arguments(args: argparse.Namespace, folder: str | None, classes: bool) -> dict:
-    """The arguments of `load_images` and `ImageStream`; `folder` is one of image files, if it is given.
+    """The arguments of `load_images` and `ImageStream`; `folder` is the folder of image files, if any.
 
-    Without the need for `classes` no column is looked for: a data set may have several of them.
+    Without `classes`, no label column is searched for, because a data set may have several.
     """
     names = ("resolution", "center_crop", "image_mode", "image_column", "frames", "allow_shared", "cache_dir", "seed")
     return {name: getattr(args, name) for name in names} | {
@@ -63,12 +63,12 @@ def check_choice(name: str, value: str | None, known: Iterable[str]) -> None:
         close = difflib.get_close_matches(value, list(known), n=1)
         raise ValueError(
             f"--{name} {value!r} is unknown; "
-            + (f"did you mean {close[0]!r}?" if close else f"there are {sorted(known)}")
+            + (f"did you mean {close[0]!r}?" if close else f"choose from {sorted(known)}")
         )
 
 
 def check_ranges(args: argparse.Namespace, groups: dict[str, list[Option]]) -> None:
-    """`ValueError` for an option that is outside of its range."""
+    """Raises `ValueError` for an option outside its range."""
     for row in (row for rows in groups.values() for row in rows):
         if row.range is None:
             continue

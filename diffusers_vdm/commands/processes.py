@@ -1,4 +1,4 @@
-"""As many processes as were asked for, or none; the threads of each; and one run at a time in a place."""
+"""Check the number of processes, set their threads, and allow one run at a time per output."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_HELD = []  # of [`hold_process_group`]
+_HELD = []  # the reference of [`hold_process_group`]
 
 
 def check_processes(accelerator) -> None:
-    """`SystemExit` where a launcher started independent copies, or silently fewer processes than it was asked for."""
+    """Raises `SystemExit` if a launcher started independent copies, or fewer processes than requested."""
     world, advice = accelerator.num_processes, "set ACCELERATE_USE_CPU=1 and launch with --multi_gpu --num_processes N"
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != world:
         raise SystemExit(
-            f"{launched} processes were launched, but each would run alone and write into one folder; on a CPU, "
+            f"{launched} processes were launched, but each is independent and writes into the same folder; on a CPU, "
             f"{advice}"
         )
-    asked = asked_of_the_launcher()
-    if asked is not None and asked != world:
-        raise SystemExit(f"--num_processes {asked}, but accelerate started {world}; on a CPU, {advice}")
+    requested = requested_processes()
+    if requested is not None and requested != world:
+        raise SystemExit(f"--num_processes {requested}, but accelerate started {world}; on a CPU, {advice}")
 
 
 def hold_process_group() -> None:
-    """Keeps the processes' group until the program ends; without it a run may hang at its very end.
+    """Keeps a reference to the process group until the program exits; otherwise a run may hang at its end.
 
-    Where DDP's reducer is the last to let go of a gloo group, it waits for the group's threads with Python's lock in
-    its hand, which such a thread may need to let go of its last tensors (torch 2.13). Python's own handle does not.
+    If DDP's reducer releases the last reference to a gloo group, it waits for the group's threads while it holds the
+    GIL, which a thread may need to release its last tensors (torch 2.13). A Python reference does not hold the GIL.
     """
     import torch
 
@@ -42,25 +42,25 @@ def hold_process_group() -> None:
 
 
 def _release() -> None:
-    gc.collect()  # of a reducer in a cycle
+    gc.collect()  # frees a reducer that is in a reference cycle
     _HELD.clear()
 
 
-def asked_of_the_launcher() -> int | None:
-    """The --num_processes of the `accelerate launch` that started this process, as its command line has it."""
-    import psutil  # of accelerate
+def requested_processes() -> int | None:
+    """The --num_processes of the `accelerate launch` that started this process, from its command line."""
+    import psutil  # a dependency of accelerate
 
     try:
         parent = psutil.Process().parent()
         command = parent.cmdline() if parent is not None else []
-    except psutil.Error:  # no parent that may be looked at
+    except psutil.Error:  # the parent is gone or not accessible
         return None
     if not any("accelerate" in part for part in command[:4]):
         return None
     for part, following in zip(command, [*command[1:], ""], strict=True):
         is_script = part.endswith(".py") and "accelerate" not in part
         if is_script or (part in ("-m", "--module") and not following.startswith("accelerate")):
-            break  # what follows is ours
+            break  # the remaining arguments are those of our script
         name, _, value = part.partition("=")
         if name in ("--num_processes", "--num-processes"):
             number = value or following
@@ -69,30 +69,30 @@ def asked_of_the_launcher() -> int | None:
 
 
 def check_sharding(accelerator) -> None:
-    """`SystemExit` for kinds of sharding that train.py does not know; FSDP2 is made to compute what DDP does."""
+    """Raises `SystemExit` for kinds of sharding that are not supported; sets up FSDP2 to compute the same as DDP."""
     kind = accelerator.distributed_type.value
     if kind in ("DEEPSPEED", "MEGATRON_LM", "TP") or (kind == "FSDP" and not accelerator.is_fsdp2):
         what = "version 1 of FSDP" if kind == "FSDP" else kind
         raise SystemExit(
-            f"train.py shards by version 2 of FSDP, got {what}; in the configuration of accelerate set use_fsdp and "
+            f"train.py shards with version 2 of FSDP only, got {what}; in accelerate's configuration set use_fsdp and "
             "fsdp_version: 2 (fsdp_reshard_after_forward: true is ZeRO-3, false is ZeRO-2)"
         )
     for name in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" and kind != name:
-            raise SystemExit(f"{name} was asked for, but accelerate shards on accelerators only and started {kind}")
+            raise SystemExit(f"{name} was requested, but accelerate shards only on accelerators and started {kind}")
     if kind == "FSDP":
         from torch.distributed.fsdp import MixedPrecisionPolicy
 
         plugin = accelerator.state.fsdp_plugin
-        # its own policy would round γ, the times and the noise to half precision; autocast is enough, as for DDP
+        # FSDP's policy would round γ, the times and the noise to half precision; autocast is enough, as for DDP
         plugin.mixed_precision_policy = MixedPrecisionPolicy()
-        plugin.cpu_ram_efficient_loading = False  # every process makes the same weights from the seed
+        plugin.cpu_ram_efficient_loading = False  # every process initializes the same weights from the seed
 
 
 def set_threads(accelerator, num_threads: int | None) -> None:
-    """Set the threads of a process on a CPU to `num_threads`, by default its share of the cores.
+    """Sets the threads of a process on a CPU to `num_threads`, by default its share of the cores.
 
-    `accelerate launch` leaves each of them one thread.
+    `accelerate launch` sets one thread per process.
     """
     import torch
 
@@ -100,8 +100,8 @@ def set_threads(accelerator, num_threads: int | None) -> None:
         torch.set_num_threads(num_threads or max(1, os.cpu_count() // accelerator.num_processes))
 
 
-def _leave_together(accelerator) -> None:
-    """Ends the group of processes before any of them does: one that finds the others gone may abort."""
+def _destroy_process_group(accelerator) -> None:
+    """Destroys the process group before any process exits, because the others could abort then."""
     import torch
 
     if accelerator.num_processes > 1:
@@ -111,10 +111,10 @@ def _leave_together(accelerator) -> None:
 
 @contextmanager
 def only_run(accelerator, lock_file: Path, message: str, check: Callable[[], object]) -> Iterator[None]:
-    """Within the context no other run can enter it with this lock file.
+    """Within the context, no other run can enter it with the same lock file.
 
-    The main process takes the lock and calls `check`. Where another run has the lock, or `check` raises, every process
-    ends: the main one by an error with `message` or by that of `check`, the others without a word.
+    The main process takes the lock and calls `check`. If another run has the lock, or `check` raises, all processes
+    exit: the main one with `message` or the error of `check`, the others silently.
     """
     from accelerate.utils import broadcast_object_list
 
@@ -130,7 +130,7 @@ def only_run(accelerator, lock_file: Path, message: str, check: Callable[[], obj
             except (Exception, SystemExit) as raised:
                 error = raised
         if broadcast_object_list([error is not None])[0]:
-            _leave_together(accelerator)
+            _destroy_process_group(accelerator)
             raise error or SystemExit(1)
         yield
     finally:

@@ -4,10 +4,10 @@
     python examples/sample.py --model user/vdm-cifar10 --num_images 16 --num_inference_steps 1000 --device cuda
     python examples/sample.py --model runs/digits --sampler dpmsolver++ --num_inference_steps 20
     python examples/sample.py --model runs/digits --sampler UniPCMultistepScheduler --num_inference_steps 20
-    python examples/sample.py --model runs/digits --sampler ode --rtol 1e-3         # as many steps as that asks for
+    python examples/sample.py --model runs/digits --sampler ode --rtol 1e-3         # adaptive steps
 
-Writes a grid of the images (and with --images_dir each one as a PNG), and prints a small table. Every image has a
-stream of noise of its own, a function of (seed, index): it does not depend on how many are drawn, nor in what batches.
+Writes a grid of the images (with --images_dir also each one as a PNG), and prints a small table. The noise of an image
+is a function of (seed, index), so it does not depend on the number of images or on the batch size.
 """
 
 from __future__ import annotations
@@ -36,31 +36,35 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         "--sampler",
         help="ancestral, ddim, dpmsolver++, ode (adaptive), or the name of one of diffusers (default: the model's)",
     )
-    parser.add_argument("--rtol", type=float, default=1e-3, help="error of a step of --sampler ode (default: 1e-3)")
-    parser.add_argument("--class_labels", type=int, nargs="+", help="classes, repeated until there are enough")
-    parser.add_argument("--decode", choices=("mode", "sample"), default="mode", help="of p(x | z_0); default: mode")
+    parser.add_argument("--rtol", type=float, default=1e-3, help="tolerance of --sampler ode (default: 1e-3)")
+    parser.add_argument("--class_labels", type=int, nargs="+", help="classes, repeated for all images")
+    parser.add_argument(
+        "--decode", choices=("mode", "sample"), default="mode", help="mode of p(x | z_0), or a sample (default: mode)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="network's")
+    parser.add_argument("--device", help="default: cuda if available, else cpu")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the network"
+    )
     options = parser.parse_args(arguments)
     for name in ("num_images", "batch_size", "num_inference_steps", "rtol"):
         if not 0 < getattr(options, name) < math.inf:
             parser.error(f"--{name} must be positive, got {getattr(options, name)}")
     if min(options.class_labels or [0]) < 0:
-        parser.error(f"--class_labels must be the indices of classes, from 0 on, got {options.class_labels}")
-    # now, and not when all images are drawn
+        parser.error(f"--class_labels must be class indices, starting at 0, got {options.class_labels}")
+    # before the images are drawn
     known, suffix = Image.registered_extensions(), Path(options.output).suffix.lower()
     if known.get(suffix) not in Image.SAVE or Path(options.output).is_dir():
-        parser.error(f"--output must name an image file, as samples.png, got {options.output}")
+        parser.error(f"--output must name an image file, such as samples.png, got {options.output}")
     if options.images_dir and any(
         path.is_file() for path in (Path(options.images_dir), *Path(options.images_dir).parents)
     ):
-        parser.error(f"--images_dir must be a folder or a new one, got {options.images_dir}")
+        parser.error(f"--images_dir must be an existing or new folder, got {options.images_dir}")
     return options
 
 
 def choose_device(name: str | None):
-    """The device by its name; `ValueError` for one that is not there."""
+    """The device with this name; raises `ValueError` if it is not available."""
     import torch
 
     if name is None:
@@ -70,19 +74,19 @@ def choose_device(name: str | None):
         torch.empty(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"--device must be one that is here, as cpu or cuda:0, got {name!r} ({reason})") from error
+        raise ValueError(f"--device must be available, such as cpu or cuda:0, got {name!r} ({reason})") from error
     return device
 
 
 def as_ours(scheduler):
-    """One of ours as it is, and one of diffusers as a table of the same levels."""
+    """Returns our schedulers unchanged; converts one of diffusers to ours, with the same levels."""
     from .. import VDMScheduler
 
     return scheduler if hasattr(scheduler, "noise_schedule") else VDMScheduler.from_diffusers(scheduler)
 
 
 def choose_scheduler(scheduler, sampler: str):
-    """The scheduler of a pipeline for a sampler by name."""
+    """The scheduler for a sampler by name, with the levels of `scheduler`."""
     import diffusers
 
     scheduler = as_ours(scheduler)
@@ -90,12 +94,12 @@ def choose_scheduler(scheduler, sampler: str):
         return type(scheduler).from_config(scheduler.config, algorithm=sampler)
     chosen = getattr(diffusers, sampler, None)
     if chosen is None:
-        raise ValueError(f"--sampler {sampler} is neither ancestral, ddim, dpmsolver++, ode nor a class of diffusers")
+        raise ValueError(f"--sampler must be ancestral, ddim, dpmsolver++, ode or a class of diffusers, got {sampler}")
     return scheduler.to_diffusers(chosen)
 
 
 def solve_ode(pipe, generators: list, labels: list[int] | None, rtol: float, decode: str):
-    """Images by the probability-flow ODE, every one with steps of its own: `(B, C, H, W)` in [0, 1]."""
+    """Samples by the probability-flow ODE, with adaptive steps for each image: `(B, C, H, W)` in [0, 1]."""
     import torch
 
     from .. import diffusion, ode
@@ -173,7 +177,7 @@ def sample(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Samples by the command line, or by `arguments`; `SystemExit` says in one line what is wrong."""
+    """Samples for the command line, or `arguments`; exits with an error message of one line."""
     tolerate_any_encoding()
     options = parse_options(arguments)
     try:

@@ -1,4 +1,4 @@
-"""The images that train.py trains on, and the held-out ones."""
+"""Load the training and the held-out images of train.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .options import image_arguments
 
 
 def load_data(args: argparse.Namespace, progress_bar: bool):
-    """The images to train on and the held-out ones."""
+    """Loads and checks the training and the held-out images."""
     train, test = _load(args, progress_bar)
     _, height, width = train.shape or (0, 0, 0)
     if args.random_rotation and height != width:
@@ -22,15 +22,15 @@ def load_data(args: argparse.Namespace, progress_bar: bool):
 
 
 def check_classes(train, test) -> None:
-    """`ValueError` unless the network will know each class of the held-out images."""
+    """Raises `ValueError` if the held-out images have classes that the network will not know."""
     if train.num_classes is None:
         raise ValueError(
-            f"--class_conditional: {train.name} has no classes; name their column by --label_column, which must be a "
-            f"ClassLabel where it is streamed ({train.files})"
+            f"--class_conditional: {train.name} has no classes; set --label_column to their column, which must be a "
+            f"ClassLabel with --streaming ({train.files})"
         )
     if test.labels is None:
         raise ValueError(
-            f"--class_conditional: {test.name} has no classes; name a split that has by --eval_split ({test.files})"
+            f"--class_conditional: {test.name} has no classes; set --eval_split to a split with classes ({test.files})"
         )
     names = test.class_names or train.class_names or {}
     held_out = set(test.labels.tolist())
@@ -40,13 +40,13 @@ def check_classes(train, test) -> None:
     ]
     if unknown or (train.class_names and test.class_names and train.class_names != test.class_names):
         raise ValueError(
-            f"--class_conditional: {test.name} has classes that {train.name} has not: "
-            f"{', '.join(unknown) or test.class_names}; leave their images out, or name another --eval_split"
+            f"--class_conditional: {test.name} has classes that {train.name} does not have: "
+            f"{', '.join(unknown) or test.class_names}; remove their images, or set another --eval_split"
         )
 
 
 def check_shared(train, test) -> None:
-    """`ValueError` where a held-out image is a training image, by its place in the data set or by its pixels."""
+    """Raises `ValueError` if a held-out image is a training image, by its place in the data set or by its pixels."""
     from ..data.image_sources import overlap
     from ..data.images import ImageSet, count_shared
 
@@ -56,7 +56,7 @@ def check_shared(train, test) -> None:
     if shared:
         raise ValueError(
             f"{'all' if shared == math.inf else shared} of the held-out images, {test.name}, are among the training "
-            f"images, {train.name}: their bits/dim would not be held out. Name other splits, or set --allow_shared"
+            f"images, {train.name}: their bits/dim would not be held out. Use other splits, or set --allow_shared"
         )
 
 
@@ -89,13 +89,11 @@ def _load(args: argparse.Namespace, progress_bar: bool):
     except ValueError as error:
         if "nknown split" not in str(error):
             raise
-        slices = "" if args.streaming else ", slices allowed: 'train[1000:]' and 'train[:1000]'"
+        slices = "" if args.streaming else ", slices are allowed: 'train[1000:]' and 'train[:1000]'"
         raise ValueError(f"{str(error).rstrip('.')}; set --train_split and --eval_split{slices}") from error
     counts = [count for count in (held_out.num_images, args.max_eval_images) if count]
     if not counts:
-        raise ValueError(f"--max_eval_images must say how many of {held_out.name} to take: nobody declared its number")
+        raise ValueError(f"--max_eval_images must be set, because the number of images of {held_out.name} is unknown")
     if not stream.num_images and (args.num_epochs or args.save_images_epochs or args.save_model_epochs):
-        raise ValueError(
-            f"--num_train_images must give the length of an epoch of {stream.name}, which does not declare it"
-        )
+        raise ValueError(f"--num_train_images must be set, because the length of an epoch of {stream.name} is unknown")
     return stream, held_out.take(min(counts))

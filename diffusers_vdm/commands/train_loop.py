@@ -1,4 +1,4 @@
-"""A training run from its options to its end: the loop, and what is due after each step."""
+"""The training loop, and what is due after each step: evaluations, samples, checkpoints and uploads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .train_report import draw, evaluation_metrics, finish, is_finished, plan, r
 
 @contextmanager
 def errors_in_one_line():
-    """Ends the program with one line, and no traceback, for errors in files and arguments."""
+    """Exits with a message of one line, and no traceback, for errors in files and arguments."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -32,7 +32,7 @@ def errors_in_one_line():
 
 
 def set_up(args: argparse.Namespace):
-    """The accelerator, with as many processes as were launched, and the threads of each."""
+    """The accelerator, after checks of its processes; also sets their threads."""
     from accelerate import Accelerator
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
@@ -50,9 +50,9 @@ def set_up(args: argparse.Namespace):
 
 
 def train(args: argparse.Namespace) -> None:
-    """All processes of a run; nothing in its folder is read or written before no other run can."""
+    """Trains on all processes; nothing in the output folder is read or written before the lock is taken."""
     accelerator = set_up(args)
-    taken = f"another run is writing --output_dir {args.output_dir}; wait for its end, or name another folder"
+    taken = f"another run is writing to --output_dir {args.output_dir}; wait for its end, or use another folder"
     lock = only_run(accelerator, Path(args.output_dir) / ".lock", taken, lambda: check_output_dir(args))
     with errors_in_one_line(), nullcontext() if args.dry_run else lock:
         run_training(args, accelerator)
@@ -76,13 +76,13 @@ def run_training(args: argparse.Namespace, accelerator) -> None:
     if args.resume_from_checkpoint:
         run.resume()
     if run.step > run.total:
-        raise ValueError(f"the checkpoint is at step {run.step}, past the {run.total} that are asked for")
+        raise ValueError(f"the checkpoint is at step {run.step}, past the {run.total} requested steps")
     if run.step == run.total and is_finished(out, run.total):
-        accelerator.print(f"nothing to do: {out} is finished, all {run.total} steps and what is due then")
+        accelerator.print(f"nothing to do: {out} is finished, with all {run.total} steps and results")
         sharing.push("trained")
         return sharing.wait()
     if is_main:
-        if run.step == 0:  # --overwrite_output_dir: nothing of the other run may be taken for this one's
+        if run.step == 0:  # with --overwrite_output_dir, no file of the other run may remain
             checkpoints.remove_checkpoints(out)
             remove_results(out)
         run.description().save(out)
@@ -95,8 +95,8 @@ def run_training(args: argparse.Namespace, accelerator) -> None:
         try:
             with tqdm(**bar) as bar:
                 finished = loop(run, test, stop, bar, sharing)
-        except Stopped:  # within work that can be thrown away, before the next step
-            if not run.is_sharded:  # whose parts would have to be gathered by all, who stopped in different places
+        except Stopped:  # during work that can be discarded, before the next step
+            if not run.is_sharded:  # saving would need all processes, which stopped in different places
                 run.save()
             finished = False
         if finished:
@@ -105,13 +105,13 @@ def run_training(args: argparse.Namespace, accelerator) -> None:
             sharing.stop()
             raise ValueError(
                 f"{stop.error or 'another process could not read its images'}\nthe {run.step} steps before it are "
-                "saved; the same command with --resume_from_checkpoint latest goes on, and --skip_damaged N leaves "
-                "up to N damaged images out"
+                "saved; to resume, repeat the command with --resume_from_checkpoint latest, and --skip_damaged N to "
+                "skip up to N damaged images"
             )
         else:
             accelerator.print(
-                f"\nstopped by {stop.signal} after step {run.step} of {run.total}, which is saved; the same "
-                "command with --resume_from_checkpoint latest goes on"
+                f"\nstopped by {stop.signal} after step {run.step} of {run.total}, which is saved; to resume, "
+                "repeat the command with --resume_from_checkpoint latest"
             )
             sharing.stop()
     if finished:
@@ -119,9 +119,9 @@ def run_training(args: argparse.Namespace, accelerator) -> None:
 
 
 def loop(run: Run, test, stop, bar, sharing: Sharing) -> bool:
-    """All steps, and what is due after each; whether it came to the end.
+    """Runs all steps and what is due after each; returns whether it reached the end.
 
-    What is due at a step comes after its checkpoint and changes nothing in it: a run that goes on there does it again.
+    What is due at a step comes after its checkpoint and does not change it, so a run resumed there repeats it.
     """
     args, accelerator, is_main = run.args, run.accelerator, run.accelerator.is_main_process
     epoch = math.ceil((run.num_images or 0) / run.global_rows)
@@ -134,9 +134,9 @@ def loop(run: Run, test, stop, bar, sharing: Sharing) -> bool:
             "images": not at_end and is_due(run.step, args.save_images_epochs and args.save_images_epochs * epoch),
             "pipeline": at_end or is_due(run.step, args.save_model_epochs and args.save_model_epochs * epoch),
         }
-        # what several processes work on together may be ended in the midst, where they cannot agree on more
-        together = accelerator.num_processes > 1 and (due["evaluation"] or due["images"])
-        saves = at_end or together or is_due(run.step, args.checkpointing_steps)
+        # save before work of several processes: if it is interrupted, they cannot agree on saving
+        is_collective = accelerator.num_processes > 1 and (due["evaluation"] or due["images"])
+        saves = at_end or is_collective or is_due(run.step, args.checkpointing_steps)
         due["checkpoint"] = new and saves and args.checkpointing_steps > 0
         due["upload"] = sharing.is_due(due["checkpoint"], at_end)
         due["pipeline"] = due["pipeline"] or due["upload"]
@@ -154,10 +154,10 @@ def loop(run: Run, test, stop, bar, sharing: Sharing) -> bool:
         if due["checkpoint"] or (stopping and new):
             run.save()
         if stopping:
-            accelerator.wait_for_everyone()  # a launcher may end the rest with the first of them
+            accelerator.wait_for_everyone()  # a launcher may kill the others when the first one exits
             accelerator.end_training()
             return False
-        if due["log"] or accelerator.device.type == "cpu":  # elsewhere to look at it would be to wait for it
+        if due["log"] or accelerator.device.type == "cpu":  # on other devices, this synchronizes
             run.check_finite()
 
         metrics, results = {}, []

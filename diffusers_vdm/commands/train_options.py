@@ -1,4 +1,4 @@
-"""The options of train.py: what they mean, which do not go together, and the data and the network that they name."""
+"""The options of train.py: presets, checks, and the network and noise schedule that they define."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ _DDPM = {"objective": "ddpm", "adam_beta2": 0.999, "adam_weight_decay": 0.0, "ra
          "lr_warmup_steps": 5000}  # fmt: skip
 _LONG = {"train_batch_size": 128, "lr_scheduler": "constant_with_warmup", "checkpointing_steps": 10_000,
          "eval_steps": 10_000}  # fmt: skip
-# what a preset says of training; its network is in diffusers_vdm.UNET_PRESETS. Steps, batch and rates of cifar10 are
-# those of google-research/vdm, of ddpm-cifar10 those of the DDPM paper, app. B (its LSUN and CelebA-HQ: ddpm-ffhq128)
+# training options of the presets; their networks are in diffusers_vdm.UNET_PRESETS. Steps, batch size and learning
+# rate are from google-research/vdm for cifar10, and from the DDPM paper, app. B, for ddpm-cifar10 and ddpm-ffhq128
+# (there: LSUN and CelebA-HQ)
 PRESETS: dict[str, dict] = {
     "cifar10": _LONG | {"max_train_steps": 10_000_000},
     "cifar10-aug": _LONG | {"max_train_steps": 10_000_000, "random_flip": True, "random_rotation": True},
@@ -26,7 +27,7 @@ PRESETS: dict[str, dict] = {
     "ddpm-ffhq128": _LONG | _DDPM | {"max_train_steps": 500_000, "train_batch_size": 64, "learning_rate": 2e-5,
                                      "resolution": 128},
 }  # fmt: skip
-# the images that a preset is named after, where there is one place for them; else a run must name them itself
+# data sets of the presets, if there is one public source; otherwise the run must specify the data
 _CIFAR10 = {"dataset_name": "uoft-cs/cifar10", "image_column": "img", "label_column": "label", "train_split": "train",
             "eval_split": "test"}  # fmt: skip
 PRESET_DATA: dict[str, dict[str, str]] = {
@@ -36,7 +37,7 @@ PRESET_DATA: dict[str, dict[str, str]] = {
 
 
 def parse_options(description: str, arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line, checked; wrong arguments end the program before any work starts."""
+    """Parses and checks the command line; exits on invalid arguments before any work starts."""
     parser = option_parser("%(prog)s [options], see --help", description, TRAIN_OPTIONS)
     given = parser.parse_args(arguments)
     preset, data = PRESETS.get(given.preset, {}), PRESET_DATA.get(given.preset, {})
@@ -44,7 +45,7 @@ def parse_options(description: str, arguments: list[str] | None = None) -> argpa
         preset = preset | data
     parser.set_defaults(**{k: v for k, v in preset.items() if not (k == "max_train_steps" and given.num_epochs)})
     options = parser.parse_args(arguments)
-    # for those who run it again, beside the preset: what was said on the command line
+    # for the model card: options that were set on the command line, in addition to the preset
     options.given = sorted(k for k, v in vars(options).items() if v != parser.get_default(k))
     try:
         check_options(options)
@@ -54,25 +55,25 @@ def parse_options(description: str, arguments: list[str] | None = None) -> argpa
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Checks all that can be checked before any work starts; fills in what depends on other options."""
+    """Checks everything that can be checked before any work starts; fills in defaults that depend on other options."""
     from diffusers.optimization import SchedulerType
 
     from .. import UNET_PRESETS
     from ..training.checkpoints import check_allowed
 
     args.digits = args.dataset_name is None and args.train_data_dir is None
-    of_a_data_set = ("resolution", "image_mode", "image_column", "label_column", "streaming", "num_train_images",
+    data_set_options = ("resolution", "image_mode", "image_column", "label_column", "streaming", "num_train_images",
                      "frames", "skip_damaged")  # fmt: skip
     if args.digits and args.preset in PRESET_DATA:
         raise ValueError(
-            f"--preset {args.preset} is a network for other images than the bundled digits; name them by "
-            "--dataset_name or --train_data_dir"
+            f"--preset {args.preset} is a network for other images than the bundled digits; set --dataset_name or "
+            "--train_data_dir"
         )
-    ignored = [name for name in of_a_data_set if args.digits and getattr(args, name)]
+    ignored = [name for name in data_set_options if args.digits and getattr(args, name)]
     if ignored:
-        raise ValueError(f"--{ignored[0]} is of a data set; name one by --dataset_name or --train_data_dir")
+        raise ValueError(f"--{ignored[0]} needs a data set; set --dataset_name or --train_data_dir")
     if args.schedule == "linear_beta" and args.gamma_min is not None:
-        raise ValueError("--gamma_min is not of --schedule linear_beta, whose ends come from its betas")
+        raise ValueError("--gamma_min cannot be used with --schedule linear_beta, whose ends come from its betas")
     args.schedule = args.schedule or ("learned" if args.objective == "vdm" else "linear_beta")
     args.gamma_min = (-7.5 if args.digits else -13.3) if args.gamma_min is None else args.gamma_min
     args.learning_rate = (4e-3 if args.digits else 2e-4) if args.learning_rate is None else args.learning_rate
@@ -89,11 +90,10 @@ def check_options(args: argparse.Namespace) -> None:
         (args.max_train_steps and args.num_epochs, "give --max_train_steps or --num_epochs, not both"),
         (args.objective == "ddpm" and args.schedule.startswith("learned"), "--objective ddpm cannot train γ: its "
          "minimizer is one γ for all t; use --schedule linear_beta or fixed_linear"),
-        (args.objective == "ddpm" and args.importance_sampling, "--importance_sampling is of the bound alone"),
+        (args.objective == "ddpm" and args.importance_sampling, "--importance_sampling needs --objective vdm"),
         (args.resume_from_checkpoint == "last-checkpoint" and not args.push_to_hub, "--resume_from_checkpoint "
          "last-checkpoint looks for it on the Hub; add --push_to_hub, with --hub_strategy checkpoint"),
-        (args.objective == "ddpm" and args.num_timesteps, "--num_timesteps is of the bound; --objective ddpm has "
-         "none"),
+        (args.objective == "ddpm" and args.num_timesteps, "--num_timesteps needs --objective vdm"),
         (not args.gamma_min < args.gamma_max, f"--gamma_min {args.gamma_min} must be below --gamma_max "
          f"{args.gamma_max}"),
     ):  # fmt: skip
@@ -118,7 +118,7 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 def check_output_dir(args: argparse.Namespace) -> None:
-    """`ValueError` for a folder of another run, unless it may be replaced; no other run may be writing into it."""
+    """Raises `ValueError` for a folder of another run, unless it may be replaced; call it with the lock held."""
     folder = Path(args.output_dir)
     own = args.resume_from_checkpoint and (
         args.resume_from_checkpoint in ("latest", "last-checkpoint")
@@ -128,12 +128,12 @@ def check_output_dir(args: argparse.Namespace) -> None:
     if holds and not (args.overwrite_output_dir or own):
         raise ValueError(
             f"--output_dir {folder} holds another run; continue it with --resume_from_checkpoint latest, replace it "
-            "with --overwrite_output_dir, or name another folder"
+            "with --overwrite_output_dir, or use another folder"
         )
 
 
 def build(args: argparse.Namespace, data):
-    """The network and γ(t)."""
+    """Builds the network and γ(t)."""
     from .. import noise_schedules as S
     from ..unet import VDMUNet2DModel, unet_preset
 
@@ -142,12 +142,12 @@ def build(args: argparse.Namespace, data):
     config: dict[str, Any] = unet_preset(args.preset) if args.preset else dict(loaded)
     config |= {"in_channels": channels, "out_channels": channels}
     config["sample_size"] = size[0] if size[0] == size[1] else size
-    if args.preset and config.get("fourier_exponents"):  # the paper's 6 and 7, where there are 256 levels
+    if args.preset and config.get("fourier_exponents"):  # 6 and 7 for 256 levels, as in the paper
         config["fourier_exponents"] = [math.log2(data.num_levels) - 2, math.log2(data.num_levels) - 1]
     args.dropout = config["dropout"] = config.get("dropout", 0.0) if args.dropout is None else args.dropout
     if args.class_conditional:
         config |= {"num_class_embeds": data.num_classes, "null_class": True}
-    # `from_config` would take a preset for a config of diffusers, which starts otherwise where it does not say how
+    # `from_config` would take a preset for a config of diffusers, which has another default initialization
     unet: Any = VDMUNet2DModel(**config) if args.preset else VDMUNet2DModel.from_config(config)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()

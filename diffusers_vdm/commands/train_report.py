@@ -1,4 +1,4 @@
-"""What train.py reports: the plan, the numbers, samples and pictures."""
+"""The output of train.py: the plan, the results, samples and figures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..training.run import Plan
 
 
 def plan(run, test) -> Plan:
-    """What will be trained, on what, and what it costs."""
+    """Describes what will be trained, on which data, and at what cost."""
     from ..data.images import ImageSet, count_shared, histogram_bpd
     from ..training.cost import matmul_flops_per_second, training_cost
     from ..training.description import HeldOutDescription
@@ -34,29 +34,30 @@ def plan(run, test) -> Plan:
         untrained = sorted(set(test.labels.tolist()) - set(data.labels.tolist()))
     steps_of_bound = f"T = {args.num_timesteps}" if args.num_timesteps else "continuous time"
     lines = {
-        "data": f"{data.name}: {images or 'unknown many'} images of {data.shape}; held out, {test.name}: {len(test)}"
+        "data": f"{data.name}: {images or 'an unknown number of'} images of {data.shape}; "
+        f"held out, {test.name}: {len(test)}"
         + (f", of which {shared} ARE AMONG THE TRAINING IMAGES" if shared else "")
-        + ("" if isinstance(data, ImageSet) else "; NOT COMPARED with the training images, a stream"),
+        + ("" if isinstance(data, ImageSet) else "; NOT COMPARED with the training images, which are streamed"),
         **{f"files{'' if part is data else ', held out'}": part.files for part in (data, test) if part.files},
         **({"columns": columns_of(data)} if data.image_column else {}),
         "network": f"{type(run.unet).__name__}, {cost.num_parameters:,} parameters, predicts {args.prediction_type}",
         "noise schedule": f"{type(schedule).__name__}, {schedule.describe()}",
         "objective": {"vdm": "variational bound, ", "ddpm": "unweighted squared error"}[args.objective]
         + ("" if args.objective == "ddpm" else steps_of_bound)
-        + (", t drawn where the loss is large" if args.importance_sampling else ""),
+        + (", t drawn more often where the loss is large" if args.importance_sampling else ""),
         "batch": f"{run.global_rows} = {world} × {args.train_batch_size} × {args.gradient_accumulation_steps} "
-        "(processes × batch × accumulation)" + (f", {images / run.global_rows:.1f} steps an epoch" if images else ""),
+        "(processes × batch × accumulation)" + (f", {images / run.global_rows:.1f} steps per epoch" if images else ""),
         "steps": f"{run.total}"
         + (f", or {run.total * run.global_rows / images:.1f} epochs" if images else "")
         + f"; {args.lr_scheduler} from "
         f"{args.learning_rate:g}; averages {args.ema_decays or 'none'}",
-        "FLOPs": f"{cost.flops_per_image * run.global_rows:.3g} a step; matrix products here in {dtype}: "
-        f"{flops_per_second:.3g} a second, so {hours:.3g} h at least",
-        "memory": f"about {cost.memory_bytes(args.train_batch_size) / 2**30:.2f} GiB a process, "
-        f"{cost.fixed_bytes / 2**30:.2f} of them for weights, gradients, moments and averages",
+        "FLOPs": f"{cost.flops_per_image * run.global_rows:.3g} per step; matrix products here in {dtype}: "
+        f"{flops_per_second:.3g} per second, so at least {hours:.3g} h",
+        "memory": f"about {cost.memory_bytes(args.train_batch_size) / 2**30:.2f} GiB per process, "
+        f"{cost.fixed_bytes / 2**30:.2f} of it for weights, gradients, moments and averages",
     }
     if untrained:
-        lines["classes"] = f"held-out images are of the classes {untrained}, OF WHICH THERE IS NO TRAINING IMAGE"
+        lines["classes"] = f"held-out images have the classes {untrained}, WHICH HAVE NO TRAINING IMAGES"
     if histogram is not None:
         lines["baseline"] = f"histogram of each training pixel: {histogram:.4f} bits/dim held out"
     text = "\n".join(f"{name + ':':<16}{line}" for name, line in lines.items())
@@ -64,13 +65,13 @@ def plan(run, test) -> Plan:
 
 
 def columns_of(data) -> str:
-    """The columns of a data set that are read."""
+    """Describes the columns that are read."""
     classes = "no classes" if data.label_column is None else f"classes {data.label_column!r} ({data.num_classes})"
     return f"images {data.image_column!r}, {classes}"
 
 
 def evaluation_metrics(results: list, decays: Sequence[float | None], is_conditional: bool) -> dict:
-    """The numbers of an evaluation, with all that bits/dim must be quoted with; of other averages only the bound."""
+    """The results of an evaluation, with everything needed to quote them; for other averages only the bound."""
     from ..training.metrics import LineOfEvaluation
 
     errors = [None if math.isnan(result.stderr_bpd) else result.stderr_bpd for result in results]
@@ -91,7 +92,7 @@ def evaluation_metrics(results: list, decays: Sequence[float | None], is_conditi
 
 
 def is_finished(out: Path, total: int) -> bool:
-    """Whether all that is due at the last step is there."""
+    """Whether the results of the last step exist."""
     from ..training.metrics import read_metrics
 
     lines = read_metrics(out / "metrics.jsonl")
@@ -101,7 +102,7 @@ def is_finished(out: Path, total: int) -> bool:
 
 
 def remove_results(out: Path) -> None:
-    """What another run left in the folder: pipelines and pictures, by their names."""
+    """Removes the pipelines and figures that another run left in the folder, by their names."""
     from ..repository import INDEX
     from ..sharing.uploads import PICTURES, components_in
 
@@ -115,7 +116,7 @@ def remove_results(out: Path) -> None:
 
 
 def make_pipeline(run):
-    """The pipeline of the weights as they are."""
+    """The pipeline with the current weights."""
     from .. import LinearBetaScheduler, VDMPipeline, VDMScheduler
 
     args = run.args
@@ -126,39 +127,38 @@ def make_pipeline(run):
 
 
 def save_pipelines(run) -> None:
-    """The first average as the pipeline in output_dir, the others in folders ema_DECAY in it."""
+    """Saves the first average as the pipeline in output_dir, and the others in its folders ema_DECAY."""
     for decay in run.decays:
         folder = run.out if decay == run.decays[0] else run.out / f"ema_{decay}"
         with run.averaged_weights(decay):
             if not run.accelerator.is_main_process:
                 continue
             make_pipeline(run).save_pretrained(folder)
-        for weights in folder.glob("*/*.safetensors"):  # written for the owner alone, unlike the JSON beside them
+        for weights in folder.glob("*/*.safetensors"):  # they are readable by the owner only, unlike the JSON
             if not weights.parent.name.startswith("checkpoint"):
                 shutil.copymode(folder / "model_index.json", weights)
 
 
 def draw(run, name: str, animation: str | None = None) -> None:
-    """Samples as a grid, drawn by all processes, and the way there as a GIF of about 40 frames."""
+    """Draws samples on all processes, and saves them as a grid and the denoising as a GIF of about 40 frames."""
     from .. import plots
     from ..randomness import keyed_generator
 
     args, accelerator = run.args, run.accelerator
     frames, steps = [], args.ddpm_num_inference_steps
     if args.schedule == "linear_beta":
-        steps = min(steps, args.ddpm_num_steps)  # the levels that the network knows
+        steps = min(steps, args.ddpm_num_steps)  # the network knows only these levels
 
-    def everyone(tensor: torch.Tensor) -> torch.Tensor:
+    def gather_images(tensor: torch.Tensor) -> torch.Tensor:
         return accelerator.gather(tensor.contiguous())[: args.num_images].cpu()
 
     def keep_frame(pipe, i, t, tensors):
         if i % max(1, steps // 40) == 0 or i == steps - 1:
-            frames.append(plots.image_grid(everyone(tensors["latents"]) / 2 + 0.5))
+            frames.append(plots.image_grid(gather_images(tensors["latents"]) / 2 + 0.5))
         return {}
 
-    share = math.ceil(
-        args.num_images / accelerator.num_processes
-    )  # all processes draw as many, the last some too many
+    # all processes draw the same number; the surplus is dropped
+    share = math.ceil(args.num_images / accelerator.num_processes)
     first = share * accelerator.process_index
     generators = [keyed_generator(args.seed, "sample", i) for i in range(first, first + share)]
     with run.averaged_weights():
@@ -166,7 +166,7 @@ def draw(run, name: str, animation: str | None = None) -> None:
         pipeline.set_progress_bar_config(disable=not accelerator.is_main_process, leave=False)
         on_step = keep_frame if animation else None
         output: Any = pipeline(share, steps, generators, output_type="pt", callback_on_step_end=on_step)
-    samples = everyone(output.images)
+    samples = gather_images(output.images)
     if accelerator.is_main_process:
         plots.image_grid(samples).save(run.out / name)
         if animation:
@@ -174,14 +174,14 @@ def draw(run, name: str, animation: str | None = None) -> None:
 
 
 def finish(run, result, metrics: dict) -> None:
-    """Draws the pictures, prints the table; all processes must call it."""
+    """Draws the figures and prints the table; all processes must call it."""
     from accelerate.utils import gather_object
 
     from .. import plots
     from ..training.metrics import read_metrics
 
     out = run.out
-    damaged = sorted(set(gather_object(list(run.data.damaged))))  # each process reads images of its own
+    damaged = sorted(set(gather_object(list(run.data.damaged))))  # each process reads other images
     draw(run, "samples.png", "denoising.gif")
     with run.averaged_weights():
         if run.accelerator.is_main_process:
@@ -194,7 +194,7 @@ def finish(run, result, metrics: dict) -> None:
     plots.plot_loss_by_gamma(result.gamma_t, result.mse, out / "loss_by_gamma.png", terms_bpd=terms)
 
     uniform = math.log2(run.data.num_levels)
-    table = [("every level alike", f"{uniform:.4f}")]
+    table = [("uniform over the levels", f"{uniform:.4f}")]
     if run.plan.histogram_bpd is not None:
         table += [("histogram of each training pixel", f"{run.plan.histogram_bpd:.4f}")]
     error = "" if math.isnan(result.stderr_bpd) else f" ± {result.stderr_bpd:.4f}"
@@ -205,5 +205,5 @@ def finish(run, result, metrics: dict) -> None:
     for row in table:
         print(f"  {row[0]:<36}{row[1]:>18}")
     if damaged:
-        print("\n".join([f"{len(damaged)} damaged images were left out of the training:", *damaged]))
-    print(f"pipeline, metrics and pictures are in {out}")
+        print("\n".join([f"{len(damaged)} damaged images were skipped in training:", *damaged]))
+    print(f"pipeline, metrics and figures are in {out}")

@@ -11,19 +11,19 @@ from tests.pictures import parquet_folder, png, write_images
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "ode", "--num_steps", "5"], "the ODE takes the steps"),
-        (["--rtol", "0.1"], "--rtol goes with --method ode, not with mc"),
-        (["--method", "vlb", "--target_stderr", "0.1"], "--target_stderr goes with --method mc"),
+        (["--method", "ode", "--num_steps", "5"], "the steps of the ODE follow"),
+        (["--rtol", "0.1"], "--rtol needs --method ode, got --method mc"),
+        (["--method", "vlb", "--target_stderr", "0.1"], "--target_stderr needs --method mc"),
         (["--target_stderr", "-1"], "--target_stderr must be positive"),
         (["--method", "vlb", "--timesteps", "5", "1", "--num_steps", "3"], "not both"),
         (["--method", "vlb", "--best_steps", "0"], "--best_steps must be positive"),
         (["--table", "10", "-1"], "--table must be positive"),
         (["--output", "report.txt"], "must name a .json file"),
         (["--dataset_name", "a", "--data_dir", "b"], "not both"),
-        (["--split", "validation"], "--split of the digits must be train or test"),
-        (["--resolution", "16"], "--resolution is of a data set"),
+        (["--split", "validation"], "--split of the digits must be train, test or a slice"),
+        (["--resolution", "16"], "--resolution needs a data set"),
         (["--data_dir", "does/not/exist"], "is not a folder"),
-        (["--method", "vlb", "--num_samples", "3"], "--num_samples goes with --method mc and ode"),
+        (["--method", "vlb", "--num_samples", "3"], "--num_samples needs --method mc or ode"),
         (["--target_stderr", "0.1", "--max_samples", "5"], "--max_samples 5 must be at least --num_samples 20"),
     ],
 )
@@ -90,7 +90,7 @@ def test_images_of_other_classes_than_those_of_the_training_are_refused(tmp_path
 
 def test_images_of_fewer_classes_without_the_names_of_those_of_the_model_are_refused(tmp_path):
     path = write_images(tmp_path / "fewer", "test/b/1.png", "test/c/2.png")
-    with pytest.raises(SystemExit, match="their numbers need not mean the same"):
+    with pytest.raises(SystemExit, match="their indices may have other meanings"):
         evaluation_data(tmp_path, save_tiny_pipeline(tmp_path, 3), "--data_dir", path)
 
 

@@ -48,7 +48,7 @@ def test_a_second_training_in_the_folder_of_a_running_one_is_refused(tmp_path, t
         ):
             codes, logs = second(out, [*long, *more], processes, 4 // processes)
             assert codes == [1] * processes, logs
-            message = "train.py: another run is writing --output_dir"
+            message = "train.py: another run is writing to --output_dir"
             assert [text.count(message) for text in logs] == [1] + [0] * (processes - 1)
             assert not any("Traceback" in text for text in logs)
             assert files_of(out) == before
@@ -74,7 +74,7 @@ def test_only_one_of_two_trainings_that_start_at_once_runs(tmp_path, training_op
     few = [*training_options, "--max_train_steps", "60", "--eval_steps", "0"]
     both = start_training(out, few) + start_training(out, few)
     assert sorted(exit_codes(out, both)) == [0, 1]
-    assert log_of(out).count("another run is writing --output_dir") == 1 and "Traceback" not in log_of(out)
+    assert log_of(out).count("another run is writing to --output_dir") == 1 and "Traceback" not in log_of(out)
     steps = [line["step"] for line in read_metrics(out / "metrics.jsonl")]
     assert steps == sorted(set(steps)) and steps[-1] == 60
 
@@ -128,7 +128,7 @@ def test_a_second_evaluation_of_the_same_output_is_refused(tmp_path, digits_pipe
     assert lock.acquire()
     texts = outputs_of(start_evaluation(digits_pipeline, output, processes, "--num_samples", 2))
     assert [code for _, code in texts] == [1] * processes
-    assert sum("another run is writing --output" in text for text, _ in texts) == 1
+    assert sum("another run is writing to --output" in text for text, _ in texts) == 1
     assert not any("Traceback" in text for text, _ in texts)
     lock.release()
     kept = tmp_path / "reports" / "r.partial" / "mc" / "rows-0.safetensors"
@@ -138,7 +138,7 @@ def test_a_second_evaluation_of_the_same_output_is_refused(tmp_path, digits_pipe
         start_evaluation(digits_pipeline, output, processes, "--num_samples", 2)
     )  # all processes end, not the main one alone
     assert [code for _, code in texts] == [1] * processes
-    assert sum("holds the numbers of an interrupted run" in text for text, _ in texts) == 1
+    assert sum("holds the results of an interrupted run" in text for text, _ in texts) == 1
     texts = outputs_of(start_evaluation(digits_pipeline, output, processes, "--num_samples", 2, "--no-resume"))
     assert [code for _, code in texts] == [0] * processes, texts
     assert json.loads(output.read_text(encoding="utf-8"))["num_images"] == 297

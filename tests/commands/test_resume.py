@@ -212,7 +212,7 @@ def finished_run(training_options, tmp_path_factory):
         (16, "", "model_config_name_or_path: "),
         (16, "--allow_changed model_config_name_or_path", "belongs to another model: size mismatch"),
         (8, "--learning_rate 1", "learning_rate: 0.004 → 1.0"),
-        (8, "--max_train_steps 2 --allow_changed max_train_steps", "past the 2 that are asked for"),
+        (8, "--max_train_steps 2 --allow_changed max_train_steps", "past the 2 requested steps"),
         (8, "--allow_changed learning_rat", "there is no 'learning_rat'"),
         (8, "--ema_decays 0.5 --allow_changed ema_decays", "must match"),
     ],

@@ -18,7 +18,7 @@ WRONG = [
     (["--rtol", "inf"], "--rtol must be positive"),
     (["--class_labels"], "expected at least one argument"),
     (["--class_labels", "0.9"], "invalid int value"),
-    (["--class_labels", "3", "-1"], "--class_labels must be the indices of classes"),
+    (["--class_labels", "3", "-1"], "--class_labels must be class indices"),
     (["--decode", "draw"], "invalid choice"),
     (["--dtype", "float8"], "invalid choice"),
     (["--seed", "1.5"], "invalid int value"),
@@ -48,7 +48,7 @@ def test_places_that_cannot_be_written_are_refused(tmp_path, capsys, option, pat
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "meta", "cpu:x", ""])
 def test_devices_that_do_not_exist_are_refused(name):
-    with pytest.raises(ValueError, match="--device must be one that is here") as error:
+    with pytest.raises(ValueError, match="--device must be available") as error:
         sample.choose_device(name)
     assert "\n" not in str(error.value)
     assert sample.choose_device("cpu") == torch.device("cpu")

@@ -113,7 +113,7 @@ def test_a_run_is_resumed_from_the_hub_on_another_machine(hub, run, tmp_path):
     assert exit_codes(second, run(second, "checkpoint", "--resume_from_checkpoint", "last-checkpoint")) == [0], log_of(
         second
     )
-    assert f"checkpoint-{step} came from {REPO}" in log_of(second)
+    assert f"checkpoint-{step} was downloaded from {REPO}" in log_of(second)
     assert state_of(whole) == state_of(second)
     assert json.loads(head(hub)["last-checkpoint/state.json"])["step"] == 9
     assert "Training was going on" not in head(hub)["README.md"].decode()
@@ -151,7 +151,7 @@ def test_a_damaged_checkpoint_on_the_hub_is_refused(hub, run, tmp_path):
     # with a Hub that does not answer, a new run could replace the one on the Hub
     hub.fault("GET", "/api/models/", times=10**9, status=503, headers={"Retry-After": "0"})
     assert exit_codes(other, run(other, "checkpoint", "--resume_from_checkpoint", "last-checkpoint")) == [1]
-    assert "no checkpoint here either" in log_of(other).splitlines()[-1]
+    assert "no local checkpoint either" in log_of(other).splitlines()[-1]
 
 
 @pytest.mark.slow
@@ -179,7 +179,7 @@ def test_errors_of_the_hub_change_no_weights_and_the_upload_is_repeated(hub, run
     assert exit_codes(out, run(out, "checkpoint")) == [1]
     log = log_of(out)
     assert "The Hub does not answer" in log and "Traceback" not in log
-    assert "the run is whole in" in log.splitlines()[-1] and "tries again" in log.splitlines()[-1]
+    assert "the run is complete in" in log.splitlines()[-1] and "to try again" in log.splitlines()[-1]
     assert state_of(whole) == state_of(out) and REPO not in hub.repos and not list(out.glob(".upload*"))
     hub.faults.clear()
     assert exit_codes(out, run(out, "checkpoint")) == [0]
@@ -221,7 +221,7 @@ def test_a_signal_ends_the_wait_for_a_hub_that_does_not_answer(hub, run, tmp_pat
     (process,) = run(out, "end", "--max_train_steps", "2")
     wait_for(lambda: "waiting for the upload" in log_of(out))
     process.send_signal(signal.SIGTERM)
-    assert exit_codes(out, [process]) == [0] and "was not waited for" in log_of(out)
+    assert exit_codes(out, [process]) == [0] and "was canceled" in log_of(out)
     over.set()
     assert not list(out.glob(".upload*")) and (out / "model_index.json").exists()
 

@@ -32,7 +32,7 @@ from tests.models import tiny_preset
         (["--ema_max_decay", "2"], "--ema_max_decay must be within"),
         (["--dropout", "1"], "--dropout must be within"),
         (["--ddpm_num_steps", "5"], "--ddpm_num_steps must be within"),
-        (["--resolution", "16"], "--resolution is of a data set"),
+        (["--resolution", "16"], "--resolution needs a data set"),
         (["--schedule", "linear_beta", "--gamma_min", "-3"], "come from its betas"),
     ],
 )
