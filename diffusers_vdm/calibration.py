@@ -159,7 +159,7 @@ def check_detail(detail: str) -> None:
         raise ValueError(f"detail must be one of {get_args(Detail)}, got {detail!r}.")
 
 
-def check_variance(variance: str) -> None:
+def check_variance(variance: str | None) -> None:
     """Raises `ValueError` unless it is one of the names."""
     if variance not in get_args(Variance):
         raise ValueError(f"variance must be one of {get_args(Variance)}, got {variance!r}.")

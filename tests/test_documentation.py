@@ -68,7 +68,7 @@ def test_every_block_is_of_a_kind_that_a_test_reads():
             assert (ROOT / name).is_file()
     # the pages whose code is run by a test below
     assert {b.page for b in BLOCKS if b.language == "python" and b.mark is None} == {
-        "README.md", "docs/training.md", "docs/measuring.md", "docs/samplers.md"
+        "README.md", "docs/training.md", "docs/measuring.md", "docs/samplers.md", "docs/few_steps.md"
     }  # fmt: skip
 
 
@@ -103,6 +103,16 @@ def test_the_code_about_measuring_runs(generator):
     }
     exec(code.replace("1000", "3").replace("25)", "2)").replace("test_uint8)", "test_uint8, rtol=1, atol=1)"), scope)
     assert scope["ode"].num_images == 2 and len(scope["timesteps"]) == 2
+
+
+def test_the_code_about_few_steps_runs():
+    [code] = python_of("docs/few_steps.md")
+    pipe = diffusers_vdm.VDMPipeline(tiny_preset(), diffusers_vdm.VDMScheduler(gamma_min=-7.5), num_levels=17)
+    images = torch.randint(0, 17, (4, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    scope = {"pipe": pipe, "train_uint8": images[:2], "test_uint8": images[2:]}
+    exec(code.replace("16, num", "2, num").replace("10", "3"), scope)
+    assert scope["images"][0].size == (8, 8) and scope["result"].variance_type == "optimal"
+    assert scope["result"].num_steps == 3 and scope["table"].detail == "pixel"
 
 
 # diffusers passes float64 tensors to NumPy in a way that NumPy 2 deprecates
@@ -140,12 +150,16 @@ INLINE = [shlex.split(text) for text in re.findall(rf"`((?:{PROGRAMS}) [^`…]+)
 
 def run_parser(name: str, arguments: list[str]) -> None:
     """Reads the arguments of one of our commands; `SystemExit` with code 2 if it does not take them."""
-    from diffusers_vdm.commands import card, convert, evaluate_options, sample, train_options
+    from diffusers_vdm.commands import calibrate, card, convert, evaluate_options, sample, train_options
 
     if name == "train":
         train_options.parse_options("", ["--output_dir", "does-not-exist", *arguments])
     elif name == "evaluate":
         evaluate_options.parse_options("", arguments)
+    elif name == "calibrate":
+        calibrate.parse_options(
+            [*arguments, "--output", "c.json"]
+        )  # else the folder, which is the reader's, must exist
     elif name == "sample":
         sample.parse_options(arguments)
     elif name == "convert":

@@ -11,6 +11,7 @@ from ..console import tolerate_any_encoding
 COMMANDS = {
     "train": "train a model on images, with the variational bound or DDPM's objective",
     "evaluate": "measure bits per dimension of a model on images",
+    "calibrate": "measure what the best variance and the best timesteps of few steps need",
     "sample": "draw images from a saved model",
     "convert": "convert checkpoints from and to other code bases",
     "card": "write the model card of a saved run",
@@ -19,7 +20,7 @@ COMMANDS = {
 
 
 def _help() -> str:
-    rows = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
+    rows = "\n".join(f"  {name:<11}{text}" for name, text in COMMANDS.items())
     return (
         f"usage: diffusers-vdm COMMAND [options]\n\n{rows}\n\n"
         "`diffusers-vdm COMMAND --help` lists the options of a command. For several processes or devices:\n"

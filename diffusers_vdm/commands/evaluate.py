@@ -37,7 +37,8 @@ class Evaluation:
     def __init__(self, args: argparse.Namespace, accelerator):
         import torch
 
-        from .. import noise_schedule_of
+        from .. import Calibration, noise_schedule_of
+        from ..repository import read_json
 
         self.args, self.accelerator = args, accelerator
         self.unet, self.scheduler, self.num_levels, self.weights, names = load_model(args.model)
@@ -51,6 +52,13 @@ class Evaluation:
         if args.method != "vlb" or args.table:
             self.noise_schedule = noise_schedule_of(self.scheduler)
         self.prediction_type = self.scheduler.config.get("prediction_type", "epsilon")
+        self.calibration = getattr(self.scheduler, "calibration", None)
+        if args.calibration:
+            path = Path(args.calibration)
+            self.calibration = Calibration.from_json(read_json(path, path.name))
+        self.timesteps = args.timesteps
+        if args.timesteps == ["best"]:
+            self.timesteps = self.best_timesteps(args.num_steps)
         self.partial = partial_folder(args)
         self.folders: list[Path] = []
         self.shared = {
@@ -86,6 +94,27 @@ class Evaluation:
         more |= {"num_samples": num_samples, "resume_dir": self.folder(folder)}
         return evaluate_mc(bound, self.data.images, **more, **self.shared)
 
+    def calibration_record(self) -> dict[str, Any]:
+        """What a reader must know of the calibration: how detailed it is, and on which images it was measured."""
+        table = self.calibration
+        if table is None:
+            return {}
+        names = ("detail", "num_images", "num_draws", "data", "data_fingerprint")
+        return {"num_gammas": len(table.gammas)} | {name: getattr(table, name) for name in names}
+
+    def best_timesteps(self, num_steps: int) -> list[float]:
+        """The best timesteps by the calibration, for the variance that is measured."""
+        from ..gamma_scheduler import GammaScheduler
+
+        if not isinstance(self.scheduler, GammaScheduler):
+            raise ValueError(
+                f"--timesteps best needs a scheduler of ours, got a {type(self.scheduler).__name__}; convert the model"
+            )
+        variance = self.args.variance or self.scheduler.config.variance
+        changed = {"calibration": self.calibration, "variance": variance}
+        scheduler: Any = type(self.scheduler).from_config(self.scheduler.config, **changed)
+        return scheduler.best_timesteps(num_steps)
+
     def vlb(self):
         from .. import evaluate_vlb
 
@@ -94,9 +123,11 @@ class Evaluation:
             self.unet,
             self.scheduler,
             self.data.images,
-            num_steps=args.num_steps,
-            timesteps=args.timesteps,
+            num_steps=None if self.timesteps else args.num_steps,
+            timesteps=self.timesteps,
             convention=args.convention,
+            variance=args.variance,
+            calibration=self.calibration,
             num_levels=self.num_levels,
             resume_dir=self.folder("vlb"),
             **self.shared,
@@ -161,7 +192,9 @@ def measure(evaluation: Evaluation) -> tuple[Any, dict[str, Any], dict[str, Any]
             "--best_steps needs the fixed_small variance: with others, a term is not a function of one level's error"
         )
     steps = (
-        len(args.timesteps) if args.timesteps else args.num_steps or evaluation.scheduler.config.num_train_timesteps
+        len(evaluation.timesteps)
+        if evaluation.timesteps
+        else args.num_steps or evaluation.scheduler.config.num_train_timesteps
     )
     if args.best_steps and max(args.best_steps) > steps:
         raise ValueError(
@@ -184,6 +217,8 @@ def measure(evaluation: Evaluation) -> tuple[Any, dict[str, Any], dict[str, Any]
         {
             "decoder": DECODERS[result.convention],
             "variance_type": result.variance_type,
+            **({"calibration": evaluation.calibration_record()} if result.variance_type == "optimal" else {}),
+            **({"timesteps": result.timesteps} if args.timesteps else {}),
             "terms": [{"gamma": gamma, "bpd": bpd, "stderr_bpd": error} for gamma, bpd, error in rows],
             **curve(result.gammas.expand_as(result.mse), result.mse),
             **best,

@@ -11,6 +11,13 @@ from typing import Any
 from ..training.options import POSITIVE, Option, train_option
 from .options import check_ranges, image_arguments, option_parser
 
+# how the images of a data set are read, shared with calibrate
+IMAGE_OPTIONS = [
+    *(train_option(name) for name in ("image_column", "label_column", "image_mode", "frames")),
+    Option("resolution", int, "resize and crop to squares of this size", range=POSITIVE),
+    Option("center_crop", False, "crop the center instead of a position drawn for each image"),
+    train_option("cache_dir"),
+]
 OPTIONS: dict[str, list[Option]] = {
     "model": [
         Option("model", str, "folder or Hub repository of a VDMPipeline or of a pixel-space pipeline of diffusers"),
@@ -33,6 +40,12 @@ OPTIONS: dict[str, list[Option]] = {
             (None, "vdm", "ddpm"),
             "vlb: scaling of the data, and decoder; defaults to vdm for our schedulers, else ddpm",
         ),
+        Option(
+            "variance",
+            (None, "posterior", "optimal"),
+            "vlb: variance of a step; optimal is the one with the best bound, by the model's calibration",
+        ),
+        Option("calibration", str, "vlb: JSON file of calibrate, instead of the calibration of the model"),
         Option("dequantization", ("truncated_normal", "uniform", "decoder"), "ode: how integers become real numbers"),
         Option("num_importance_samples", 1, "ode: K of the importance-weighted bound", range=POSITIVE),
         Option(
@@ -50,13 +63,10 @@ OPTIONS: dict[str, list[Option]] = {
         train_option("dataset_config_name"),
         Option("data_dir", str, "folder of image files, instead of --dataset_name"),
         Option("split", "test", "split to measure; slices such as test[:500] are allowed"),
-        *(train_option(name) for name in ("image_column", "label_column", "image_mode", "frames")),
+        *IMAGE_OPTIONS,
         Option(
             "allow_shared", False, "continue even if images of the split are also in another split of the data set"
         ),
-        Option("resolution", int, "resize and crop to squares of this size", range=POSITIVE),
-        Option("center_crop", False, "crop the center instead of a position drawn for each image"),
-        train_option("cache_dir"),
     ],
     "work": [
         Option("batch_size", 128, "images per batch; no result depends on it", range=POSITIVE),
@@ -69,7 +79,7 @@ DIGITS_SPLIT = re.compile(r"(train|test)(?:\[(\d*):(\d*)\])?")
 # options of a single method
 METHOD_OF = {
     "target_stderr": "mc", "max_samples": "mc", "importance_sampling": "mc",
-    "convention": "vlb", "best_steps": "vlb", "timesteps": "vlb",
+    "convention": "vlb", "best_steps": "vlb", "timesteps": "vlb", "variance": "vlb", "calibration": "vlb",
     "dequantization": "ode", "num_importance_samples": "ode", "divergence": "ode", "num_probes": "ode", "rtol": "ode",
     "atol": "ode",
 }  # fmt: skip
@@ -86,7 +96,13 @@ def parse_options(description: str, arguments: list[str] | None = None) -> argpa
     )
     add("--table", type=int, nargs="+", metavar="T", help="also estimate the bound at each of these T, and at ∞")
     add("--best_steps", type=int, nargs="+", metavar="T", help="vlb: also find the T timesteps with the best bound")
-    add("--timesteps", type=float, nargs="+", help="vlb: your own decreasing timesteps, instead of --num_steps")
+    add(
+        "--timesteps",
+        type=_timestep,
+        nargs="+",
+        help="vlb: your own decreasing timesteps, instead of --num_steps; or best, the best --num_steps ones by the "
+        "calibration",
+    )
     args = parser.parse_args(arguments)
     try:
         if args.model is None:
@@ -101,25 +117,18 @@ def parse_options(description: str, arguments: list[str] | None = None) -> argpa
             raise ValueError(
                 "--num_steps needs --method mc or vlb; the steps of the ODE follow from --rtol and --atol"
             )
-        if args.timesteps and args.num_steps is not None:
+        if args.timesteps and "best" in args.timesteps:
+            if len(args.timesteps) > 1 or args.num_steps is None:
+                raise ValueError("--timesteps best needs --num_steps, and no other timesteps")
+        elif args.timesteps and args.num_steps is not None:
             raise ValueError("give --num_steps or --timesteps, not both")
+        if args.calibration and not Path(args.calibration).is_file():
+            raise ValueError(f"--calibration must name a JSON file of calibrate, got {args.calibration}")
         if args.target_stderr and args.max_samples < (args.num_samples or 20):
             raise ValueError(
                 f"--max_samples {args.max_samples} must be at least --num_samples {args.num_samples or 20}"
             )
-        ignored = ("dataset_config_name", "image_column", "label_column", "image_mode", "resolution", "center_crop",
-                   "frames")  # fmt: skip
-        for name in ignored if not (args.dataset_name or args.data_dir) else ():
-            if getattr(args, name):
-                raise ValueError(f"--{name} needs a data set; set --dataset_name or --data_dir")
-        if not (args.dataset_name or args.data_dir) and not DIGITS_SPLIT.fullmatch(args.split):
-            raise ValueError(
-                f"--split of the digits must be train, test or a slice such as test[:50], got {args.split!r}"
-            )
-        if args.dataset_name and args.data_dir:
-            raise ValueError("give --dataset_name or --data_dir, not both")
-        if args.data_dir and not Path(args.data_dir).is_dir():
-            raise ValueError(f"--data_dir {args.data_dir} is not a folder")
+        check_images_options(args)
         for name in ("table", "best_steps"):
             if getattr(args, name) and min(getattr(args, name)) < 1:
                 raise ValueError(f"--{name} must be positive numbers of steps, got {getattr(args, name)}")
@@ -129,6 +138,25 @@ def parse_options(description: str, arguments: list[str] | None = None) -> argpa
         parser.error(str(error))
     args.num_samples = args.num_samples or {"mc": 20, "vlb": 1, "ode": 1}[args.method]
     return args
+
+
+def _timestep(value: str) -> float | str:
+    return value if value == "best" else float(value)
+
+
+def check_images_options(args: argparse.Namespace) -> None:
+    """Raises `ValueError` for options of a data set that do not fit each other."""
+    ignored = ("dataset_config_name", "image_column", "label_column", "image_mode", "resolution", "center_crop",
+               "frames")  # fmt: skip
+    for name in ignored if not (args.dataset_name or args.data_dir) else ():
+        if getattr(args, name):
+            raise ValueError(f"--{name} needs a data set; set --dataset_name or --data_dir")
+    if not (args.dataset_name or args.data_dir) and not DIGITS_SPLIT.fullmatch(args.split):
+        raise ValueError(f"--split of the digits must be train, test or a slice such as test[:50], got {args.split!r}")
+    if args.dataset_name and args.data_dir:
+        raise ValueError("give --dataset_name or --data_dir, not both")
+    if args.data_dir and not Path(args.data_dir).is_dir():
+        raise ValueError(f"--data_dir {args.data_dir} is not a folder")
 
 
 def load_model(name: str):

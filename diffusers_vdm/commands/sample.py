@@ -13,7 +13,6 @@ is a function of (seed, index), so it does not depend on the number of images or
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from pathlib import Path
@@ -32,6 +31,12 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_images", type=int, default=64, help="default: 64")
     parser.add_argument("--batch_size", type=int, default=64, help="images drawn at once (default: 64)")
     parser.add_argument("--num_inference_steps", type=int, default=250, help="default: 250")
+    parser.add_argument(
+        "--best_timesteps", action="store_true", help="the best timesteps for this number, by the model's calibration"
+    )
+    parser.add_argument(
+        "--variance", choices=("posterior", "optimal"), help="of an ancestral step (default: the model's)"
+    )
     parser.add_argument(
         "--sampler",
         help="ancestral, ddim, dpmsolver++, ode (adaptive), or the name of one of diffusers (default: the model's)",
@@ -98,6 +103,17 @@ def choose_scheduler(scheduler, sampler: str):
     return scheduler.to_diffusers(chosen)
 
 
+def with_variance(scheduler, variance: str):
+    """One of our schedulers with another variance of its ancestral steps; raises `ValueError` for others."""
+    from ..gamma_scheduler import GammaScheduler
+
+    if not isinstance(scheduler, GammaScheduler) or scheduler.config.algorithm != "ancestral":
+        raise ValueError(
+            f"--variance needs the ancestral sampler, got a {type(scheduler).__name__}; set --sampler ancestral"
+        )
+    return type(scheduler).from_config(scheduler.config, variance=variance)
+
+
 def solve_ode(pipe, generators: list, labels: list[int] | None, rtol: float, decode: str):
     """Samples by the probability-flow ODE, with adaptive steps for each image: `(B, C, H, W)` in [0, 1]."""
     import torch
@@ -122,6 +138,7 @@ def sample(options: argparse.Namespace) -> None:
     from .. import VDMPipeline
     from ..plots import image_grid
     from ..randomness import keyed_generator
+    from ..training.metrics import LineOfEvaluation, read_steps
 
     device = choose_device(options.device)
     pipe = VDMPipeline.from_pretrained(options.model).to(device)
@@ -129,6 +146,8 @@ def sample(options: argparse.Namespace) -> None:
     pipe.set_progress_bar_config(leave=False)
     if options.sampler not in (None, "ode"):
         pipe.scheduler = choose_scheduler(pipe.scheduler, options.sampler)
+    if options.variance is not None:
+        pipe.scheduler = with_variance(pipe.scheduler, options.variance)
     given, labels = options.class_labels, None
     pipe.check_labels(None if given is None else torch.tensor(given))
     if given:
@@ -144,6 +163,8 @@ def sample(options: argparse.Namespace) -> None:
             images.append(solve_ode(pipe, generators, some, options.rtol, options.decode).cpu())
             continue
         arguments = {"decode": options.decode, "output_type": "pt"}
+        if options.best_timesteps:
+            arguments["timesteps"] = "best"
         output: Any = pipe(len(index), options.num_inference_steps, generators, some, **arguments)
         images.append(output.images.cpu())
     images = torch.cat(images)
@@ -164,13 +185,12 @@ def sample(options: argparse.Namespace) -> None:
         ("time", f"{seconds:.1f} s on {device}, {len(images) / seconds:.2f} images/s"),
         ("pixel mean ± std", f"{images.mean():.3f} ± {images.std():.3f} of [0, 1]"),
     ]
-    metrics = Path(options.model) / "metrics.jsonl"
-    if metrics.is_file():
-        lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-        last = next((line for line in reversed(lines) if "eval_bpd" in line), None)
-        if last:
-            error = f" ± {last['eval_bpd_stderr']:.4f}" if last["eval_bpd_stderr"] else ""
-            table.append(("held-out bits/dim", f"{last['eval_bpd']:.4f}{error} at step {last['step']}"))
+    lines = ((line["step"], LineOfEvaluation.from_json(line)) for line in reversed(read_steps(options.model)))
+    for step, measured in lines:
+        if measured is not None:
+            error = f" ± {measured.stderr_bpd:.4f}" if measured.stderr_bpd else ""
+            table.append(("held-out bits/dim", f"{measured.bpd:.4f}{error} at step {step}"))
+            break
     table.append(("written", options.output))
     for name, value in table:
         print(f"  {name:<20}{value}")

@@ -333,7 +333,7 @@ def _with_variance(
     images: torch.Tensor,
 ) -> _Chain:
     """`chain` with the best variance where that is asked for, checked."""
-    variance = variance or getattr(scheduler, "config", {}).get("variance", "posterior")
+    variance = variance or getattr(scheduler, "config", {}).get("variance") or "posterior"
     check_variance(variance)
     if variance == "posterior":
         return chain
