@@ -85,7 +85,8 @@ def main() -> None:
     print(f"T = ∞     {limit.bpd:.3f} ± {limit.stderr_bpd:.3f} (of the draws)")
     report = {
         "model": Path(args.model).name, "data": test.name, "num_images": len(images),
-        "calibration_images": len(chosen), "num_gammas": args.num_gammas, "calibration_seconds": seconds, "torch": torch.__version__,
+        "calibration_images": len(chosen), "num_gammas": args.num_gammas, "calibration_seconds": seconds,
+        "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu", "rows": rows,
         "limit_bpd": limit.bpd, "limit_stderr_bpd": limit.stderr_bpd,
     }  # fmt: skip

@@ -29,7 +29,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 
-from diffusers_vdm import evaluate_vlb, evaluate_ode, noise_schedule_of
+from diffusers_vdm import evaluate_ode, evaluate_vlb, noise_schedule_of
 
 
 def random_checkpoint(folder):
