@@ -106,7 +106,7 @@ def test_a_run_is_resumed_from_the_hub_on_another_machine(hub, run, tmp_path):
     process.wait()
     step = json.loads(head(hub)["last-checkpoint/state.json"])["step"]
     assert step in (3, 6)
-    assert f"these are its weights after step {step}." in head(hub)["README.md"].decode()
+    assert f"these are the weights after step {step}." in head(hub)["README.md"].decode()
     assert {"metrics.jsonl", "options.json", "model_index.json", "last-checkpoint/ema_0.9.safetensors"} <= set(
         head(hub)
     )
@@ -116,7 +116,7 @@ def test_a_run_is_resumed_from_the_hub_on_another_machine(hub, run, tmp_path):
     assert f"checkpoint-{step} was downloaded from {REPO}" in log_of(second)
     assert state_of(whole) == state_of(second)
     assert json.loads(head(hub)["last-checkpoint/state.json"])["step"] == 9
-    assert "Training was going on" not in head(hub)["README.md"].decode()
+    assert "Training had not finished" not in head(hub)["README.md"].decode()
     # another run is not resumed from this checkpoint, and keeps its own files
     before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
     other = ["--hub_model_id", "digits", "--resume_from_checkpoint", "last-checkpoint", "--seed", "3"]
