@@ -53,7 +53,7 @@ style: $(VENV)/.installed-test  ## repair what ruff can repair
 	$(BIN)/ruff format
 
 types: $(VENV)/.installed-types  ## check the types of the package with pyright
-	$(BIN)/basedpyright
+	$(BIN)/basedpyright --project pyproject.toml
 
 # The variable turns off an advertisement of mkdocs-material.
 docs: $(VENV)/.installed-docs  ## build the documentation into build/site; a warning is an error

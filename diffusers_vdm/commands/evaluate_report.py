@@ -45,8 +45,9 @@ def print_report(args: argparse.Namespace, evaluation, report: Report) -> None:
     rows += [(f"  {term}", f"{bpd:.4f}") for term, bpd in report.terms_bpd.items()]
     rows += [(f"bound at T = {row.num_steps or '∞'}", value(row.bpd, row.stderr_bpd)) for row in report.table]
     rows += [(f"bound with the best {row['num_steps']} timesteps", value(row["bpd"], None)) for row in best]
-    if report.details.get("variance_per_call") is not None:
-        rows.append(("variance per network call", f"{report.details['variance_per_call']:.3g}"))
+    variance = report.details.get("variance_per_call")
+    if variance is not None and not math.isnan(variance):  # a single draw of a single image has none
+        rows.append(("variance per network call", f"{variance:.3g}"))
         rows.append(("  for uniform t", f"{report.details['plain_variance_per_call']:.3g}"))
     if "mean_num_calls" in report.details:
         rows.append(("network calls per solve", f"{report.details['mean_num_calls']:.0f}"))
