@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 # keys of options.json that are not command-line options
 _NOT_COMMAND_OPTIONS = ("digits",)
+# details that the quantity names already
+_IN_THE_QUANTITY = ("clip_sample", "dequantization", "chosen_timesteps")
 _VDM = "[Kingma et al. 2021](https://arxiv.org/abs/2107.00630)"
 _DDPM = "[Ho et al. 2020](https://arxiv.org/abs/2006.11239)"
 
@@ -197,7 +199,7 @@ def _headline(m: Measurement, run: CardSource) -> str:
     parts = [f"**{m.value} bits/dim** on {images}{of}: {escaped(m.quantity)}{draws}{weights}.{error}"]
     if m.stderr_bpd is None:
         parts.append("Its standard error is unknown.")
-    details = {k: v for k, v in m.details.items() if k not in ("clip_sample", "dequantization")}
+    details = {k: v for k, v in m.details.items() if k not in _IN_THE_QUANTITY}
     if details:
         listed = ", ".join(k.replace("_", " ") + ("" if v is True else f" {_short(v)}") for k, v in details.items())
         parts.append(f"Also: {escaped(listed)}.")

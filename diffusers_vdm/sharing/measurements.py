@@ -13,7 +13,7 @@ from typing import Any
 
 from ..data.images import DIGITS
 from ..evaluation.report import OF_THE_DRAWS, Method, Report
-from ..json_values import number, text
+from ..json_values import count, items, mapping, number, text
 from ..training.description import RunDescription
 from ..training.metrics import LineOfEvaluation
 
@@ -89,7 +89,9 @@ class Measurement:
         every = ", every term" if self.method == "vlb" else ""
         ddpm = ", DDPM's convention" if self.convention == "ddpm" else ""
         clipped = ", clipped x̂" if self.details.get("clip_sample") else ""
-        return f"variational bound, {steps}{every}{ddpm}{clipped}"
+        variance = ", best variance" if self.details.get("variance_type") == "optimal" else ""
+        chosen = ", chosen timesteps" if self.details.get("chosen_timesteps") else ""
+        return f"variational bound, {steps}{every}{ddpm}{clipped}{variance}{chosen}"
 
     @property
     def value(self) -> str:
@@ -217,6 +219,8 @@ def measured_in_report(report: Report) -> list[Measurement]:
         names = ("variance_type", "importance_sampling", "dequantization", "divergence", "num_probes",
                  "num_importance_samples", "rtol", "atol", "gamma_start", "gamma_end")  # fmt: skip
         details = common | {"clip_sample": report.clip_sample} | {name: report.details.get(name) for name in names}
+        details["chosen_timesteps"] = bool(items(report.details.get("timesteps")))
+        details["calibration"] = _calibration(mapping(report.details.get("calibration")))
         main = Measurement(
             bpd=report.bpd,
             stderr_bpd=report.stderr_bpd,
@@ -256,8 +260,19 @@ def first_of_each(measured: Iterable[Measurement]) -> list[Measurement]:
 
 def _quantity_and_data(m: Measurement) -> tuple[object, ...]:
     clipped = bool(m.details.get("clip_sample"))
+    chain = (m.details.get("variance_type") == "optimal", bool(m.details.get("chosen_timesteps")))
     data = m.data and (m.data.name, m.data.split)
-    return m.method, m.num_steps, m.convention, clipped, m.num_images, data
+    return m.method, m.num_steps, m.convention, clipped, chain, m.num_images, data
+
+
+def _calibration(record: dict[str, Any]) -> str | None:
+    """What the best variance was measured on, in words."""
+    if not record:
+        return None
+    data = data_name_from_text(text(record.get("data")))
+    named = "" if data is None else f" of {data.name}" + (f", split {data.split}" if data.split else "")
+    images, detail = count(record.get("num_images")) or "unknown", text(record.get("detail")) or "level"
+    return f"{images} images{named}, for each {detail}"
 
 
 def _present(details: dict[str, Any]) -> dict[str, Any]:

@@ -286,6 +286,23 @@ def test_the_card_describes_a_ddpm(tmp_path):
     assert "discretized Gaussian" in card
 
 
+def test_a_bound_with_the_best_variance_is_named_with_its_calibration(tmp_path):
+    folder = saved(tmp_path / "m")
+    calibration = {
+        "detail": "pixel",
+        "num_gammas": 65,
+        "num_images": 300,
+        "num_draws": 1,
+        "data": "/home/alice/faces, train",
+    }
+    more = {"variance_type": "optimal", "timesteps": [900.0, 400.0], "calibration": calibration, "num_steps": 2}
+    (folder / "report.json").write_text(json.dumps(report_of(folder, **more)))
+    card = card_of(folder)
+    name = "bits/dim (variational bound, T = 2, every term, best variance, chosen timesteps)"
+    assert results(card)[name].metric_args["calibration"] == "300 images of faces, split train, for each pixel"
+    assert "calibration 300 images of faces, split train, for each pixel" in card and "alice" not in card
+
+
 @pytest.mark.parametrize(
     ("lines", "total"),
     [
