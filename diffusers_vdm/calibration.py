@@ -8,6 +8,7 @@ each level, channel or pixel, measured on training images by [`calibrate`]. A sc
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -36,6 +37,7 @@ class Calibration:
         weights_fingerprint (`str`, *optional*): hash of the weights.
         clip_sample (`bool`): whether x̂ was clamped.
         seed (`int`): key of the noise.
+        image_digests (`tuple[str]`): a hash of each image, so that none of them is evaluated unnoticed.
     """
 
     gammas: torch.Tensor
@@ -47,6 +49,7 @@ class Calibration:
     weights_fingerprint: str | None = None
     clip_sample: bool = False
     seed: int = 0
+    image_digests: tuple[str, ...] = ()
 
     def __post_init__(self):
         gammas = torch.as_tensor(self.gammas, dtype=torch.float64).cpu()
@@ -110,6 +113,11 @@ class Calibration:
                 "network again, or by detail='level'."
             )
 
+    def count_shared(self, images: torch.Tensor) -> int:
+        """How many of some images, integers of shape `(N, C, H, W)`, are among those of the calibration."""
+        known = set(self.image_digests)
+        return sum(digest in known for digest in digests_of(images)) if known else 0
+
     def reduced(self, detail: Detail) -> Calibration:
         """The same measurement in less detail: means over pixels, or over channels and pixels."""
         check_detail(detail)
@@ -126,7 +134,8 @@ class Calibration:
 
     def to_json(self) -> dict[str, Any]:
         """What a scheduler's config holds."""
-        return vars(self) | {"gammas": self.gammas.tolist(), "mse": self.mse.tolist()}
+        lists = {"gammas": self.gammas.tolist(), "mse": self.mse.tolist(), "image_digests": list(self.image_digests)}
+        return vars(self) | lists
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Calibration:
@@ -150,7 +159,14 @@ class Calibration:
             weights_fingerprint=text(values.get("weights_fingerprint")),
             clip_sample=values.get("clip_sample") is True,
             seed=seed if isinstance(seed, int) and number(seed) is not None else 0,
+            image_digests=tuple(digest for digest in items(values.get("image_digests")) if text(digest)),
         )
+
+
+def digests_of(images: torch.Tensor) -> tuple[str, ...]:
+    """A hash of each image, of its integers and not of their dtype."""
+    rows = images.to(torch.int32).cpu().flatten(1).contiguous().numpy()
+    return tuple(hashlib.blake2b(row.tobytes(), digest_size=8).hexdigest() for row in rows)
 
 
 def check_detail(detail: str) -> None:

@@ -206,7 +206,7 @@ class GammaScheduler(TypedConfig, SchedulerMixin, ConfigMixin):
         """The calibration of a config, which then holds it as JSON."""
         check_variance(variance)
         if variance == "optimal" and calibration is None:
-            raise ValueError("variance='optimal' needs a calibration; set the calibration that calibrate returns.")
+            raise ValueError("variance='optimal' needs a calibration, got none; run `diffusers-vdm calibrate`.")
         if variance == "optimal" and denoiser.is_learned(self.config.variance_type):
             raise ValueError(
                 f"variance must be 'posterior' for variance_type={self.config.variance_type!r}, because the network "
@@ -241,9 +241,7 @@ class GammaScheduler(TypedConfig, SchedulerMixin, ConfigMixin):
         """
         num_steps = call_arguments.positive_integer("num_steps", num_steps)
         if self._calibration is None:
-            raise ValueError(
-                "the best timesteps need a calibration, got none in the scheduler's config; calibrate it."
-            )
+            raise ValueError("the best timesteps need a calibration, got none; run `diffusers-vdm calibrate`.")
         gammas, timesteps, ends_at_data = self._levels_of_steps()
         # a step of its own leads from the first level of a table of betas to the data
         low, high = 1 + ends_at_data, len(gammas) - 1 + ends_at_data

@@ -16,7 +16,11 @@ from .calibration import Variance, check_variance
 
 
 def best_levels(
-    gammas: torch.Tensor, mse: torch.Tensor, num_steps: int, variance: Variance = "posterior"
+    gammas: torch.Tensor,
+    mse: torch.Tensor,
+    num_steps: int,
+    variance: Variance = "posterior",
+    calibrated_mse: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, float]:
     """The path of `num_steps` steps through a fine chain of levels whose diffusion terms have the smallest sum.
 
@@ -26,6 +30,9 @@ def best_levels(
             the dimensions, or of each channel or pixel.
         num_steps (`int`): T, 1 to M.
         variance (`"posterior"` or `"optimal"`, defaults to `"posterior"`): the variance of the steps.
+        calibrated_mse (`torch.Tensor` of the shape of `mse`, *optional*): the errors that the optimal variance is made
+            of, where they are not `mse`. With c = expm1(γ_t − γ_s) times these, a step then costs
+            ½ (log(1 + c) + (m − c)/(1 + c)).
 
     Returns: indices into `gammas` of shape `(num_steps + 1,)`, increasing, and the sum of the terms in bits/dim.
     Raises: `ValueError` for mismatched shapes, levels that do not increase, and T out of range.
@@ -45,7 +52,12 @@ def best_levels(
     cost = torch.full((fine, fine), math.inf, dtype=torch.float64)
     for t in range(fine):
         m = torch.expm1(gammas[t + 1] - gammas[: t + 1])[:, None] * mse[t].flatten()
-        nats = torch.log1p(m) if variance == "optimal" else m
+        nats = m
+        if variance == "optimal":
+            nats = torch.log1p(m)
+            if calibrated_mse is not None:
+                c = torch.expm1(gammas[t + 1] - gammas[: t + 1])[:, None] * calibrated_mse[t].flatten()
+                nats = torch.log1p(c) + (m - c) / (1 + c)
         cost[: t + 1, t] = 0.5 * nats.mean(1) / math.log(2)
     best, came_from = cost[0], []  # cost of reaching each level from γ_0 in one step
     for _ in range(num_steps - 1):

@@ -28,8 +28,10 @@ OPTIONS: dict[str, list[Option]] = {
         Option("model", str, "folder or Hub repository of a VDMPipeline or of a pixel-space pipeline of diffusers"),
     ],
     "measurement": [
-        Option("detail", ("level", "channel", "pixel"), "one error for each noise level, or also for each of these"),
-        Option("num_gammas", 65, "noise levels of the table", range=(2, 4096)),
+        Option(
+            "detail", ("level", "channel", "pixel"), "one error at each noise level, or one for each channel or pixel"
+        ),
+        Option("num_gammas", 65, "noise levels of the table", range=(9, 4096)),
         Option("num_draws", 1, "draws of the noise for each image at every level", range=POSITIVE),
         Option("num_images", 1024, "at most this many images, drawn from the split", range=POSITIVE),
         Option(
@@ -95,7 +97,7 @@ def calibrate_model(args: argparse.Namespace) -> None:
     unet, scheduler, num_levels, _, class_names = load_model(args.model)
     if args.output is None and not isinstance(scheduler, GammaScheduler):
         raise ValueError(
-            f"{args.model} has a {type(scheduler).__name__}, which holds no table; write a file by --output "
+            f"{args.model} has a {type(scheduler).__name__}, which cannot hold the table; write a file by --output "
             "calibration.json, or convert the model first"
         )
     num_classes = unet.config.get("num_class_embeds")
@@ -126,6 +128,7 @@ def calibrate_model(args: argparse.Namespace) -> None:
         return
     if args.output is not None:
         path = Path(args.output)
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(table.to_json()) + "\n")
     else:
         path = Path(args.model, "scheduler", "scheduler_config.json")
@@ -135,6 +138,9 @@ def calibrate_model(args: argparse.Namespace) -> None:
         calibrated: Any = type(scheduler).from_config(scheduler.config, **changed)
         write_atomically(path, calibrated.to_json_string())
     print_table(table, len(images), path)
+    given = f" --calibration {args.output}" if args.output is not None else ""
+    if args.variance != "optimal":
+        print(f"nothing uses it by itself: evaluate it with --method vlb --variance optimal{given}")
 
 
 def print_table(table, num_images: int, path: Path) -> None:

@@ -38,6 +38,7 @@ class Evaluation:
         import torch
 
         from .. import Calibration, noise_schedule_of
+        from ..gamma_scheduler import GammaScheduler
         from ..repository import read_json
 
         self.args, self.accelerator = args, accelerator
@@ -52,13 +53,14 @@ class Evaluation:
         if args.method != "vlb" or args.table:
             self.noise_schedule = noise_schedule_of(self.scheduler)
         self.prediction_type = self.scheduler.config.get("prediction_type", "epsilon")
-        self.calibration = getattr(self.scheduler, "calibration", None)
+        own = isinstance(self.scheduler, GammaScheduler)
+        self.variance = args.variance or (self.scheduler.config.variance if own else "posterior")
+        if args.calibration and self.variance == "posterior" and args.timesteps != ["best"]:
+            raise ValueError("--calibration needs --variance optimal or --timesteps best, which use it")
+        self.calibration = self.scheduler.calibration if own else None
         if args.calibration:
             path = Path(args.calibration)
             self.calibration = Calibration.from_json(read_json(path, path.name))
-        self.timesteps = args.timesteps
-        if args.timesteps == ["best"]:
-            self.timesteps = self.best_timesteps(args.num_steps)
         self.partial = partial_folder(args)
         self.folders: list[Path] = []
         self.shared = {
@@ -99,21 +101,10 @@ class Evaluation:
         table = self.calibration
         if table is None:
             return {}
-        names = ("detail", "num_images", "num_draws", "data", "data_fingerprint")
-        return {"num_gammas": len(table.gammas)} | {name: getattr(table, name) for name in names}
-
-    def best_timesteps(self, num_steps: int) -> list[float]:
-        """The best timesteps by the calibration, for the variance that is measured."""
-        from ..gamma_scheduler import GammaScheduler
-
-        if not isinstance(self.scheduler, GammaScheduler):
-            raise ValueError(
-                f"--timesteps best needs a scheduler of ours, got a {type(self.scheduler).__name__}; convert the model"
-            )
-        variance = self.args.variance or self.scheduler.config.variance
-        changed = {"calibration": self.calibration, "variance": variance}
-        scheduler: Any = type(self.scheduler).from_config(self.scheduler.config, **changed)
-        return scheduler.best_timesteps(num_steps)
+        names = ("detail", "num_images", "num_draws", "data", "data_fingerprint", "weights_fingerprint", "clip_sample",
+                 "seed")  # fmt: skip
+        shared = {"num_shared_images": table.count_shared(self.data.images)}
+        return shared | {"num_gammas": len(table.gammas)} | {name: getattr(table, name) for name in names}
 
     def vlb(self):
         from .. import evaluate_vlb
@@ -123,8 +114,8 @@ class Evaluation:
             self.unet,
             self.scheduler,
             self.data.images,
-            num_steps=None if self.timesteps else args.num_steps,
-            timesteps=self.timesteps,
+            num_steps=args.num_steps,
+            timesteps="best" if args.timesteps == ["best"] else args.timesteps,
             convention=args.convention,
             variance=args.variance,
             calibration=self.calibration,
@@ -191,11 +182,9 @@ def measure(evaluation: Evaluation) -> tuple[Any, dict[str, Any], dict[str, Any]
         raise ValueError(
             "--best_steps needs the fixed_small variance: with others, a term is not a function of one level's error"
         )
-    steps = (
-        len(evaluation.timesteps)
-        if evaluation.timesteps
-        else args.num_steps or evaluation.scheduler.config.num_train_timesteps
-    )
+    steps = args.num_steps or evaluation.scheduler.config.num_train_timesteps
+    if args.timesteps and args.num_steps is None:
+        steps = len(args.timesteps)
     if args.best_steps and max(args.best_steps) > steps:
         raise ValueError(
             f"--best_steps must be at most the {steps} steps that are measured, got {max(args.best_steps)}"

@@ -37,8 +37,12 @@ def print_report(args: argparse.Namespace, evaluation, report: Report) -> None:
         return f"{bpd:.4f}" + ("" if error is None or math.isnan(error) else f" ± {error:.4f}")
 
     name = {"ode": "probability-flow ODE", "mc": "continuous time"}.get(args.method)
+    is_optimal = report.details.get("variance_type") == "optimal"
     if report.num_steps is not None:
-        name = f"T = {report.num_steps}"
+        chosen = (
+            {True: ", best timesteps", False: ", own timesteps"}[args.timesteps == ["best"]] if args.timesteps else ""
+        )
+        name = f"T = {report.num_steps}" + (", best variance" if is_optimal else "") + chosen
     best = report.details.get("best", [])
     print(f"\n{args.model} on {report.data.name}: {report.num_images} images, {report.seconds:.0f} s")
     rows = [(f"bits/dim, {name}", value(report.bpd, report.stderr_bpd))]
@@ -62,6 +66,8 @@ def print_report(args: argparse.Namespace, evaluation, report: Report) -> None:
         print(f"the target of {args.target_stderr} was not reached with --max_samples {args.max_samples}")
     if evaluation.scheduler.config.get("clip_sample", False) and (args.method != "vlb" or report.table):
         print("mc, ode and --table do not clip x̂; this scheduler clips x̂ when it samples, as vlb does")
+    if evaluation.variance == "optimal" and (args.method != "vlb" or report.table):
+        print("mc, ode and the table have the variance of the posterior; this model's steps have the best one")
     if best:
         print("the best timesteps were chosen on these images; evaluate them on others with --timesteps")
     print(f"report and figures: {output.with_name(output.stem)}*")

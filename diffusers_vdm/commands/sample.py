@@ -107,10 +107,10 @@ def with_variance(scheduler, variance: str):
     """One of our schedulers with another variance of its ancestral steps; raises `ValueError` for others."""
     from ..gamma_scheduler import GammaScheduler
 
-    if not isinstance(scheduler, GammaScheduler) or scheduler.config.algorithm != "ancestral":
-        raise ValueError(
-            f"--variance needs the ancestral sampler, got a {type(scheduler).__name__}; set --sampler ancestral"
-        )
+    if not isinstance(scheduler, GammaScheduler):
+        raise ValueError(f"--variance needs the ancestral sampler, got a {type(scheduler).__name__}")
+    if scheduler.config.algorithm != "ancestral":
+        raise ValueError(f"--variance needs the ancestral sampler, got {scheduler.config.algorithm}")
     return type(scheduler).from_config(scheduler.config, variance=variance)
 
 

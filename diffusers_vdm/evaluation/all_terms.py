@@ -44,6 +44,7 @@ from .rows import (
     fingerprint,
     identity_of,
     progress_text,
+    weights_fingerprint,
 )
 
 Convention = Literal["vdm", "ddpm"]
@@ -75,6 +76,7 @@ class BpdEvaluation:
             the decoder's term is in `reconstruction_bpd`.
         per_image_bpd (`torch.Tensor` of shape `(N,)`): the bound of each image.
         mse (`torch.Tensor` of shape `(N, T)`): mean of (ε − ε̂)² over the dimensions.
+        calibration ([`Calibration`], *optional*): what the variance is made of, with `variance_type="optimal"`.
     """
 
     bpd: float
@@ -93,6 +95,7 @@ class BpdEvaluation:
     terms_bpd: torch.Tensor = field(repr=False)
     per_image_bpd: torch.Tensor = field(repr=False)
     mse: torch.Tensor = field(repr=False)
+    calibration: Calibration | None = field(repr=False, default=None)
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ def evaluate_vlb(
     images: torch.Tensor,
     *,
     num_steps: int | None = None,
-    timesteps: Sequence[float] | None = None,
+    timesteps: Sequence[float] | Literal["best"] | None = None,
     convention: Convention | None = None,
     clip_sample: bool | None = None,
     variance: Variance | None = None,
@@ -146,12 +149,14 @@ def evaluate_vlb(
         images (integer `torch.Tensor` of shape `(N, C, H, W)`): data in [0, num_levels).
         num_steps (`int`, *optional*): T; defaults to 1000 for a [`VDMScheduler`], and to all steps for betas. With
             betas, a smaller T takes evenly spaced steps.
-        timesteps (`Sequence[float]`, *optional*): custom decreasing timesteps instead of `num_steps`, as for
-            `set_timesteps`; for example those of [`best_timesteps`]. The prior is that of the first timestep's level.
+        timesteps (`Sequence[float]` or `"best"`, *optional*): custom decreasing timesteps instead of `num_steps`, as
+            for `set_timesteps`; for example those of [`best_timesteps`]. `"best"` chooses `num_steps` of them by the
+            calibration. The prior is that of the first timestep's level.
         convention (`"vdm"` or `"ddpm"`, *optional*): defaults to `"vdm"` for our schedulers and to `"ddpm"` for those
             of diffusers. Results of different conventions are not comparable.
         variance (`"posterior"` or `"optimal"`, *optional*): the variance of p(z_s|z_t), by default what the scheduler
-            has; `"optimal"` is the one with the best bound, by the calibration.
+            has; `"posterior"` is that of its `variance_type`, `"optimal"` the one with the lowest bound, by the
+            calibration.
         calibration ([`Calibration`], *optional*): defaults to that of the scheduler; diffusers' schedulers have none.
         clip_sample (`bool`, *optional*): clamp x̂ to ± the scheduler's `clip_sample_range`; defaults to the
             scheduler's setting. Clamping changes p(x).
@@ -162,6 +167,8 @@ def evaluate_vlb(
     Raises: `TypeError` or `ValueError` for images that are not integers in range, schedulers without a usable table of
         betas, and mismatched sizes; `ValueError` with the index of the image if the network returns NaN.
     """
+    if isinstance(timesteps, str):
+        num_steps, timesteps = None, _best_timesteps(scheduler, num_steps, timesteps, variance, calibration)
     chain = _chain(scheduler, num_steps, timesteps, convention, clip_sample, num_levels)
     check_images(images, num_levels, unet)
     chain = _with_variance(chain, scheduler, variance, calibration, unet, images)
@@ -213,6 +220,7 @@ def evaluate_vlb(
         terms_bpd=terms,
         per_image_bpd=per_image,
         mse=table[:, 2 + total :],
+        calibration=chain.calibration,
     )
 
 
@@ -233,6 +241,11 @@ def best_timesteps(result: BpdEvaluation, num_steps: int) -> tuple[list[float], 
     """
     if not isinstance(result, BpdEvaluation):
         raise TypeError(f"result must be what evaluate_vlb returns, got {type(result).__name__}.")
+    if result.calibration is not None and result.calibration.detail != "level":
+        raise ValueError(
+            f"the calibration of result must be of detail 'level', got {result.calibration.detail!r}: the errors of "
+            "each pixel are not known here. scheduler.best_timesteps(T) chooses by the calibration itself."
+        )
     if result.variance_type not in ("fixed_small", "optimal"):
         raise ValueError(f"variance_type must be 'fixed_small' to choose timesteps, got {result.variance_type!r}.")
     ddpm = result.convention == "ddpm"  # in this convention the last network call is the decoder
@@ -244,7 +257,9 @@ def best_timesteps(result: BpdEvaluation, num_steps: int) -> tuple[list[float], 
     gamma_0 = torch.tensor([result.gamma_0], dtype=torch.float64)
     levels = result.gammas if ddpm else torch.cat([gamma_0, result.gammas])
     variance = "optimal" if result.variance_type == "optimal" else "posterior"
-    path, diffusion_bpd = best_levels(levels, result.mse.mean(0)[int(ddpm) :], num_steps - int(ddpm), variance)
+    table = None if result.calibration is None else result.calibration.mse_at(levels[1:])
+    mse = result.mse.mean(0)[int(ddpm) :]
+    path, diffusion_bpd = best_levels(levels, mse, num_steps - int(ddpm), variance, table)
     timesteps = result.timesteps[::-1]
     # the list of a VDMScheduler lacks the timestep of γ(0), at which the chain always ends
     visited = path if len(timesteps) == len(levels) else path[1:] - 1
@@ -324,6 +339,24 @@ def _chain(scheduler, num_steps, timesteps, convention, clip_sample: bool | None
     )
 
 
+def _best_timesteps(
+    scheduler: Any, num_steps: int | None, timesteps: str, variance: Variance | None, calibration: Calibration | None
+) -> list[float]:
+    """The best `num_steps` timesteps of one of our schedulers, by its calibration or another one."""
+    if timesteps != "best" or num_steps is None:
+        raise ValueError(f"timesteps must be a decreasing list, or 'best' with num_steps, got {timesteps!r}.")
+    if not isinstance(scheduler, GammaScheduler):
+        raise ValueError(
+            f"timesteps='best' needs a VDMScheduler or a LinearBetaScheduler, got a {type(scheduler).__name__}; "
+            "convert the model."
+        )
+    changed: dict[str, Any] = {"variance": variance or scheduler.config.variance}
+    if calibration is not None:
+        changed["calibration"] = calibration
+    chosen: Any = type(scheduler).from_config(scheduler.config, **changed)
+    return chosen.best_timesteps(num_steps)
+
+
 def _with_variance(
     chain: _Chain,
     scheduler: Any,
@@ -333,27 +366,35 @@ def _with_variance(
     images: torch.Tensor,
 ) -> _Chain:
     """`chain` with the best variance where that is asked for, checked."""
-    variance = variance or getattr(scheduler, "config", {}).get("variance") or "posterior"
+    own = scheduler if isinstance(scheduler, GammaScheduler) else None  # diffusers' configs may carry ours
+    variance = variance or (own.config.variance if own is not None else "posterior")
     check_variance(variance)
     if variance == "posterior":
         return chain
-    calibration = calibration or getattr(scheduler, "calibration", None)
+    calibration = calibration or (own.calibration if own is not None else None)
     if calibration is None:
-        raise ValueError("variance='optimal' needs a calibration; set the one that calibrate returns.")
+        raise ValueError("variance='optimal' needs a calibration, got none; run `diffusers-vdm calibrate`.")
+    if not isinstance(calibration, Calibration):
+        calibration = Calibration.from_json(calibration)
     if chain.variance_type not in ("fixed_small", "fixed_large"):
         raise ValueError(f"variance must be 'posterior' for variance_type={chain.variance_type!r}, got 'optimal'.")
     calibration.check_shape(tuple(images.shape[1:]))
-    if calibration.data_fingerprint == fingerprint([images]):
+    shared = calibration.count_shared(images)
+    if shared == len(images):
         raise ValueError(
-            "images must be other ones than those of the calibration, which would make the bound too small; calibrate "
-            "on training images."
+            "images must not be those of the calibration, which would make the bound too small; calibrate on training "
+            "images."
+        )
+    if shared:
+        logger.warning(
+            f"{shared} of the {len(images)} images were used for the calibration, which makes the bound too small."
         )
     if calibration.clip_sample != chain.clip_sample:
         logger.warning(
             f"the calibration was measured with clip_sample={calibration.clip_sample}, and the bound is with "
             f"clip_sample={chain.clip_sample}: its variance is not the best one."
         )
-    if calibration.weights_fingerprint not in (None, fingerprint(unet.state_dict().values())):
+    if calibration.weights_fingerprint not in (None, weights_fingerprint(unet)):
         logger.warning("the calibration was measured with other weights: its variance is not the best one for these.")
     log_variances = [calibration.log_variance(_gamma_s(chain, k), chain.gammas[k]) for k in range(len(chain.gammas))]
     return replace(chain, variance_type="optimal", calibration=calibration, log_variances=torch.stack(log_variances))
@@ -448,7 +489,7 @@ def _evaluate_chain(unet, chain: _Chain, images, labels, index, seed: int, rows:
         columns[2 + total + k] = to_high_precision(error).flatten(1).mean(1)
         if k % _TERMS_AT_ONCE == 0:
             rows.values[index[:, None], torch.tensor([list(columns)])] = (
-                torch.stack([*columns.values()], 1).double().cpu()
+                torch.stack([*columns.values()], 1).cpu().double()
             )
             rows.keep()
             columns = {}

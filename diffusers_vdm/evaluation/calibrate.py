@@ -13,12 +13,12 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .. import call_arguments, denoiser, diffusion
-from ..calibration import Calibration, Detail, check_detail
+from ..calibration import Calibration, Detail, check_detail, digests_of
 from ..diffusers_schedulers import noise_schedule_of
 from ..randomness import keyed_noise
 from ..schedulers import VDMScheduler
-from .all_terms import Convention, default_convention, x_of_levels
-from .rows import check_class_labels, check_images, device_of, fingerprint
+from .all_terms import Convention, _chain, default_convention, x_of_levels
+from .rows import check_class_labels, check_images, device_of, fingerprint, weights_fingerprint
 
 
 @torch.no_grad()
@@ -48,7 +48,8 @@ def calibrate(
         scheduler: one of ours, or a diffusers scheduler with betas. Its levels are measured evenly spaced in γ, those
             of a table of betas at the nearest indices.
         images (integer `torch.Tensor` of shape `(N, C, H, W)`): **training** images in [0, num_levels).
-        num_gammas (`int`, defaults to 65): levels of the table, at least 2.
+        num_gammas (`int`, defaults to 65): levels of the table, at least 2; fewer than about 17 are too coarse to
+            choose timesteps by.
         detail (`"level"`, `"channel"` or `"pixel"`, defaults to `"level"`): one error for each level, or one for each
             channel or pixel, too. Pixels need many draws: the relative error of each is √(2/(N · num_draws)).
         num_draws (`int`, defaults to 1): draws of ε for each image at every level.
@@ -73,8 +74,9 @@ def calibrate(
     )
     batch_size = call_arguments.positive_integer("batch_size", batch_size)
     device = device_of(unet) if device is None else torch.device(device)
-    gammas, timesteps = _levels(scheduler, num_gammas)
     convention = convention or default_convention(scheduler)
+    _chain(scheduler, None, None, convention, clip_sample, num_levels)  # raises for what evaluate_vlb refuses
+    gammas, timesteps = _levels(scheduler, num_gammas)
     config: Any = getattr(scheduler, "config", {})
     prediction_type = config.get("prediction_type", "epsilon")
     clip_sample = bool(config.get("clip_sample", False)) if clip_sample is None else clip_sample
@@ -105,7 +107,7 @@ def calibrate(
                         eps_hat = prediction.eps_hat
                         if clip_sample:
                             eps_hat = diffusion.eps_from_x(z_t, prediction.x_hat.clamp(-limit, limit), gamma_t)
-                        sums[k] += (eps - eps_hat).square().sum(0).double().cpu()
+                        sums[k] += (eps - eps_hat).square().sum(0).cpu().double()
                         bar.update(len(index))
     finally:
         unet.train(was_training)
@@ -122,9 +124,10 @@ def calibrate(
         num_draws=num_draws,
         data=data,
         data_fingerprint=fingerprint([images]),
-        weights_fingerprint=fingerprint(unet.state_dict().values()),
+        weights_fingerprint=weights_fingerprint(unet),
         clip_sample=clip_sample,
         seed=seed,
+        image_digests=digests_of(images),
     )
     return whole.reduced(detail)
 

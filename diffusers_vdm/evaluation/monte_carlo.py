@@ -202,7 +202,7 @@ def _evaluate_rows(bound, images, class_labels, repeat, index, seed, warp, devic
     labels = None if class_labels is None else class_labels[index].to(device)
     t_device = to_high_precision(t if x.device.type != "mps" else t.float()).to(device)
     out = bound(images[index].to(device), class_labels=labels, t=t_device, eps=noise[:, 0], eps_0=noise[:, 1])
-    columns = [out[name].double().cpu() for name in _COLUMNS[:5]]
+    columns = [out[name].cpu().double() for name in _COLUMNS[:5]]
     columns[2] = columns[2] / density
     return torch.stack([*columns, t, density], 1)
 

@@ -34,6 +34,12 @@ def fingerprint(tensors: Iterable[torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def weights_fingerprint(network: nn.Module) -> str:
+    """Hash of the weights in float32, the precision of evaluations: a cast to it and back changes nothing."""
+    weights = network.state_dict().values()
+    return fingerprint(t.to(torch.float32) if t.is_floating_point() else t for t in weights)
+
+
 def gammas_fingerprint(scheduler: Any) -> str | None:
     """Hash of the γ(t) of a scheduler; `None` if it has none, see [`noise_schedule_of`]."""
     try:

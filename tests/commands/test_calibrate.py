@@ -61,7 +61,7 @@ def test_evaluate_measures_with_the_best_variance_and_timesteps(calibrated, tmp_
     assert reports["optimal"]["bpd"] < reports["best"]["bpd"] < reports["plain"]["bpd"]
     record = reports["optimal"]["calibration"]
     assert record["detail"] == "pixel" and record["num_images"] == 20 and record["data"].endswith("1500 training")
-    assert len(reports["optimal"]["timesteps"]) == 4
+    assert len(reports["optimal"]["timesteps"]) == 4 and record["num_shared_images"] == 0
 
 
 @pytest.mark.slow
@@ -111,6 +111,11 @@ def test_options_that_do_not_fit_are_refused_at_once(trained_run, capsys, comman
     ("command", "options", "message"),
     [
         ("evaluate", ("--method", "vlb", "--num_steps", 3, "--variance", "optimal"), "needs a calibration"),
+        (
+            "evaluate",
+            ("--method", "vlb", "--num_steps", 3, "--calibration", __file__),
+            "--calibration needs --variance",
+        ),
         ("sample", ("--best_timesteps",), "the best timesteps need a calibration"),
         ("sample", ("--sampler", "ddim", "--variance", "optimal"), "needs the ancestral sampler"),
     ],

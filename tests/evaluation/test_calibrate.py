@@ -18,7 +18,7 @@ from diffusers_vdm import (
 )
 from diffusers_vdm.diffusion import x_from_levels
 from diffusers_vdm.randomness import keyed_generator
-from tests.models import SmoothNet
+from tests.models import SmoothNet, tiny_unet
 from tests.oracles import ENTROPY, X_DDPM, X_VDM, BestNetwork, draw_images, gamma_of_timestep
 from tests.tensors import F64, random_levels
 
@@ -200,10 +200,87 @@ def test_wrong_variances_are_refused(arguments, message):
         quiet(SmoothNet(), VDM, TEST, num_steps=3, **arguments)
 
 
-def test_the_images_of_the_calibration_are_not_measured_with_it():
+@pytest.mark.parametrize("images", [TEST, TEST.flip(0), TEST.long(), TEST[:1]], ids=["all", "order", "dtype", "one"])
+def test_the_images_of_the_calibration_are_not_measured_with_it(images):
     table = calibrate(SmoothNet(), VDM, TEST, num_gammas=3, progress_bar=False)
-    with pytest.raises(ValueError, match="images must be other ones than those of the calibration"):
-        quiet(SmoothNet(), VDM, TEST, num_steps=3, variance="optimal", calibration=table)
+    with pytest.raises(ValueError, match="images must not be those of the calibration"):
+        quiet(SmoothNet(), VDM, images, num_steps=3, variance="optimal", calibration=table)
+
+
+def test_images_of_the_calibration_among_others_are_counted(caplog):
+    table = calibrate(SmoothNet(), VDM, torch.cat([TRAIN, TEST[:2]]), num_gammas=3, progress_bar=False)
+    again = Calibration.from_json(table.to_json())
+    quiet(SmoothNet(), VDM, TEST, num_steps=3, variance="optimal", calibration=again)
+    assert "2 of the 3 images were used for the calibration" in "".join(r.getMessage() for r in caplog.records)
+
+
+def test_a_scheduler_of_diffusers_made_of_ours_has_the_variance_of_its_own_steps():
+    table = calibrate(SmoothNet(), LinearBetaScheduler(60), TRAIN, num_gammas=9, progress_bar=False)
+    ours = LinearBetaScheduler(60, variance="optimal", calibration=table)
+    theirs = DDPMScheduler.from_config(ours.config)
+    found = quiet(SmoothNet(), theirs, TEST, num_steps=5)
+    assert found.variance_type == "fixed_small"
+    with_table = quiet(SmoothNet(), theirs, TEST, num_steps=5, variance="optimal", calibration=table.to_json())
+    assert with_table.variance_type == "optimal" and with_table.calibration.num_images == 6
+
+
+@pytest.mark.parametrize("scheduler", [VDM, LinearBetaScheduler(60)], ids=["vdm", "betas"])
+def test_the_bound_takes_the_best_timesteps_by_name(scheduler):
+    table = calibrate(SmoothNet(), scheduler, TRAIN, num_gammas=33, progress_bar=False)
+    chosen = type(scheduler).from_config(scheduler.config, variance="optimal", calibration=table)
+    by_name = quiet(SmoothNet(), chosen, TEST, num_steps=4, timesteps="best")
+    how = {"variance": "optimal", "calibration": table}
+    by_argument = quiet(SmoothNet(), scheduler, TEST, num_steps=4, timesteps="best", **how)
+    by_hand = quiet(SmoothNet(), chosen, TEST, timesteps=chosen.best_timesteps(4))
+    assert by_name.bpd == by_argument.bpd == by_hand.bpd
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "arguments", "message"),
+    [
+        (VDM, {"timesteps": "best"}, "'best' with num_steps"),
+        (VDM, {"timesteps": "worst", "num_steps": 3}, "'best' with num_steps, got 'worst'"),
+        (DDPM, {"timesteps": "best", "num_steps": 3}, "got a DDPMScheduler; convert the model"),
+        (VDM, {"timesteps": "best", "num_steps": 3}, "the best timesteps need a calibration"),
+    ],
+)
+def test_best_timesteps_that_are_not_known_are_refused(scheduler, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        quiet(SmoothNet(), scheduler, TEST, **arguments)
+
+
+@pytest.mark.parametrize("detail", ["level", "pixel"])
+def test_the_best_of_all_timesteps_have_the_bound_itself(detail):
+    """By the calibration of another network, whose variance is far from the best one."""
+    table = calibrate(
+        best_network(VDM), VDM, draw_images(8, 2, 4, 4), num_gammas=17, detail=detail, progress_bar=False
+    )
+    found = quiet(SmoothNet(), VDM, TEST, num_steps=7, variance="optimal", calibration=table)
+    if detail == "pixel":
+        with pytest.raises(ValueError, match="must be of detail 'level', got 'pixel'"):
+            best_timesteps(found, 7)
+    else:
+        assert best_timesteps(found, 7)[1] == pytest.approx(found.bpd, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "arguments", "message"),
+    [
+        (VDM, {"convention": "foo"}, "convention must be"),
+        (VDM, {"convention": "ddpm"}, "VDMScheduler has no DDPM decoder"),
+        (DDPMScheduler(60, thresholding=True), {}, "thresholding"),
+    ],
+)
+def test_what_the_bound_refuses_is_not_calibrated(scheduler, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        calibrate(SmoothNet(), scheduler, TRAIN, progress_bar=False, **arguments)
+
+
+def test_a_cast_of_the_weights_is_not_taken_for_other_weights(caplog):
+    unet = tiny_unet(in_channels=2, out_channels=2, sample_size=4).eval().half().float()
+    table = calibrate(unet.half(), VDM, TRAIN, num_gammas=3, progress_bar=False)
+    quiet(unet.float(), VDM, TEST, num_steps=2, variance="optimal", calibration=table)
+    assert "other weights" not in "".join(r.getMessage() for r in caplog.records)
 
 
 def test_a_network_that_predicts_variances_needs_no_calibration():
