@@ -55,8 +55,9 @@ def print_report(args: argparse.Namespace, evaluation, report: Report) -> None:
         rows.append(("  for uniform t", f"{report.details['plain_variance_per_call']:.3g}"))
     if "mean_num_calls" in report.details:
         rows.append(("network calls per solve", f"{report.details['mean_num_calls']:.0f}"))
+    width = max(36, *(len(label) + 2 for label, _ in rows))
     for label, text in rows:
-        print(f"  {label:<36}{text:>18}")
+        print(f"  {label:<{width}}{text:>18}")
     output = Path(args.output)
     has_error = report.stderr_bpd is not None and not math.isnan(report.stderr_bpd)
     if has_error:
