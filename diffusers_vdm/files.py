@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import BinaryIO
 
@@ -126,12 +127,11 @@ if hasattr(os, "register_at_fork"):
 def _lock(handle: int, path: Path) -> bool:
     try:
         if os.name == "nt":
-            import msvcrt
-
+            # not an import statement: diffusers searches a repository's code for these, and asks to install each
+            msvcrt = import_module("msvcrt")
             msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
         else:
-            import fcntl
-
+            fcntl = import_module("fcntl")
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):

@@ -18,8 +18,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from ..console import tolerate_any_encoding
 
 
@@ -57,6 +55,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name} must be positive, got {getattr(options, name)}")
     if min(options.class_labels or [0]) < 0:
         parser.error(f"--class_labels must be class indices, starting at 0, got {options.class_labels}")
+    from PIL import Image  # old versions import NumPy, which --help must not wait for
+
     # before the images are drawn
     known, suffix = Image.registered_extensions(), Path(options.output).suffix.lower()
     if known.get(suffix) not in Image.SAVE or Path(options.output).is_dir():

@@ -160,9 +160,9 @@ def test_every_file_that_is_left_out_is_counted(tmp_path):
 def test_all_formats_that_pillow_decodes_are_read(tmp_path):
     path = write_images(tmp_path / "data", "1.png")
     for name, options in (("2.avif", {"quality": 100}), ("3.webp", {"lossless": True}), ("4.qoi", {})):
-        if name[1:] in Image.registered_extensions():
+        if Image.registered_extensions().get(name[1:]) in Image.SAVE:  # the oldest Pillow writes fewer of them
             Image.new("RGB", (4, 4), 0).save(tmp_path / "data" / name, **options)
-    assert len(loaded(path, "train", tmp_path)) == len(list((tmp_path / "data").iterdir())) > 2
+    assert len(loaded(path, "train", tmp_path)) == len(list((tmp_path / "data").iterdir())) > 1
 
 
 def test_a_folder_of_archives_only_is_refused(tmp_path):
