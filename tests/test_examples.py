@@ -1,6 +1,7 @@
 """The self-contained examples as a new user runs them: as commands with small sizes, and what they print."""
 
 import ast
+import importlib
 import importlib.metadata
 import re
 import sys
@@ -180,9 +181,11 @@ def test_a_custom_schedule_is_trained_saved_and_loaded(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_custom_schedule_increases_for_any_parameters(seed):
-    sys.path.insert(0, str(EXAMPLES))
-    from own_noise_schedule import PowersGamma
+def test_the_custom_schedule_increases_for_any_parameters(seed, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    PowersGamma = importlib.import_module("own_noise_schedule").PowersGamma
+    # another test loads a pipeline where nobody has imported it
+    monkeypatch.delitem(sys.modules, "own_noise_schedule")
 
     schedule = PowersGamma(gamma_min=-9.0, gamma_max=4.0)
     torch.nn.init.normal_(schedule.logits, std=3.0, generator=torch.Generator().manual_seed(seed))
