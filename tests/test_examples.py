@@ -185,7 +185,7 @@ def test_the_custom_schedule_increases_for_any_parameters(seed, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     PowersGamma = importlib.import_module("own_noise_schedule").PowersGamma
     # another test loads a pipeline where nobody has imported it
-    monkeypatch.delitem(sys.modules, "own_noise_schedule")
+    del sys.modules["own_noise_schedule"]
 
     schedule = PowersGamma(gamma_min=-9.0, gamma_max=4.0)
     torch.nn.init.normal_(schedule.logits, std=3.0, generator=torch.Generator().manual_seed(seed))
