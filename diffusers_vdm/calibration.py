@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
 
 from . import diffusion
-from .json_values import count, items, mapping, number, text
+from .json_values import count, items, mapping, number, text, typed_values
 
 Variance = Literal["posterior", "optimal"]
 Detail = Literal["level", "channel", "pixel"]
-# significant digits of the table in a config: more would say nothing, and a table of pixels is large
-_DIGITS = 6
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +51,7 @@ class Calibration:
 
     def __post_init__(self):
         gammas = torch.as_tensor(self.gammas, dtype=torch.float64).cpu()
-        mse = _rounded(torch.as_tensor(self.mse, dtype=torch.float64).cpu())
+        mse = torch.as_tensor(self.mse, dtype=torch.float64).cpu()
         if gammas.ndim != 1 or len(gammas) < 2 or not bool(gammas.isfinite().all() & (gammas.diff() > 0).all()):
             raise ValueError(
                 f"gammas must be at least two finite increasing numbers, got shape {tuple(gammas.shape)}."
@@ -103,11 +101,7 @@ class Calibration:
         if self.mse.ndim == 1:
             return
         own = tuple(self.mse.shape[1:])
-        if (
-            len(shape) != 3
-            or any(a not in (1, b) for a, b in zip(own[1:], shape[1:], strict=True))
-            or own[0] != shape[0]
-        ):
+        if own not in (tuple(shape), (*shape[:1], 1, 1)):
             raise ValueError(
                 f"the calibration must be for images of shape {tuple(shape)}, got one for {own}; calibrate this "
                 "network again, or by detail='level'."
@@ -129,8 +123,7 @@ class Calibration:
             mse = mse.flatten(1).mean(1)
         elif detail == "channel" and mse.ndim > 1:
             mse = mse.mean((2, 3), keepdim=True)
-        known = {name: value for name, value in vars(self).items() if name not in ("gammas", "mse")}
-        return Calibration(self.gammas, mse, **known)
+        return replace(self, mse=mse)
 
     def to_json(self) -> dict[str, Any]:
         """What a scheduler's config holds."""
@@ -140,27 +133,23 @@ class Calibration:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Calibration:
         """Reads what [`Calibration.to_json`] made; raises `ValueError` for anything else."""
-        values = mapping(dict(values) if isinstance(values, Mapping) else values)
+        values = mapping(values)
         try:
-            gammas = torch.tensor(items(list(values.get("gammas") or ())), dtype=torch.float64)
-            mse = torch.tensor(values.get("mse") or [], dtype=torch.float64)
+            gammas, mse = (torch.tensor(values.get(name) or [], dtype=torch.float64) for name in ("gammas", "mse"))
         except (TypeError, ValueError) as error:
             raise ValueError(f"calibration must hold numbers in gammas and mse: {error}") from error
         if not count(values.get("num_images")):
             raise ValueError("calibration must be what calibrate returns, with num_images; calibrate again.")
         seed = values.get("seed")
-        return cls(
-            gammas,
-            mse,
-            num_images=values["num_images"],
-            num_draws=count(values.get("num_draws")) or 1,
-            data=text(values.get("data")),
-            data_fingerprint=text(values.get("data_fingerprint")),
-            weights_fingerprint=text(values.get("weights_fingerprint")),
-            clip_sample=values.get("clip_sample") is True,
-            seed=seed if isinstance(seed, int) and number(seed) is not None else 0,
-            image_digests=tuple(digest for digest in items(values.get("image_digests")) if text(digest)),
-        )
+        read = typed_values(cls, values) | {
+            "gammas": gammas,
+            "mse": mse,
+            "num_images": values["num_images"],
+            "num_draws": count(values.get("num_draws")) or 1,
+            "seed": seed if isinstance(seed, int) and number(seed) is not None else 0,
+            "image_digests": tuple(digest for digest in items(values.get("image_digests")) if text(digest)),
+        }
+        return cls(**read)
 
 
 def digests_of(images: torch.Tensor) -> tuple[str, ...]:
@@ -179,12 +168,3 @@ def check_variance(variance: str | None) -> None:
     """Raises `ValueError` unless it is one of the names."""
     if variance not in get_args(Variance):
         raise ValueError(f"variance must be one of {get_args(Variance)}, got {variance!r}.")
-
-
-def _rounded(mse: torch.Tensor) -> torch.Tensor:
-    """To a few significant digits, so that a table in memory equals the one in a file."""
-    if not bool(mse.isfinite().all() & (mse >= 0).all()):
-        return mse
-    return torch.tensor(
-        [float(f"{value:.{_DIGITS}g}") for value in mse.flatten().tolist()], dtype=torch.float64
-    ).reshape(mse.shape)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import io
 import re
 import sys
 import unicodedata
@@ -25,8 +24,9 @@ def tolerate_any_encoding() -> None:
     """
     codecs.register_error(_HANDLER, _transliterate)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a replaced stream may be of another kind
-            stream.reconfigure(errors=_HANDLER)
+        reconfigure = getattr(stream, "reconfigure", None)  # a replaced stream may lack it
+        if reconfigure is not None:
+            reconfigure(errors=_HANDLER)
 
 
 def _transliterate(error: UnicodeError) -> tuple[str, int]:

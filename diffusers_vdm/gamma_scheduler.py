@@ -122,10 +122,11 @@ class GammaScheduler(TypedConfig, SchedulerMixin, ConfigMixin):
         gamma_t, gamma_s = self._step_gammas(timestep)
         z_t = sample.to(torch.promote_types(sample.dtype, torch.float32))
         prediction = denoiser.Prediction.from_output(model_output, z_t, gamma_t, self.config.prediction_type)
-        if self._calibration is not None and self.config.variance == "optimal":
-            self._calibration.check_shape(tuple(z_t.shape[1:]))
+        best_variance = self._calibration if self.config.variance == "optimal" else None
         if self.config.algorithm == "ancestral":
             denoiser.check_variance_values(self.config.variance_type, prediction.variance_values)
+            if best_variance is not None:
+                best_variance.check_shape(tuple(z_t.shape[1:]))
         x_hat, eps_hat = prediction.x_and_eps()
         if self.config.clip_sample:
             x_hat = x_hat.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
@@ -142,8 +143,8 @@ class GammaScheduler(TypedConfig, SchedulerMixin, ConfigMixin):
             if float(std) > 0:
                 if denoiser.is_learned(self.config.variance_type):
                     std = self._predicted_std(prediction, gamma_s)
-                elif self._calibration is not None and self.config.variance == "optimal":
-                    std = torch.exp(0.5 * self._calibration.log_variance(gamma_s, gamma_t)).to(z_t.dtype)
+                elif best_variance is not None:
+                    std = torch.exp(0.5 * best_variance.log_variance(gamma_s, gamma_t)).to(z_t.dtype)
                 noise = randn_tensor(z_t.shape, generator=generator, device=z_t.device, dtype=z_t.dtype)
                 mean = mean + std.to(z_t.device) * noise
             prev_sample = mean
@@ -311,3 +312,17 @@ class GammaScheduler(TypedConfig, SchedulerMixin, ConfigMixin):
     def _with_levels(cls, config: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         """`config` with its levels given only by arguments of this class; `ValueError` if it defines two sets."""
         raise NotImplementedError
+
+
+def best_timesteps_of(scheduler: Any, num_steps: int, **changed: Any) -> list[float]:
+    """[`GammaScheduler.best_timesteps`] of a scheduler, with some arguments `changed`.
+
+    Raises: `ValueError` for a scheduler of diffusers, and as that method.
+    """
+    if not isinstance(scheduler, GammaScheduler):
+        raise ValueError(
+            f"timesteps='best' needs a VDMScheduler or a LinearBetaScheduler, got a {type(scheduler).__name__}; "
+            "convert the model."
+        )
+    chosen: Any = type(scheduler).from_config(scheduler.config, **changed) if changed else scheduler
+    return chosen.best_timesteps(num_steps)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
 
 
@@ -31,3 +33,19 @@ def mapping(value: object) -> dict[str, Any]:
 def items(value: object) -> list[Any]:
     """A list; an empty one for anything else."""
     return value if isinstance(value, list) else []
+
+
+def flag(value: object) -> bool:
+    """Whether a value is `True`."""
+    return value is True
+
+
+# by the annotation of a field, in modules with `from __future__ import annotations`
+_READERS: dict[Any, Callable[[object], Any]] = {
+    "str | None": text, "int | None": count, "float | None": number, "bool": flag, "dict[str, Any]": mapping,
+}  # fmt: skip
+
+
+def typed_values(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a dataclass with a plain type, each read as its annotation says; other fields are left out."""
+    return {f.name: _READERS[f.type](values.get(f.name)) for f in fields(cls) if f.type in _READERS}

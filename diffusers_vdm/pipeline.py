@@ -17,7 +17,7 @@ from diffusers.utils.torch_utils import randn_tensor
 # diffusers finds the classes of a saved pipeline only in modules that are already imported, such as schedulers
 from . import call_arguments, components, denoiser, diffusion, noise_schedules, repository, schedulers, unet
 from .diffusion import Generators
-from .gamma_scheduler import GammaScheduler
+from .gamma_scheduler import GammaScheduler, best_timesteps_of
 from .noise_schedules import NoiseSchedule
 from .typed_config import TypedConfig
 from .unet import VDMUNet2DModel
@@ -419,21 +419,14 @@ class VDMPipeline(TypedConfig, DiffusionPipeline):
             raise ValueError(f"class_labels must be within [0, {highest}){null}, got {labels.tolist()}.")
 
     def _set_timesteps(self, num_inference_steps: int | None, timesteps: Any, device: torch.device) -> None:
-        if timesteps is None:
+        if timesteps is None or isinstance(timesteps, str):
             steps = 250 if num_inference_steps is None else num_inference_steps
             steps = call_arguments.positive_integer("num_inference_steps", steps)
-            return self.scheduler.set_timesteps(steps, device=device)
-        if isinstance(timesteps, str):
+            if timesteps is None:
+                return self.scheduler.set_timesteps(steps, device=device)
             if timesteps != "best":
                 raise ValueError(f"timesteps must be a decreasing list, 'best' or None, got {timesteps!r}.")
-            if not isinstance(self.scheduler, GammaScheduler):
-                raise ValueError(
-                    f"timesteps='best' needs a VDMScheduler or a LinearBetaScheduler with a calibration, got a "
-                    f"{type(self.scheduler).__name__}."
-                )
-            steps = 250 if num_inference_steps is None else num_inference_steps
-            steps = call_arguments.positive_integer("num_inference_steps", steps)
-            return self.scheduler.set_timesteps(timesteps=self.scheduler.best_timesteps(steps), device=device)
+            return self.scheduler.set_timesteps(timesteps=best_timesteps_of(self.scheduler, steps), device=device)
         if num_inference_steps is not None:
             raise ValueError("pass either num_inference_steps or timesteps, not both.")
         numbers = call_arguments.decreasing_numbers("timesteps", timesteps)

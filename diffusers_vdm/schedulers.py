@@ -385,8 +385,7 @@ class LinearBetaScheduler(GammaScheduler):
 def _are_linear(table: Any, of: tuple[Any, Any, Any], rescale: bool, may_be_none: bool) -> bool:
     """Whether `table` holds the linear betas `of` (T, start, end); invalid ones are `False` if `may_be_none`."""
     try:
-        num_steps, start, end = of
-        return same_betas(table, linear_betas(num_steps, start, end, rescale))
+        return same_betas(table, linear_betas(*of, rescale))
     except ValueError:
         if may_be_none:
             return False

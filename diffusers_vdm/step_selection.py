@@ -13,6 +13,7 @@ import math
 import torch
 
 from .calibration import Variance, check_variance
+from .diffusion import step_weight
 
 
 def best_levels(
@@ -51,12 +52,13 @@ def best_levels(
     # cost[s, t − 1]: the step from level t down to s < t
     cost = torch.full((fine, fine), math.inf, dtype=torch.float64)
     for t in range(fine):
-        m = torch.expm1(gammas[t + 1] - gammas[: t + 1])[:, None] * mse[t].flatten()
+        weight = 2 * step_weight(gammas[: t + 1], gammas[t + 1])[:, None]
+        m = weight * mse[t].flatten()
         nats = m
         if variance == "optimal":
             nats = torch.log1p(m)
             if calibrated_mse is not None:
-                c = torch.expm1(gammas[t + 1] - gammas[: t + 1])[:, None] * calibrated_mse[t].flatten()
+                c = weight * calibrated_mse[t].flatten()
                 nats = torch.log1p(c) + (m - c) / (1 + c)
         cost[: t + 1, t] = 0.5 * nats.mean(1) / math.log(2)
     best, came_from = cost[0], []  # cost of reaching each level from γ_0 in one step

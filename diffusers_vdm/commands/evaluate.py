@@ -38,7 +38,7 @@ class Evaluation:
         import torch
 
         from .. import Calibration, noise_schedule_of
-        from ..gamma_scheduler import GammaScheduler
+        from ..evaluation.all_terms import chosen_variance, own_calibration
         from ..repository import read_json
 
         self.args, self.accelerator = args, accelerator
@@ -53,11 +53,10 @@ class Evaluation:
         if args.method != "vlb" or args.table:
             self.noise_schedule = noise_schedule_of(self.scheduler)
         self.prediction_type = self.scheduler.config.get("prediction_type", "epsilon")
-        own = isinstance(self.scheduler, GammaScheduler)
-        self.variance = args.variance or (self.scheduler.config.variance if own else "posterior")
+        self.variance = chosen_variance(self.scheduler, args.variance)
         if args.calibration and self.variance == "posterior" and args.timesteps != ["best"]:
             raise ValueError("--calibration needs --variance optimal or --timesteps best, which use it")
-        self.calibration = self.scheduler.calibration if own else None
+        self.calibration = own_calibration(self.scheduler)
         if args.calibration:
             path = Path(args.calibration)
             self.calibration = Calibration.from_json(read_json(path, path.name))
@@ -244,7 +243,7 @@ def run_evaluation(args: argparse.Namespace, accelerator) -> None:
 
     from ..data.images import DIGITS
     from ..evaluation.report import TERMS, BoundAtSteps, MeasuredData, Report
-    from ..evaluation.rows import fingerprint, gammas_fingerprint
+    from ..evaluation.rows import gammas_fingerprint, weights_fingerprint
 
     evaluation = Evaluation(args, accelerator)
     start = time.perf_counter()
@@ -270,7 +269,7 @@ def run_evaluation(args: argparse.Namespace, accelerator) -> None:
         prediction_type=evaluation.prediction_type,
         scheduler=type(evaluation.scheduler).__name__,
         weights=evaluation.weights,
-        weights_fingerprint=fingerprint(evaluation.unet.state_dict().values()),
+        weights_fingerprint=weights_fingerprint(evaluation.unet),
         gammas_fingerprint=gammas_fingerprint(evaluation.scheduler),
         class_conditional=evaluation.shared["class_labels"] is not None,
         dtype="float32" + (", TF32 products" if args.allow_tf32 else ""),

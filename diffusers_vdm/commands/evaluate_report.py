@@ -39,9 +39,9 @@ def print_report(args: argparse.Namespace, evaluation, report: Report) -> None:
     name = {"ode": "probability-flow ODE", "mc": "continuous time"}.get(args.method)
     is_optimal = report.details.get("variance_type") == "optimal"
     if report.num_steps is not None:
-        chosen = (
-            {True: ", best timesteps", False: ", own timesteps"}[args.timesteps == ["best"]] if args.timesteps else ""
-        )
+        chosen = ""
+        if args.timesteps:
+            chosen = ", best timesteps" if args.timesteps == ["best"] else ", own timesteps"
         name = f"T = {report.num_steps}" + (", best variance" if is_optimal else "") + chosen
     best = report.details.get("best", [])
     print(f"\n{args.model} on {report.data.name}: {report.num_images} images, {report.seconds:.0f} s")

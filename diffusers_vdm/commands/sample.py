@@ -138,7 +138,7 @@ def sample(options: argparse.Namespace) -> None:
     from .. import VDMPipeline
     from ..plots import image_grid
     from ..randomness import keyed_generator
-    from ..training.metrics import LineOfEvaluation, read_steps
+    from ..training.metrics import last_evaluation, read_steps
 
     device = choose_device(options.device)
     pipe = VDMPipeline.from_pretrained(options.model).to(device)
@@ -185,12 +185,11 @@ def sample(options: argparse.Namespace) -> None:
         ("time", f"{seconds:.1f} s on {device}, {len(images) / seconds:.2f} images/s"),
         ("pixel mean ± std", f"{images.mean():.3f} ± {images.std():.3f} of [0, 1]"),
     ]
-    lines = ((line["step"], LineOfEvaluation.from_json(line)) for line in reversed(read_steps(options.model)))
-    for step, measured in lines:
-        if measured is not None:
-            error = f" ± {measured.stderr_bpd:.4f}" if measured.stderr_bpd else ""
-            table.append(("held-out bits/dim", f"{measured.bpd:.4f}{error} at step {step}"))
-            break
+    measured = last_evaluation(read_steps(options.model))
+    if measured is not None:
+        step, evaluation = measured
+        error = f" ± {evaluation.stderr_bpd:.4f}" if evaluation.stderr_bpd else ""
+        table.append(("held-out bits/dim", f"{evaluation.bpd:.4f}{error} at step {step}"))
     table.append(("written", options.output))
     for name, value in table:
         print(f"  {name:<20}{value}")

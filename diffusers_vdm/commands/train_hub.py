@@ -97,8 +97,10 @@ class Sharing:
         if not self.is_due(saved=True, at_end=False):
             return
         self.push("stopped")
-        failure = self.uploads.wait(STOP_SECONDS) if self.uploads is not None else None
-        if failure and self.uploads is not None:
+        if self.uploads is None:
+            return
+        failure = self.uploads.wait(STOP_SECONDS)
+        if failure:
             print(f"the last save was not uploaded: {failure}")
             self.uploads.close()
 

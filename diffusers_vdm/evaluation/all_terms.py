@@ -29,7 +29,7 @@ from .. import denoiser, diffusion
 from ..calibration import Calibration, Variance, check_variance
 from ..diffusers_schedulers import noise_schedule_of
 from ..diffusion import PredictionType, to_high_precision
-from ..gamma_scheduler import GammaScheduler
+from ..gamma_scheduler import GammaScheduler, best_timesteps_of
 from ..randomness import keyed_noise
 from ..schedulers import VDMScheduler
 from ..step_selection import best_levels
@@ -168,7 +168,11 @@ def evaluate_vlb(
         betas, and mismatched sizes; `ValueError` with the index of the image if the network returns NaN.
     """
     if isinstance(timesteps, str):
-        num_steps, timesteps = None, _best_timesteps(scheduler, num_steps, timesteps, variance, calibration)
+        if timesteps != "best" or num_steps is None:
+            raise ValueError(f"timesteps must be a decreasing list, or 'best' with num_steps, got {timesteps!r}.")
+        changed = {"variance": chosen_variance(scheduler, variance), "calibration": calibration}
+        given = {name: value for name, value in changed.items() if value is not None}
+        num_steps, timesteps = None, best_timesteps_of(scheduler, num_steps, **given)
     chain = _chain(scheduler, num_steps, timesteps, convention, clip_sample, num_levels)
     check_images(images, num_levels, unet)
     chain = _with_variance(chain, scheduler, variance, calibration, unet, images)
@@ -339,22 +343,16 @@ def _chain(scheduler, num_steps, timesteps, convention, clip_sample: bool | None
     )
 
 
-def _best_timesteps(
-    scheduler: Any, num_steps: int | None, timesteps: str, variance: Variance | None, calibration: Calibration | None
-) -> list[float]:
-    """The best `num_steps` timesteps of one of our schedulers, by its calibration or another one."""
-    if timesteps != "best" or num_steps is None:
-        raise ValueError(f"timesteps must be a decreasing list, or 'best' with num_steps, got {timesteps!r}.")
-    if not isinstance(scheduler, GammaScheduler):
-        raise ValueError(
-            f"timesteps='best' needs a VDMScheduler or a LinearBetaScheduler, got a {type(scheduler).__name__}; "
-            "convert the model."
-        )
-    changed: dict[str, Any] = {"variance": variance or scheduler.config.variance}
-    if calibration is not None:
-        changed["calibration"] = calibration
-    chosen: Any = type(scheduler).from_config(scheduler.config, **changed)
-    return chosen.best_timesteps(num_steps)
+def chosen_variance(scheduler: Any, variance: Variance | None) -> Variance:
+    """`variance`, or what one of our schedulers has; diffusers' configs may carry ours, but their steps do not."""
+    default = scheduler.config.variance if isinstance(scheduler, GammaScheduler) else "posterior"
+    check_variance(variance or default)
+    return variance or default
+
+
+def own_calibration(scheduler: Any) -> Calibration | None:
+    """The calibration of one of our schedulers."""
+    return scheduler.calibration if isinstance(scheduler, GammaScheduler) else None
 
 
 def _with_variance(
@@ -366,12 +364,9 @@ def _with_variance(
     images: torch.Tensor,
 ) -> _Chain:
     """`chain` with the best variance where that is asked for, checked."""
-    own = scheduler if isinstance(scheduler, GammaScheduler) else None  # diffusers' configs may carry ours
-    variance = variance or (own.config.variance if own is not None else "posterior")
-    check_variance(variance)
-    if variance == "posterior":
+    if chosen_variance(scheduler, variance) == "posterior":
         return chain
-    calibration = calibration or (own.calibration if own is not None else None)
+    calibration = calibration or own_calibration(scheduler)
     if calibration is None:
         raise ValueError("variance='optimal' needs a calibration, got none; run `diffusers-vdm calibrate`.")
     if not isinstance(calibration, Calibration):

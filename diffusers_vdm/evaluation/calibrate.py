@@ -5,6 +5,7 @@ Measure it on training images, never on the images of an evaluation: the varianc
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,10 @@ from ..diffusers_schedulers import noise_schedule_of
 from ..randomness import keyed_noise
 from ..schedulers import VDMScheduler
 from .all_terms import Convention, _chain, default_convention, x_of_levels
-from .rows import check_class_labels, check_images, device_of, fingerprint, weights_fingerprint
+from .rows import check_class_labels, check_images, device_of, evaluation_mode, fingerprint, weights_fingerprint
+
+# significant digits of the table
+_DIGITS = 6
 
 
 @torch.no_grad()
@@ -68,10 +72,8 @@ def calibrate(
     check_detail(detail)
     check_images(images, num_levels, unet)
     check_class_labels(class_labels, images, unet)
-    num_draws, num_gammas = (
-        call_arguments.positive_integer(name, value)
-        for name, value in (("num_draws", num_draws), ("num_gammas", num_gammas))
-    )
+    num_draws = call_arguments.positive_integer("num_draws", num_draws)
+    num_gammas = call_arguments.positive_integer("num_gammas", num_gammas)
     batch_size = call_arguments.positive_integer("batch_size", batch_size)
     device = device_of(unet) if device is None else torch.device(device)
     convention = convention or default_convention(scheduler)
@@ -84,35 +86,30 @@ def calibrate(
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     mine = torch.arange(rank, len(images), world)
     dtype = denoiser.working_dtype(unet)
-    sums = torch.zeros(len(gammas), *images.shape[1:], dtype=torch.float64)
-    was_training = unet.training
-    unet.eval()
-    try:
-        with tqdm(
-            total=len(mine) * len(gammas) * num_draws, desc="calibrating", unit="call", leave=False,
-            disable=not progress_bar or rank > 0,
-        ) as bar:  # fmt: skip
-            for index in mine.split(batch_size):
-                x = x_of_levels(images[index].to(device), convention, num_levels, dtype)
-                labels = None if class_labels is None else class_labels[index].to(device)
-                for k, (gamma, timestep) in enumerate(zip(gammas, timesteps, strict=True)):
-                    gamma_t = diffusion.to_high_precision(gamma.float() if x.device.type == "mps" else gamma).to(
-                        device
-                    )
-                    t = timestep.to(device) if timestep.dtype == torch.long else timestep.to(device, x.dtype)
-                    for draw in range(num_draws):
-                        eps = keyed_noise([(seed, "calibration", k, draw, int(i)) for i in index], x.shape[1:], x)
-                        z_t = diffusion.q_sample(x, eps, gamma_t)
-                        prediction = denoiser.predict(unet, z_t, gamma_t, t, prediction_type, class_labels=labels)
-                        eps_hat = prediction.eps_hat
-                        if clip_sample:
-                            eps_hat = diffusion.eps_from_x(z_t, prediction.x_hat.clamp(-limit, limit), gamma_t)
-                        sums[k] += (eps - eps_hat).square().sum(0).cpu().double()
-                        bar.update(len(index))
-    finally:
-        unet.train(was_training)
+    sums = diffusion.to_high_precision(torch.zeros(len(gammas), *images.shape[1:], device=device))
+    bar = tqdm(
+        total=len(mine) * len(gammas) * num_draws, desc="calibrating", unit="call", leave=False,
+        disable=not progress_bar or rank > 0,
+    )  # fmt: skip
+    with evaluation_mode(unet), bar:
+        for index in mine.split(batch_size):
+            x = x_of_levels(images[index].to(device), convention, num_levels, dtype)
+            labels = None if class_labels is None else class_labels[index].to(device)
+            for k, (gamma, timestep) in enumerate(zip(gammas, timesteps, strict=True)):
+                gamma_t = diffusion.to_high_precision(gamma.float() if x.device.type == "mps" else gamma).to(device)
+                t = timestep.to(device) if timestep.dtype == torch.long else timestep.to(device, x.dtype)
+                for draw in range(num_draws):
+                    eps = keyed_noise([(seed, "calibration", k, draw, int(i)) for i in index], x.shape[1:], x)
+                    z_t = diffusion.q_sample(x, eps, gamma_t)
+                    prediction = denoiser.predict(unet, z_t, gamma_t, t, prediction_type, class_labels=labels)
+                    eps_hat = prediction.eps_hat
+                    if clip_sample:
+                        eps_hat = diffusion.eps_from_x(z_t, prediction.x_hat.clamp(-limit, limit), gamma_t)
+                    sums[k] += diffusion.to_high_precision((eps - eps_hat).square()).sum(0)
+                    bar.update(len(index))
     if accelerator is not None and world > 1:
-        sums = accelerator.reduce(sums.to(device), reduction="sum").cpu()
+        sums = accelerator.reduce(sums, reduction="sum")
+    sums = sums.cpu().double()
     if not bool(sums.isfinite().all()):
         k = int((~sums.flatten(1).isfinite().all(1)).nonzero()[0])
         raise ValueError(f"the network returned NaN or infinity at gamma = {float(gammas[k]):.4g}.")
@@ -129,7 +126,10 @@ def calibrate(
         seed=seed,
         image_digests=digests_of(images),
     )
-    return whole.reduced(detail)
+    table = whole.reduced(detail)
+    # more digits would say nothing, and would make the JSON of a table of pixels twice as long
+    rounded = [float(f"{value:.{_DIGITS}g}") for value in table.mse.flatten().tolist()]
+    return replace(table, mse=torch.tensor(rounded, dtype=torch.float64).reshape(table.mse.shape))
 
 
 def _levels(scheduler: Any, count: int) -> tuple[torch.Tensor, torch.Tensor]:

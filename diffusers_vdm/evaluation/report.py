@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..files import write_atomically
-from ..json_values import count, items, mapping, number, text
+from ..json_values import count, items, mapping, number, text, typed_values
 from ..repository import read_json
 
 NAME = "report.json"
@@ -61,15 +61,8 @@ class MeasuredData:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> MeasuredData:
         """Reads the output of [`Report.to_json`]; a value of the wrong type counts as missing."""
-        texts = ("name", "dataset", "split", "fingerprint", "files", "image_column", "label_column", "image_mode",
-                 "frames")  # fmt: skip
-        read: dict[str, Any] = {name: text(values.get(name)) for name in texts}
-        read |= {name: values.get(name) is True for name in ("is_folder", "center_crop", "allow_shared")}
-        return cls(
-            shape=[size for size in items(values.get("shape")) if count(size)],
-            resolution=count(values.get("resolution")),
-            **read,
-        )
+        shape = [size for size in items(values.get("shape")) if count(size)]
+        return cls(shape=shape, **typed_values(cls, values))
 
 
 @dataclass(frozen=True)
@@ -85,13 +78,9 @@ class BoundAtSteps:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> BoundAtSteps:
         """Reads the output of [`Report.to_json`]; a value of the wrong type counts as missing."""
-        return cls(
-            count(values.get("num_steps")),
-            number(values.get("bpd")),
-            number(values.get("stderr_bpd")),
-            count(values.get("num_samples")),
-            text(values.get("stderr_is_of")) or OF_THE_DRAWS,
-        )
+        read = typed_values(cls, values)
+        read["stderr_is_of"] = read["stderr_is_of"] or OF_THE_DRAWS
+        return cls(**read)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,31 +167,23 @@ class Report:
             )
         terms = {term: number(values.get(f"{term}_bpd")) for term in TERMS}
         seed = values.get("seed")
-        read: dict[str, Any] = {name: number(values.get(name)) for name in _NUMBERS}
-        read |= {name: count(values.get(name)) for name in _COUNTS} | {name: text(values.get(name)) for name in _TEXTS}
-        return cls(
-            method=values["method"],
-            terms_bpd={term: value for term, value in terms.items() if value is not None},
-            clip_sample=values.get("clip_sample") is True,
-            class_conditional=values.get("class_conditional") is True,
-            seed=seed if isinstance(seed, int) and not isinstance(seed, bool) else None,
-            data=MeasuredData.from_json(mapping(values.get("data"))),
-            versions={k: v for k, v in mapping(values.get("versions")).items() if text(v)},
-            table=[BoundAtSteps.from_json(mapping(row)) for row in items(values.get("table"))],
-            details={k: v for k, v in values.items() if k not in _KEYS},
-            per_image_bpd=[bpd for bpd in items(values.get("per_image_bpd")) if number(bpd) is not None],
-            **read,
-        )
+        read = typed_values(cls, values) | {
+            "method": values["method"],
+            "terms_bpd": {term: value for term, value in terms.items() if value is not None},
+            "seed": seed if isinstance(seed, int) and not isinstance(seed, bool) else None,
+            "data": MeasuredData.from_json(mapping(values.get("data"))),
+            "versions": {k: v for k, v in mapping(values.get("versions")).items() if text(v)},
+            "table": [BoundAtSteps.from_json(mapping(row)) for row in items(values.get("table"))],
+            "details": {k: v for k, v in values.items() if k not in _KEYS},
+            "per_image_bpd": [bpd for bpd in items(values.get("per_image_bpd")) if number(bpd) is not None],
+        }
+        return cls(**read)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the file atomically."""
         write_atomically(path, json.dumps(self.to_json(), indent=1))
 
 
-_NUMBERS = ("bpd", "stderr_bpd", "seconds")
-_COUNTS = ("num_images", "num_samples", "num_steps", "num_levels", "num_processes")
-_TEXTS = ("model", "stderr_is_of", "prediction_type", "scheduler", "convention", "weights", "weights_fingerprint",
-          "gammas_fingerprint", "dtype")  # fmt: skip
 _KEYS = {f.name for f in fields(Report)} | {f"{term}_bpd" for term in TERMS} | {"version"}
 
 

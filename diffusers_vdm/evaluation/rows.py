@@ -115,18 +115,26 @@ def progress_text(bits: torch.Tensor, num_processes: int = 1) -> str:
 
 
 @contextmanager
-def evaluating(network: nn.Module, rows: Rows) -> Iterator[None]:
-    """Puts `network` in `eval()` mode, and restores the mode of each module afterwards. Saves `rows` on exceptions."""
+def evaluation_mode(network: nn.Module) -> Iterator[None]:
+    """Puts `network` in `eval()` mode, and restores the mode of each module afterwards."""
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:
         yield
-    except BaseException:
-        rows.keep(now=True)  # `share` has already saved completed work
-        raise
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def evaluating(network: nn.Module, rows: Rows) -> Iterator[None]:
+    """[`evaluation_mode`] that saves `rows` on exceptions."""
+    with evaluation_mode(network):
+        try:
+            yield
+        except BaseException:
+            rows.keep(now=True)  # `share` has already saved completed work
+            raise
 
 
 def batches(rows: torch.Tensor, num_images: int, batch_size: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:

@@ -15,7 +15,7 @@ from ..data.images import DIGITS
 from ..evaluation.report import OF_THE_DRAWS, Method, Report
 from ..json_values import count, items, mapping, number, text
 from ..training.description import RunDescription
-from ..training.metrics import LineOfEvaluation
+from ..training.metrics import last_evaluation
 
 _DIGITS_SPLITS = {"1500 training": "train", "297 held-out": "test"}
 _REPOSITORY = re.compile(r"(?:[\w-]+/)?[\w.-]+", re.ASCII)
@@ -162,10 +162,10 @@ def measured_in_training(lines: list[dict[str, Any]], run: RunDescription) -> li
 
     The first is final if that line is the last one, at the last step of the run.
     """
-    found = ((line, LineOfEvaluation.from_json(line)) for line in reversed(lines))
-    line, evaluation = next((pair for pair in found if pair[1] is not None), ({}, None))
-    if evaluation is None:
+    found = last_evaluation(lines)
+    if found is None:
         return []
+    step, evaluation = found
     decay = evaluation.ema_decay
     weights = {"ema": "EMA" if decay is None else f"EMA {decay:g}", "raw": "raw"}.get(evaluation.weights or "", "")
     shared: dict[str, Any] = {
@@ -176,12 +176,12 @@ def measured_in_training(lines: list[dict[str, Any]], run: RunDescription) -> li
         "num_draws": evaluation.num_samples,
         "data": held_out_data(run),
         "data_fingerprint": run.held_out and run.held_out.fingerprint,
-        "step": line["step"],
+        "step": step,
         "details": {"class_conditional": True} if evaluation.class_conditional else {},
     }
-    is_final = line["step"] == lines[-1]["step"] == (run.num_steps or line["step"])
+    is_final = step == lines[-1]["step"] == (run.num_steps or step)
     first = Measurement(
-        bpd=float(line["eval_bpd"]),
+        bpd=evaluation.bpd,
         stderr_bpd=evaluation.stderr_bpd,
         weights=weights,
         terms_bpd=evaluation.terms_bpd,

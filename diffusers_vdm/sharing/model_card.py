@@ -13,13 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from diffusers.utils import logging
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..evaluation.report import NAME as REPORT
 from ..evaluation.report import Report, read_report
-from ..evaluation.rows import fingerprint, gammas_fingerprint
+from ..evaluation.rows import gammas_fingerprint, weights_fingerprint
 from ..files import write_atomically
 from ..repository import INDEX, read_json
 from ..training.description import RunDescription, read_description
@@ -197,9 +196,8 @@ def _report_of(folder: Path, report: str | os.PathLike | None, pipe: VDMPipeline
 
 def _check_same_model(report: Report, pipe: VDMPipeline, name: str) -> None:
     """Raises `ValueError` unless the report is of these weights and, where recorded, of the same γ(t) and levels."""
-    weights = (t.to(torch.float32) if t.is_floating_point() else t for t in pipe.unet.state_dict().values())
     here = {
-        "weights_fingerprint": fingerprint(weights),  # as in evaluations
+        "weights_fingerprint": weights_fingerprint(pipe.unet),
         "gammas_fingerprint": gammas_fingerprint(pipe.scheduler),
         "num_levels": pipe.config.num_levels,
         "prediction_type": pipe.scheduler.config.get("prediction_type", "epsilon"),

@@ -208,11 +208,10 @@ class Uploads:
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._next is not None)
-                self._current, self._next = self._next, None
-                if self._current is None:
-                    continue
-                folder, message = self._current
+                while self._next is None:
+                    self._changed.wait()
+                folder, message = self._current = self._next
+                self._next = None
             failure = None
             try:
                 self._upload(folder, message)

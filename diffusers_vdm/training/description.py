@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_atomically
-from ..json_values import count, items, mapping, number, text
+from ..json_values import count, items, mapping, text, typed_values
 from ..repository import read_json
 
 NAME = "options.json"
@@ -31,7 +31,7 @@ class DataDescription:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> DataDescription:
         """Reads the output of [`RunDescription.to_json`]; a value of the wrong type counts as missing."""
-        return cls(text(values.get("name")), count(values.get("images")), text(values.get("fingerprint")))
+        return cls(**typed_values(cls, values))
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,10 @@ class HeldOutDescription(DataDescription):
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> HeldOutDescription:
         """Reads the output of [`RunDescription.to_json`]; a value of the wrong type counts as missing."""
-        return cls(
-            text(values.get("name")),
-            count(values.get("images")),
-            text(values.get("fingerprint")),
-            0 if values.get("shared_with_training") == 0 else count(values.get("shared_with_training")),
-            text(values.get("files")),
-        )
+        read = typed_values(cls, values)
+        if values.get("shared_with_training") == 0:
+            read["shared_with_training"] = 0
+        return cls(**read)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,22 +104,15 @@ class RunDescription:
     def from_json(cls, values: Mapping[str, Any]) -> RunDescription:
         """Reads the output of [`RunDescription.to_json`] of this version or an earlier one; never raises."""
         given, names, held_out = values.get("given"), values.get("class_names"), mapping(values.get("held_out"))
-        counts, texts = ("total_steps", "global_batch_size", "num_processes"), ("device", "labels", "files")
-        read: dict[str, Any] = {name: count(values.get(name)) for name in counts}
-        read |= {name: text(values.get(name)) for name in texts}
-        return cls(
-            options=mapping(values.get("options")),
-            given=[name for name in given if text(name)] if isinstance(given, list) else None,
-            machine=mapping(values.get("machine")),
-            held_out=HeldOutDescription.from_json(held_out) if held_out else None,
-            histogram_bpd=number(values.get("histogram_bpd")),
-            data=DataDescription.from_json(mapping(values.get("data"))),
-            columns=mapping(values.get("columns")),
-            class_names=[str(name) for name in names] if isinstance(names, list) else None,
-            damaged=[name for name in items(values.get("damaged")) if text(name)],
-            versions={k: v for k, v in mapping(values.get("versions")).items() if text(v)},
-            **read,
-        )
+        read = typed_values(cls, values) | {
+            "given": [name for name in given if text(name)] if isinstance(given, list) else None,
+            "held_out": HeldOutDescription.from_json(held_out) if held_out else None,
+            "data": DataDescription.from_json(mapping(values.get("data"))),
+            "class_names": [str(name) for name in names] if isinstance(names, list) else None,
+            "damaged": [name for name in items(values.get("damaged")) if text(name)],
+            "versions": {k: v for k, v in mapping(values.get("versions")).items() if text(v)},
+        }
+        return cls(**read)
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes the file atomically into the folder of the run."""

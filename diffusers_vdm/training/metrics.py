@@ -14,7 +14,7 @@ import torch
 from diffusers.utils import logging
 
 from ..files import write_atomically
-from ..json_values import count, mapping, number
+from ..json_values import count, mapping, number, typed_values
 
 NAME = "metrics.jsonl"
 _TERMS = ("diffusion", "reconstruction", "prior")
@@ -67,7 +67,7 @@ class LineOfEvaluation:
         others (`dict`): `(bpd, stderr_bpd)` of the other averages, keyed by their decay.
     """
 
-    bpd: float | None
+    bpd: float
     stderr_bpd: float | None
     terms_bpd: dict[str, float] = field(default_factory=dict)
     num_images: int | None = None
@@ -91,28 +91,25 @@ class LineOfEvaluation:
     @classmethod
     def from_json(cls, line: Mapping[str, Any]) -> LineOfEvaluation | None:
         """Reads the output of [`LineOfEvaluation.to_json`]; `None` for a line without finite bits/dim."""
-        bpd, weights = number(line.get("eval_bpd")), line.get("eval_weights")
+        values = {name.removeprefix("eval_"): value for name, value in line.items()}
+        bpd, weights = number(values.get("bpd")), values.get("weights")
         if bpd is None:
             return None
-        terms = {term: number(line.get(f"eval_{term}_bpd")) for term in _TERMS}
-        prefix = "eval_bpd_ema_"
-        others = {k.removeprefix(prefix): number(v) for k, v in line.items() if k.startswith(prefix)}
-        return cls(
-            bpd,
-            number(line.get("eval_bpd_stderr")),
-            {term: value for term, value in terms.items() if value is not None},
-            count(line.get("eval_num_images")),
-            count(line.get("eval_num_samples")),
-            count(line.get("eval_num_timesteps")),
-            line.get("eval_class_conditional") is True,
-            weights if weights in ("ema", "raw") else None,
-            number(line.get("eval_ema_decay")),
-            {
-                decay: (value, number(line.get(f"eval_bpd_stderr_ema_{decay}")))
+        terms = {term: number(values.get(f"{term}_bpd")) for term in _TERMS}
+        prefix = "bpd_ema_"
+        others = {k.removeprefix(prefix): number(v) for k, v in values.items() if k.startswith(prefix)}
+        read = typed_values(cls, values) | {
+            "bpd": bpd,
+            "stderr_bpd": number(values.get("bpd_stderr")),
+            "terms_bpd": {term: value for term, value in terms.items() if value is not None},
+            "weights": weights if weights in ("ema", "raw") else None,
+            "others": {
+                decay: (value, number(values.get(f"bpd_stderr_ema_{decay}")))
                 for decay, value in others.items()
                 if value is not None
             },
-        )
+        }
+        return cls(**read)
 
 
 # ---- the file ----------------------------------------------------------------------------------------------------
@@ -137,6 +134,12 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
 def read_steps(folder: str | os.PathLike) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl in the folder of a run that have a step."""
     return [line for line in read_metrics(Path(folder) / NAME) if count(mapping(line).get("step"))]
+
+
+def last_evaluation(lines: list[dict[str, Any]]) -> tuple[int, LineOfEvaluation] | None:
+    """(step, numbers) of the last of some lines with steps that has finite bits/dim; `None` if none has."""
+    found = ((line["step"], LineOfEvaluation.from_json(line)) for line in reversed(lines))
+    return next(((step, evaluation) for step, evaluation in found if evaluation is not None), None)
 
 
 def truncate_metrics(path: str | os.PathLike, step: int) -> None:

@@ -1,4 +1,4 @@
-"""training/averages.py: averages of the weights, by their sums; and lent to a model."""
+"""training/averages.py: the averages of the weights against sums that are written out, and their use in a model."""
 
 import pytest
 import torch
