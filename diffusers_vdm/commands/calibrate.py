@@ -19,14 +19,21 @@ from typing import Any
 
 from ..console import tolerate_any_encoding
 from ..training.options import POSITIVE, Option, train_option
-from .evaluate_options import IMAGE_OPTIONS, check_images_options, load_data, load_model
-from .options import check_ranges, option_parser
-from .processes import check_processes, set_threads
+from .evaluate_options import (
+    BATCH_SIZE,
+    DATA_SET_OPTIONS,
+    IMAGE_OPTIONS,
+    MACHINE_OPTIONS,
+    MODEL,
+    check_shared_options,
+    load_data,
+    load_model,
+)
+from .options import option_parser
+from .processes import accelerator_of_evaluation
 
 OPTIONS: dict[str, list[Option]] = {
-    "model": [
-        Option("model", str, "folder or Hub repository of a VDMPipeline or of a pixel-space pipeline of diffusers"),
-    ],
+    "model": [MODEL],
     "measurement": [
         Option(
             "detail", ("level", "channel", "pixel"), "one error at each noise level, or one for each channel or pixel"
@@ -40,17 +47,14 @@ OPTIONS: dict[str, list[Option]] = {
         train_option("seed"),
     ],
     "data": [
-        Option("dataset_name", str, "data set on the Hub, or a local copy; the bundled digits if nothing is given"),
-        train_option("dataset_config_name"),
-        Option("data_dir", str, "folder of image files, instead of --dataset_name"),
+        *DATA_SET_OPTIONS,
         Option("split", "train", "split with the training images, slices allowed: train[:5000]"),
         *IMAGE_OPTIONS,
     ],
     "work": [
-        Option("batch_size", 128, "images at once", range=POSITIVE),
+        BATCH_SIZE,
         Option("output", str, "JSON file to write instead of the scheduler of the model"),
-        Option("num_threads", int, "CPU threads of a process; all cores, shared, if not given", range=POSITIVE),
-        Option("allow_tf32", False, "TF32 matrix products on a GPU"),
+        *MACHINE_OPTIONS,
     ],
 }
 
@@ -60,17 +64,12 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = option_parser("%(prog)s --model MODEL [options], see --help", __doc__ or "", OPTIONS)
     args = parser.parse_args(arguments)
     try:
-        if args.model is None:
-            raise ValueError("--model must name a folder or a repository")
-        check_ranges(args, OPTIONS)
-        check_images_options(args)
+        check_shared_options(args, OPTIONS)
         if args.output is None and not Path(args.model, "scheduler", "scheduler_config.json").is_file():
             raise ValueError(
                 f"--model must be a folder that VDMPipeline saved, whose scheduler will hold the table, got "
                 f"{args.model}; or write a file by --output calibration.json"
             )
-        if args.output is not None and (Path(args.output).suffix != ".json" or Path(args.output).is_dir()):
-            raise ValueError(f"--output must name a .json file, got {args.output}")
         if args.output is not None and args.variance is not None:
             raise ValueError("--variance changes the scheduler of the model, which --output leaves as it is")
     except ValueError as error:
@@ -81,7 +80,6 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def calibrate_model(args: argparse.Namespace) -> None:
     """Measures the table on all processes and writes it."""
-    import accelerate
     import torch
 
     from ..calibration import Calibration
@@ -90,10 +88,7 @@ def calibrate_model(args: argparse.Namespace) -> None:
     from ..gamma_scheduler import GammaScheduler
     from ..randomness import keyed_generator
 
-    accelerator = accelerate.Accelerator(mixed_precision="no")
-    check_processes(accelerator)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
-    set_threads(accelerator, args.num_threads)
+    accelerator = accelerator_of_evaluation(args)
     unet, scheduler, num_levels, _, class_names = load_model(args.model)
     if args.output is None and not isinstance(scheduler, GammaScheduler):
         raise ValueError(

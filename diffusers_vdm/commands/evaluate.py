@@ -26,7 +26,7 @@ from typing import Any
 from ..console import tolerate_any_encoding
 from .evaluate_options import load_data, load_model, parse_options
 from .evaluate_report import check_partial, curve, draw, partial_folder, print_report
-from .processes import check_processes, only_run, set_threads
+from .processes import accelerator_of_evaluation, only_run
 
 DECODERS = {"vdm": "softmax over the levels at γ_0", "ddpm": "discretized Gaussian at index 0"}
 
@@ -216,15 +216,9 @@ def measure(evaluation: Evaluation) -> tuple[Any, dict[str, Any], dict[str, Any]
 
 def evaluate(args: argparse.Namespace) -> None:
     """Evaluates on all processes; nothing next to the report is read or written before the lock is taken."""
-    import accelerate
-    import torch
-
-    accelerator = accelerate.Accelerator(mixed_precision="no")
-    check_processes(accelerator)
+    accelerator = accelerator_of_evaluation(args)
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda number, _: sys.exit(128 + number))  # the exception saves intermediate results
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
-    set_threads(accelerator, args.num_threads)
     output = Path(args.output)
     taken = f"another run is writing to --output {output}; wait for its end, or use another file"
     try:

@@ -11,17 +11,26 @@ from typing import Any
 from ..training.options import POSITIVE, Option, train_option
 from .options import check_ranges, image_arguments, option_parser
 
-# how the images of a data set are read, shared with calibrate
+# rows that calibrate shares
+MODEL = Option("model", str, "folder or Hub repository of a VDMPipeline or of a pixel-space pipeline of diffusers")
+DATA_SET_OPTIONS = [
+    Option("dataset_name", str, "data set on the Hub, or a local copy; defaults to the bundled digits"),
+    train_option("dataset_config_name"),
+    Option("data_dir", str, "folder of image files, instead of --dataset_name"),
+]
 IMAGE_OPTIONS = [
     *(train_option(name) for name in ("image_column", "label_column", "image_mode", "frames")),
     Option("resolution", int, "resize and crop to squares of this size", range=POSITIVE),
     Option("center_crop", False, "crop the center instead of a position drawn for each image"),
     train_option("cache_dir"),
 ]
+BATCH_SIZE = Option("batch_size", 128, "images per batch; no result depends on it", range=POSITIVE)
+MACHINE_OPTIONS = [
+    Option("num_threads", int, "CPU threads per process; defaults to an equal share of the cores", range=POSITIVE),
+    Option("allow_tf32", False, "use TF32 matrix products on a GPU, which change bits/dim"),
+]
 OPTIONS: dict[str, list[Option]] = {
-    "model": [
-        Option("model", str, "folder or Hub repository of a VDMPipeline or of a pixel-space pipeline of diffusers"),
-    ],
+    "model": [MODEL],
     "method": [
         Option(
             "method", ("mc", "vlb", "ode"), "Monte Carlo; all terms of T steps; density of the probability-flow ODE"
@@ -59,9 +68,7 @@ OPTIONS: dict[str, list[Option]] = {
         train_option("seed"),
     ],
     "data": [
-        Option("dataset_name", str, "data set on the Hub, or a local copy; defaults to the bundled digits"),
-        train_option("dataset_config_name"),
-        Option("data_dir", str, "folder of image files, instead of --dataset_name"),
+        *DATA_SET_OPTIONS,
         Option("split", "test", "split to measure; slices such as test[:500] are allowed"),
         *IMAGE_OPTIONS,
         Option(
@@ -69,10 +76,9 @@ OPTIONS: dict[str, list[Option]] = {
         ),
     ],
     "work": [
-        Option("batch_size", 128, "images per batch; no result depends on it", range=POSITIVE),
+        BATCH_SIZE,
         Option("output", "report.json", "report to write; figures are written next to it"),
-        Option("num_threads", int, "CPU threads per process; defaults to an equal share of the cores", range=POSITIVE),
-        Option("allow_tf32", False, "use TF32 matrix products on a GPU, which change bits/dim"),
+        *MACHINE_OPTIONS,
     ],
 }
 DIGITS_SPLIT = re.compile(r"(train|test)(?:\[(\d*):(\d*)\])?")
@@ -105,9 +111,7 @@ def parse_options(description: str, arguments: list[str] | None = None) -> argpa
     )
     args = parser.parse_args(arguments)
     try:
-        if args.model is None:
-            raise ValueError("--model must name a folder or a repository")
-        check_ranges(args, OPTIONS)
+        check_shared_options(args, OPTIONS)
         for name, method in METHOD_OF.items():
             if getattr(args, name) != parser.get_default(name) and args.method != method:
                 raise ValueError(f"--{name} needs --method {method}, got --method {args.method}")
@@ -128,12 +132,9 @@ def parse_options(description: str, arguments: list[str] | None = None) -> argpa
             raise ValueError(
                 f"--max_samples {args.max_samples} must be at least --num_samples {args.num_samples or 20}"
             )
-        check_images_options(args)
         for name in ("table", "best_steps"):
             if getattr(args, name) and min(getattr(args, name)) < 1:
                 raise ValueError(f"--{name} must be positive numbers of steps, got {getattr(args, name)}")
-        if Path(args.output).suffix != ".json" or Path(args.output).is_dir():
-            raise ValueError(f"--output must name a .json file, got {args.output}")
     except ValueError as error:
         parser.error(str(error))
     args.num_samples = args.num_samples or {"mc": 20, "vlb": 1, "ode": 1}[args.method]
@@ -144,19 +145,33 @@ def _timestep(value: str) -> float | str:
     return value if value == "best" else float(value)
 
 
-def check_images_options(args: argparse.Namespace) -> None:
-    """Raises `ValueError` for options of a data set that do not fit each other."""
+def check_shared_options(args: argparse.Namespace, groups: dict[str, list[Option]]) -> None:
+    """Raises `ValueError` for wrong options among those that evaluate and calibrate share."""
+    if args.model is None:
+        raise ValueError("--model must name a folder or a repository")
+    check_ranges(args, groups)
     ignored = ("dataset_config_name", "image_column", "label_column", "image_mode", "resolution", "center_crop",
                "frames")  # fmt: skip
-    for name in ignored if not (args.dataset_name or args.data_dir) else ():
-        if getattr(args, name):
-            raise ValueError(f"--{name} needs a data set; set --dataset_name or --data_dir")
-    if not (args.dataset_name or args.data_dir) and not DIGITS_SPLIT.fullmatch(args.split):
-        raise ValueError(f"--split of the digits must be train, test or a slice such as test[:50], got {args.split!r}")
+    if not (args.dataset_name or args.data_dir):
+        for name in ignored:
+            if getattr(args, name):
+                raise ValueError(f"--{name} needs a data set; set --dataset_name or --data_dir")
+        _digits_part(args.split)
     if args.dataset_name and args.data_dir:
         raise ValueError("give --dataset_name or --data_dir, not both")
     if args.data_dir and not Path(args.data_dir).is_dir():
         raise ValueError(f"--data_dir {args.data_dir} is not a folder")
+    if args.output is not None and (Path(args.output).suffix != ".json" or Path(args.output).is_dir()):
+        raise ValueError(f"--output must name a .json file, got {args.output}")
+
+
+def _digits_part(split: str) -> tuple[bool, slice]:
+    """Whether a split of the digits is the held-out one, and which of its images; raises `ValueError` for others."""
+    found = DIGITS_SPLIT.fullmatch(split)
+    if found is None:
+        raise ValueError(f"--split of the digits must be train, test or a slice such as test[:50], got {split!r}")
+    name, start, stop = found.groups()
+    return name == "test", slice(int(start) if start else None, int(stop) if stop else None)
 
 
 def load_model(name: str):
@@ -240,15 +255,10 @@ def digits_of(split: str):
     """The bundled digits of `"train"` or `"test"`, or a slice like `"test[:50]"`."""
     from ..data.images import load_digits_split
 
-    train, test = load_digits_split()
-    found = DIGITS_SPLIT.fullmatch(split)
-    if found is None:
-        raise ValueError(f"split of the digits must be train, test or a slice such as test[:50], got {split!r}.")
-    name, start, stop = found.groups()
-    data = test if name == "test" else train
-    if not (start or stop):
+    is_test, part = _digits_part(split)
+    data = load_digits_split()[is_test]
+    if part == slice(None):
         return data
-    part = slice(int(start) if start else None, int(stop) if stop else None)
     labels = None if data.labels is None else data.labels[part]
     return replace(data, images=data.images[part], labels=labels, name=f"{data.name}, {split}")
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 _HELD = []  # the reference of [`hold_process_group`]
 
@@ -87,6 +89,18 @@ def check_sharding(accelerator) -> None:
         # FSDP's policy would round γ, the times and the noise to half precision; autocast is enough, as for DDP
         plugin.mixed_precision_policy = MixedPrecisionPolicy()
         plugin.cpu_ram_efficient_loading = False  # every process initializes the same weights from the seed
+
+
+def accelerator_of_evaluation(args: argparse.Namespace) -> Any:
+    """The accelerator of a command that measures in float32, with as many processes as were launched."""
+    import accelerate
+    import torch
+
+    accelerator = accelerate.Accelerator(mixed_precision="no")
+    check_processes(accelerator)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    set_threads(accelerator, args.num_threads)
+    return accelerator
 
 
 def set_threads(accelerator, num_threads: int | None) -> None:
