@@ -104,7 +104,7 @@ def parse_options(description: str, arguments: list[str] | None = None) -> argpa
     add("--best_steps", type=int, nargs="+", metavar="T", help="vlb: also find the T timesteps with the best bound")
     add(
         "--timesteps",
-        type=_timestep,
+        type=timestep,
         nargs="+",
         help="vlb: your own decreasing timesteps, instead of --num_steps; or best, the best --num_steps ones by the "
         "calibration",
@@ -141,7 +141,7 @@ def parse_options(description: str, arguments: list[str] | None = None) -> argpa
     return args
 
 
-def _timestep(value: str) -> float | str:
+def timestep(value: str) -> float | str:  # argparse names it in its message
     return value if value == "best" else float(value)
 
 

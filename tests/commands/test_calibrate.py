@@ -107,6 +107,14 @@ def test_options_that_do_not_fit_are_refused_at_once(trained_run, capsys, comman
 
 
 @pytest.mark.slow
+def test_best_steps_of_pixels_are_refused_before_anything_is_measured(calibrated, tmp_path):
+    options = ("--method", "vlb", "--num_steps", 900, "--variance", "optimal", "--best_steps", 3)
+    done = run_command("evaluate", "--model", calibrated[0], *options, "--output", tmp_path / "r.json")
+    assert done.returncode != 0 and "--best_steps needs a calibration of --detail level, got pixel" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "options", "message"),
     [
