@@ -181,12 +181,11 @@ def measure(evaluation: Evaluation) -> tuple[Any, dict[str, Any], dict[str, Any]
         raise ValueError(
             "--best_steps needs the fixed_small variance: with others, a term is not a function of one level's error"
         )
-    if args.best_steps and evaluation.variance == "optimal" and evaluation.calibration is not None:
-        if evaluation.calibration.detail != "level":
-            raise ValueError(
-                f"--best_steps needs a calibration of --detail level, got {evaluation.calibration.detail}; --timesteps "
-                "best takes any"
-            )
+    table = evaluation.calibration if evaluation.variance == "optimal" else None
+    if args.best_steps and table is not None and table.detail != "level":
+        raise ValueError(
+            f"--best_steps needs a calibration of --detail level, got {table.detail}; --timesteps best takes any"
+        )
     steps = args.num_steps or evaluation.scheduler.config.num_train_timesteps
     if args.timesteps and args.num_steps is None:
         steps = len(args.timesteps)
