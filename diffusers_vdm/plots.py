@@ -13,6 +13,9 @@ from PIL import Image
 from . import diffusion
 from .noise_schedules import NoiseSchedule
 
+# at most as many points on a curve over γ
+_POINTS = 40
+
 
 def image_grid(
     images: torch.Tensor, columns: int | None = None, scale: int | None = None, gap: int = 1
@@ -112,8 +115,8 @@ def plot_loss_by_gamma(
 ) -> None:
     """Plots the density of the diffusion loss over γ, ½ mse(γ)/ln 2 bits/dim per unit of γ.
 
-    The area under the curve is the diffusion loss. Each point is the mean over an equal number of draws, with a band
-    of two standard errors.
+    The area under the curve is the diffusion loss. Each point is the mean over an equal number of draws, or over those
+    of one level in a chain of few steps, with a band of two standard errors.
 
     Args:
         gamma_t, mse (`torch.Tensor` of the same shape): noise levels, and the mean squared errors of ε̂ at them.
@@ -123,8 +126,8 @@ def plot_loss_by_gamma(
     """
     order = gamma_t.flatten().argsort()
     gamma, density = gamma_t.flatten()[order], 0.5 * mse.flatten()[order] / math.log(2)
-    bins = min(len(gamma), max(2, min(40, len(gamma) // 20)))  # no bin is empty
-    groups = list(zip(gamma.tensor_split(bins), density.tensor_split(bins), strict=True))
+    sizes = _group_sizes(gamma)
+    groups = list(zip(gamma.split(sizes), density.split(sizes), strict=True))
     center = torch.stack([g.mean() for g, _ in groups])
     mean = torch.stack([d.mean() for _, d in groups])
     error = torch.stack([d.std(unbiased=False) / math.sqrt(max(1, len(d) - 1)) for _, d in groups])
@@ -141,6 +144,15 @@ def plot_loss_by_gamma(
         axes[1].set(xticks=[], ylabel="bits/dim", xlim=(-0.5, 0.5), ylim=(0, 1.35 * bottom))
         axes[1].legend(frameon=False, loc="upper center", reverse=True, fontsize="small", handlelength=1)
     _save(figure, path, title)
+
+
+def _group_sizes(gamma: torch.Tensor) -> list[int]:
+    """How many of some sorted levels go into each point: those of one level if there are few, else equal shares."""
+    counts = gamma.unique_consecutive(return_counts=True)[1]
+    if len(counts) <= min(_POINTS, len(gamma) // 2):
+        return counts.tolist()
+    points = min(len(gamma), max(2, min(_POINTS, len(gamma) // 20)))  # none is empty
+    return [len(part) for part in gamma.tensor_split(points)]
 
 
 def plot_bits_histogram(per_image_bpd: torch.Tensor, path: str | os.PathLike, title: str = "") -> None:

@@ -39,3 +39,15 @@ def test_few_draws_make_a_picture_without_a_warning(tmp_path, draws):
     for name in ("loss", "bits"):
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert min(picture.size) > 50
+
+
+def test_the_loss_of_few_levels_has_a_point_for_each():
+    levels = torch.tensor([-7.0, -3.0, 0.5]).repeat_interleave(20)
+    assert plots._group_sizes(levels) == [20, 20, 20]
+    assert plots._group_sizes(torch.cat([levels, torch.full((5,), 2.0)])) == [20, 20, 20, 5]
+
+
+@pytest.mark.parametrize(("draws", "points"), [(1, 1), (2, 2), (39, 2), (300, 15), (5000, 40)])
+def test_the_loss_of_draws_has_points_of_equal_shares(draws, points):
+    sizes = plots._group_sizes(torch.linspace(-5, 5, draws))
+    assert sum(sizes) == draws and len(sizes) == points and max(sizes) - min(sizes) <= 1
