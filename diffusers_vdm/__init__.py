@@ -49,7 +49,7 @@ _MODULE_OF = {
     "register": "registration",
 }
 
-# names of earlier versions, which go on working
+# names of earlier versions, which still work
 _EARLIER_NAMES = {"evaluate_bound": "evaluate_mc", "evaluate_bpd": "evaluate_vlb"}
 
 __all__ = ["__version__", *_MODULE_OF, *_EARLIER_NAMES]

@@ -244,7 +244,7 @@ class GammaScheduler(TypedConfig, SchedulerMixin, ConfigMixin):
         if self._calibration is None:
             raise ValueError("the best timesteps need a calibration, got none; run `diffusers-vdm calibrate`.")
         gammas, timesteps, ends_at_data = self._levels_of_steps()
-        # a step of its own leads from the first level of a table of betas to the data
+        # with a table of betas, an extra step leads from its first level to the data
         low, high = 1 + ends_at_data, len(gammas) - 1 + ends_at_data
         if not low <= num_steps <= high:
             raise ValueError(f"num_steps must be within [{low}, {high}] for the best timesteps, got {num_steps}.")

@@ -184,7 +184,7 @@ def test_a_custom_schedule_is_trained_saved_and_loaded(tmp_path):
 def test_the_custom_schedule_increases_for_any_parameters(seed, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     PowersGamma = importlib.import_module("own_noise_schedule").PowersGamma
-    # another test loads a pipeline where nobody has imported it
+    # another test loads a pipeline where this module was not imported
     del sys.modules["own_noise_schedule"]
 
     schedule = PowersGamma(gamma_min=-9.0, gamma_max=4.0)

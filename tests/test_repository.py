@@ -499,7 +499,7 @@ REFUSED = {
     ),
     "code in the place of ours": ({"unet/diffusers_vdm.unet.py": "code"}, "its own code.*which is not run"),
     "None.py": ({"None.py": "code"}, "None.py, which diffusers would run"),
-    "a module that nobody imported": (
+    "a module that was not imported": (
         {"model_index.json": {"unet": ["this", "Net"]}},
         "not a model or scheduler .* A repository cannot import modules",
     ),

@@ -13,7 +13,7 @@ def a_run():
     dist.all_gather([torch.zeros(3)], torch.ones(3))
     dist.destroy_process_group()
 
-for _ in range(200):  # without the hold it waited for ever at about the tenth
+for _ in range(200):  # without the hold, it hung at about the tenth
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     hold_process_group()
     a_run()

@@ -72,7 +72,7 @@ def test_evaluation_is_keyed_by_its_seed_alone():
         torch.manual_seed(99)
         assert torch.equal(evaluate(TinyNet(), images, seed=1).per_image_bpd, first.per_image_bpd)
     assert not torch.equal(evaluate(TinyNet(), images, seed=2).per_image_bpd, first.per_image_bpd)
-    # more repeats go on where fewer stopped
+    # a run with more repeats continues from one with fewer
     more = evaluate(TinyNet(), images, seed=1, num_samples=6)
     assert torch.equal(more.gamma_t[:4], first.gamma_t)
     # no two images share their noise, and no repeat is another one

@@ -26,7 +26,7 @@ def test_a_global_batch_does_not_depend_on_how_it_is_split(generator):
     assert not torch.equal(whole.eps, whole.eps_0)
     other = keyed_batch(data, 8, range(8), 8, seed=1)
     assert not torch.equal(whole.eps, other.eps) and not torch.equal(whole.t, other.t)
-    # one lattice of t over the whole batch, whoever computes its rows
+    # one lattice of t over the whole batch, whichever process computes its rows
     assert torch.allclose(whole.t.sort().values.diff(), torch.full((7,), 1 / 8, dtype=torch.float64))
 
 

@@ -104,7 +104,7 @@ def test_a_sharded_bound_trains_as_a_whole_one(tmp_path):
     assert "the same" in outputs[0][0]
 
 
-# Accelerate shards on accelerators only; where it takes the CPU for one, it goes the very same way
+# Accelerate shards only on accelerators; with the CPU declared as one, it runs the same code
 AS_ON_A_GPU = """
 import runpy, sys
 import torch
