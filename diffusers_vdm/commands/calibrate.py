@@ -30,7 +30,7 @@ from .evaluate_options import (
     load_model,
 )
 from .options import option_parser
-from .processes import accelerator_of_evaluation
+from .processes import evaluation_accelerator
 
 OPTIONS: dict[str, list[Option]] = {
     "model": [MODEL],
@@ -80,6 +80,11 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def calibrate_model(args: argparse.Namespace) -> None:
     """Measures the table on all processes and writes it."""
+    with evaluation_accelerator(args) as accelerator:
+        run_calibration(args, accelerator)
+
+
+def run_calibration(args: argparse.Namespace, accelerator) -> None:
     import torch
 
     from ..calibration import Calibration
@@ -88,7 +93,6 @@ def calibrate_model(args: argparse.Namespace) -> None:
     from ..gamma_scheduler import GammaScheduler
     from ..randomness import keyed_generator
 
-    accelerator = accelerator_of_evaluation(args)
     unet, scheduler, num_levels, _, class_names = load_model(args.model)
     if args.output is None and not isinstance(scheduler, GammaScheduler):
         raise ValueError(

@@ -26,7 +26,7 @@ from typing import Any
 from ..console import tolerate_any_encoding
 from .evaluate_options import load_data, load_model, parse_options
 from .evaluate_report import check_partial, curve, draw, partial_folder, print_report
-from .processes import accelerator_of_evaluation, only_run
+from .processes import evaluation_accelerator, only_run
 
 DECODERS = {"vdm": "softmax over the levels at γ_0", "ddpm": "discretized Gaussian at index 0"}
 
@@ -221,13 +221,15 @@ def measure(evaluation: Evaluation) -> tuple[Any, dict[str, Any], dict[str, Any]
 
 def evaluate(args: argparse.Namespace) -> None:
     """Evaluates on all processes; nothing next to the report is read or written before the lock is taken."""
-    accelerator = accelerator_of_evaluation(args)
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda number, _: sys.exit(128 + number))  # the exception saves intermediate results
     output = Path(args.output)
     taken = f"another run is writing to --output {output}; wait for its end, or use another file"
     try:
-        with only_run(accelerator, output.with_name(f".{output.stem}.lock"), taken, lambda: check_partial(args)):
+        with (
+            evaluation_accelerator(args) as accelerator,
+            only_run(accelerator, output.with_name(f".{output.stem}.lock"), taken, lambda: check_partial(args)),
+        ):
             run_evaluation(args, accelerator)
     except (ValueError, TypeError, OSError) as error:
         raise SystemExit(f"evaluate.py: {error}") from error

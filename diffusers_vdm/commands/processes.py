@@ -91,8 +91,13 @@ def check_sharding(accelerator) -> None:
         plugin.cpu_ram_efficient_loading = False  # every process initializes the same weights from the seed
 
 
-def accelerator_of_evaluation(args: argparse.Namespace) -> Any:
-    """The accelerator of a command that measures in float32, with as many processes as were launched."""
+@contextmanager
+def evaluation_accelerator(args: argparse.Namespace) -> Iterator[Any]:
+    """The accelerator of a command that measures in float32, with as many processes as were launched.
+
+    When the context is left without an error, the process group is destroyed: a process that exits with a live gloo
+    group can abort, because a thread of the group may ask for the GIL during Python's finalization (torch 2.13).
+    """
     import accelerate
     import torch
 
@@ -100,7 +105,8 @@ def accelerator_of_evaluation(args: argparse.Namespace) -> Any:
     check_processes(accelerator)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     set_threads(accelerator, args.num_threads)
-    return accelerator
+    yield accelerator
+    _destroy_process_group(accelerator)
 
 
 def set_threads(accelerator, num_threads: int | None) -> None:

@@ -1,6 +1,8 @@
 """commands/processes.py: the processes of one run, from their launch to their end."""
 
-from tests.running import TRAIN, run_python
+import pytest
+
+from tests.running import LAUNCH, TRAIN, run_python
 
 GROUPS = """
 import sys
@@ -30,3 +32,23 @@ def test_a_launch_of_fewer_processes_than_asked_for_is_refused(tmp_path):
     done = run_python(*command, check=False)
     assert done.returncode != 0 and "--num_processes 2, but accelerate started 1" in done.stderr
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+# what a process of a launch prints when a command has returned
+AFTER_A_COMMAND = r"""
+import sys
+from importlib import import_module
+import torch
+import_module(f"diffusers_vdm.commands.{sys.argv[1]}").main(sys.argv[2:])
+sys.stdout.write(f"live groups: {torch.distributed.is_initialized()}\n")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["evaluate --num_samples 1", "calibrate --num_gammas 9"])
+def test_an_evaluation_of_two_processes_leaves_no_process_group_behind(tmp_path, digits_pipeline, command):
+    """A process that exits with a live gloo group aborts now and then (one launch in three on two busy cores)."""
+    (tmp_path / "after.py").write_text(AFTER_A_COMMAND, encoding="utf-8")
+    options = ["--model", digits_pipeline, "--split", "test[:8]", "--output", tmp_path / "r.json"]
+    done = run_python(*LAUNCH.split(), 2, tmp_path / "after.py", *command.split(), *options)
+    assert done.stdout.count("live groups: False") == 2, done.stdout
