@@ -38,7 +38,7 @@ class Evaluation:
         import torch
 
         from .. import Calibration, noise_schedule_of
-        from ..evaluation.all_terms import chosen_variance, own_calibration
+        from ..evaluation.chain import chosen_variance, own_calibration
         from ..repository import read_json
 
         self.args, self.accelerator = args, accelerator

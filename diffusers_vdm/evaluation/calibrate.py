@@ -18,7 +18,7 @@ from ..calibration import Calibration, Detail, check_detail, digests_of
 from ..diffusers_schedulers import noise_schedule_of
 from ..randomness import keyed_noise
 from ..schedulers import VDMScheduler
-from .all_terms import Convention, _chain, default_convention, x_of_levels
+from .chain import Convention, chain_of, default_convention, x_of_levels
 from .rows import check_class_labels, check_images, device_of, evaluation_mode, fingerprint, weights_fingerprint
 
 # significant digits of the table
@@ -77,7 +77,7 @@ def calibrate(
     batch_size = call_arguments.positive_integer("batch_size", batch_size)
     device = device_of(unet) if device is None else torch.device(device)
     convention = convention or default_convention(scheduler)
-    _chain(scheduler, None, None, convention, clip_sample, num_levels)  # raises for what evaluate_vlb refuses
+    chain_of(scheduler, None, None, convention, clip_sample, num_levels)  # raises for what evaluate_vlb refuses
     gammas, timesteps = _levels(scheduler, num_gammas)
     config: Any = getattr(scheduler, "config", {})
     prediction_type = config.get("prediction_type", "epsilon")
