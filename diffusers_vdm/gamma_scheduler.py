@@ -225,7 +225,7 @@ class GammaScheduler(TypedConfig, SchedulerMixin, ConfigMixin):
         """mse_ε(γ) of the network, as [`calibrate`] measured it; `None` if the config has none."""
         return self._calibration
 
-    def _levels_of_steps(self) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    def levels_of_steps(self) -> tuple[torch.Tensor, torch.Tensor, bool]:
         """Increasing γ that a chain may visit, their timesteps, and whether a last step leads from γ_0 to the data."""
         raise NotImplementedError
 
@@ -243,7 +243,7 @@ class GammaScheduler(TypedConfig, SchedulerMixin, ConfigMixin):
         num_steps = call_arguments.positive_integer("num_steps", num_steps)
         if self._calibration is None:
             raise ValueError("the best timesteps need a calibration, got none; run `diffusers-vdm calibrate`.")
-        gammas, timesteps, ends_at_data = self._levels_of_steps()
+        gammas, timesteps, ends_at_data = self.levels_of_steps()
         # with a table of betas, an extra step leads from its first level to the data
         low, high = 1 + ends_at_data, len(gammas) - 1 + ends_at_data
         if not low <= num_steps <= high:

@@ -166,6 +166,52 @@ def plot_bits_histogram(per_image_bpd: torch.Tensor, path: str | os.PathLike, ti
     _save(figure, path, title)
 
 
+def plot_code(
+    path: str | os.PathLike,
+    *,
+    gammas: Sequence[float],
+    step_bpd: Sequence[float],
+    image_bpd: Sequence[float],
+    rate_bpd: Sequence[float],
+    rmse: Sequence[float],
+    pictures: torch.Tensor,
+    title: str = "",
+) -> None:
+    """Plots where the bits of a compressed file go, and what is seen of the images as the bits arrive.
+
+    Args:
+        path (`str` or `os.PathLike`): image file.
+        gammas (`Sequence[float]`): γ of the T + 1 latents, increasing.
+        step_bpd (`Sequence[float]`): bits/dim of each of the T steps.
+        image_bpd (`Sequence[float]`): bits/dim of each image.
+        rate_bpd, rmse (`Sequence[float]`): bits/dim spent down to a level, and the root mean squared error of x̂ there.
+        pictures (`torch.Tensor` of shape `(B, K, C, H, W)`): x̂ of B images at K levels, the last one the image.
+        title (`str`, *optional*): of the figure.
+    """
+    figure, axes = _figure(3)
+    upper, left, right = axes
+    widths = [b - a for a, b in zip(gammas[:-1], gammas[1:], strict=True)]
+    upper.stairs([bits / width for bits, width in zip(step_bpd, widths, strict=True)], gammas, fill=True, alpha=0.6)
+    upper.set(xlabel="γ = −log SNR", ylabel="bits/dim per unit of γ", title="bits by noise level")
+    left.hist(list(image_bpd), bins=min(40, max(5, len(image_bpd) // 4)), alpha=0.6)
+    left.set(xlabel="bits/dim", ylabel="images", title="bits by image")
+    right.plot(rate_bpd, rmse, marker=".", markersize=3)
+    right.set(xlabel="bits/dim spent", ylabel="RMSE of x̂", title="rate and distortion", ylim=(0, None))
+    rows, columns = pictures.shape[:2]
+    images = pictures.flatten(0, 1)
+    images = images if images.shape[1] in (1, 3) else images[:, :3] if images.shape[1] > 3 else images[:, :1]
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + 0.9 * rows)
+    bottom = 0.9 * rows / (height + 0.9 * rows)
+    figure.get_layout_engine().set(rect=(0, bottom, 1, 1 - bottom))
+    strip = figure.add_axes((0.01, 0.01, 0.98, bottom - 0.02))
+    strip.set_in_layout(False)
+    strip.imshow(image_grid(images, columns=columns), cmap="gray", interpolation="nearest")
+    strip.set(xticks=[], yticks=[], frame_on=False)
+    strip.set_xlabel("x̂ as the bits arrive, from left to right; the last column is the image")
+    _save(figure, path, title)
+
+
 def _figure(columns: int, ratios: tuple[int, ...] | None = None):
     # without pyplot, which has global state and may need a display
     from matplotlib.figure import Figure

@@ -181,7 +181,7 @@ class VDMScheduler(GammaScheduler):
         """γ(0), the level of the z_0 that the last step returns; float64, shape `()`."""
         return self._schedule.ends()[0]
 
-    def _levels_of_steps(self) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    def levels_of_steps(self) -> tuple[torch.Tensor, torch.Tensor, bool]:
         gamma_0, gamma_1 = (float(end) for end in self._schedule.ends())
         gammas = torch.linspace(gamma_0, gamma_1, _LEVELS_OF_STEPS + 1, dtype=torch.float64)
         return gammas, self._schedule.timestep(None, gammas), False
@@ -339,7 +339,7 @@ class LinearBetaScheduler(GammaScheduler):
         """−inf: the last step returns the data x̂, not a latent; float64, shape `()`."""
         return torch.tensor(-math.inf, dtype=torch.float64)
 
-    def _levels_of_steps(self) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    def levels_of_steps(self) -> tuple[torch.Tensor, torch.Tensor, bool]:
         count = min(len(self), _LEVELS_OF_STEPS + 1)
         indices = torch.linspace(0, len(self) - 1, count, dtype=torch.float64).round().long()
         return self._gammas[indices], indices, True

@@ -7,8 +7,9 @@ ROOMS = {
     "registration": {"core", "pipeline"},
     "data": {"core"},
     "evaluation": {"core"},
+    "codec": {"core", "data", "evaluation", "pipeline"},
     "training": {"core", "data", "evaluation"},
     "sharing": {"core", "data", "evaluation", "training"},
     "conversion": {"core", "pipeline"},
-    "commands": {"core", "pipeline", "data", "evaluation", "training", "sharing", "conversion"},
+    "commands": {"core", "pipeline", "data", "evaluation", "training", "sharing", "conversion", "codec"},
 }

@@ -1,0 +1,13 @@
+"""Lossless compression whose file size is the variational bound: bits-back coding with a diffusion model.
+
+from diffusers_vdm.codec import compress, decompress
+
+summary = compress(pipe, images, "images.vdm", num_steps=100)
+same = decompress(pipe, "images.vdm")
+"""
+
+from .errors import CodecError
+from .files import compress, decompress, iterate
+from .summary import CompressionSummary
+
+__all__ = ["CodecError", "CompressionSummary", "compress", "decompress", "iterate"]

@@ -1,0 +1,61 @@
+"""Decode a new file in another process, with another number of threads and another batch size.
+
+Also a program: `python -m diffusers_vdm.codec.verification MODEL FILE BATCH_SIZE THREADS DEVICE`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import CodecError
+
+
+def verify_file(pipe: Any, path: str | os.PathLike, batch_size: int, progress_bar: bool = False) -> None:
+    """Raises [`CodecError`] unless another process decodes the file; the checksums are those of the pixels."""
+    threads = 1 if torch.get_num_threads() > 1 else 2
+    device = next(pipe.unet.parameters()).device
+    with tempfile.TemporaryDirectory() as folder:
+        pipe.save_pretrained(folder)
+        command = [sys.executable, "-m", "diffusers_vdm.codec.verification"]
+        arguments = [folder, os.path.abspath(path), max(1, batch_size // 2), threads, device, int(progress_bar)]
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        done = subprocess.run(
+            [*command, *map(str, arguments)], env=environment, stdout=subprocess.PIPE, text=True, check=False,
+            cwd=Path(__file__).parents[2],
+        )  # fmt: skip
+    if done.returncode:
+        raise CodecError(
+            "the file could not be decoded in another process, so it was not written: "
+            f"{done.stdout.strip() or 'see above'}"
+        )
+
+
+def main(arguments: list[str]) -> int:
+    """Decodes a file; prints an error and returns 1 if that fails."""
+    model, path, batch_size, threads, device, progress_bar = arguments
+    torch.set_num_threads(int(threads))
+    from diffusers import DiffusionPipeline
+
+    from ..pipeline import VDMPipeline
+    from .files import iterate
+
+    cls: Any = VDMPipeline if VDMPipeline.load_config(model)["_class_name"] == "VDMPipeline" else DiffusionPipeline
+    pipe = cls.from_pretrained(model).to(device)
+    try:
+        for _ in iterate(pipe, path, batch_size=int(batch_size), progress_bar=bool(int(progress_bar))):
+            pass
+    except CodecError as error:
+        print(error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
