@@ -105,6 +105,8 @@ class Header:
             rows, at = read_varint(content, at, 1 << 20)
             columns, at = read_varint(content, at, 1 << 20)
             image_size = (rows, columns)
+            if rows < 1 or columns < 1:
+                raise CodecError("the file is damaged: its header has impossible values.")
         levels = None
         if flags & 4:
             length, at = read_varint(content, at, 1 << 17)
@@ -175,7 +177,10 @@ class Segment:
             images = _entries(_slice(content, at, length), count)
             at += length
         else:
-            images = [ImageEntry(*header.image_size)] * count
+            height, width = header.image_size
+            if count > max(1, SEGMENT_VALUES // (header.shape[0] * height * width)):
+                raise CodecError("the file is damaged: a segment has too many images.")
+            images = [ImageEntry(height, width)] * count
         num_plain, at = read_varint(content, at, 1 << 30)
         num_batches, at = read_varint(content, at, 1 << 26)
         batches: list[int] = []
@@ -233,7 +238,7 @@ def _entries(packed: bytes, count: int) -> list[ImageEntry]:
         text = unpacker.decompress(packed, _MOST_PART)
         listed: Any = json.loads(text)
         entries = [ImageEntry(int(h), int(w), str(mode), str(name)) for h, w, mode, name in listed]
-    except (zlib.error, ValueError, TypeError) as error:
+    except (zlib.error, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise CodecError(f"the file is damaged: its list of images cannot be read ({error}).") from error
     if len(entries) != count or any(not (0 < e.height < 1 << 20 and 0 < e.width < 1 << 20) for e in entries):
         raise CodecError("the file is damaged: its list of images is impossible.")
@@ -292,7 +297,9 @@ class Reader:
         start = self.file.read(len(SIGNATURE) + 1)
         if start[: len(SIGNATURE)] != SIGNATURE:
             raise CodecError("the file is not one that `diffusers-vdm compress` wrote.")
-        if len(start) <= len(SIGNATURE) or start[-1] != VERSION:
+        if len(start) == len(SIGNATURE):
+            raise CodecError("the file is truncated.")
+        if start[-1] != VERSION:
             raise CodecError(f"the file has version {start[-1]} of the format, and this package reads {VERSION}.")
         self.size = len(start)
         self.header = Header.from_bytes(self._part())

@@ -107,7 +107,7 @@ def compress(
             from .verification import verify_file
 
             file.flush()
-            verify_file(pipe, file.name, batch_size, progress_bar)
+            verify_file(pipe, file.name, batch_size, is_portable=dtype == "float64", progress_bar=progress_bar)
     values = spent.plain_values + spent.model_values
     unknown = math.nan
     return CompressionSummary(

@@ -22,14 +22,19 @@ MIN_CLASS, MAX_CLASS = -4 * STD_STEPS, 16 * STD_STEPS
 _REACH = 6.0  # standard deviations on each side that a table covers
 _ESCAPE = 2.0**-22  # probability of an integer beyond them
 _WIDTHS = (4, 6, 8, 10, 12, 16)  # radii of tables, so that few widths occur; beyond the last by factors of 5/4
-_SYMBOLS_AT_ONCE = 1 << 16
+_VALUES_AT_ONCE = 1 << 22  # of tables in memory
+_LOG_2 = 0.6931471805599453
+_LOG_2_HIGH, _LOG_2_LOW = 6.93147180369123816490e-01, 1.90821492927058770002e-10  # the first times n ≤ 2^20 is exact
 
 
 def portable_exp(y: np.ndarray) -> np.ndarray:
-    """e^{−y} for y ≥ 0 by operations that are equal on all machines; relative error about 1e-15. Shape of `y`."""
+    """e^{−y} for y ≥ 0, and e^{−700} beyond 700, by operations that are equal on all machines. Shape of `y`.
+
+    The relative error is below 1e-15.
+    """
     y = np.minimum(np.asarray(y, dtype=np.float64), 700.0)
-    n = np.floor(y * (1 / math.log(2)))
-    r = y - n * math.log(2)
+    n = np.floor(y * (1 / _LOG_2))
+    r = (y - n * _LOG_2_HIGH) - n * _LOG_2_LOW
     total = np.ones_like(r)
     for k in range(20, 0, -1):  # Taylor, by Horner's rule
         total = 1 - r * total / k
@@ -39,7 +44,7 @@ def portable_exp(y: np.ndarray) -> np.ndarray:
 def std_of_class(index: int) -> float:
     """2^(index/STD_STEPS)."""
     octave, rest = divmod(index, STD_STEPS)
-    mantissa = 2 * float(portable_exp(np.array((STD_STEPS - rest) / STD_STEPS * math.log(2)))) if rest else 1.0
+    mantissa = 2 * float(portable_exp(np.array((STD_STEPS - rest) / STD_STEPS * _LOG_2))) if rest else 1.0
     return math.ldexp(mantissa, octave)
 
 
@@ -116,11 +121,14 @@ def _table(std: float, radius: int) -> np.ndarray:
     offsets = np.arange(-radius, radius + 1, dtype=np.float64)
     fractions = (np.arange(PHASES, dtype=np.float64) - PHASES // 2) / PHASES
     distance = (offsets - fractions[:, None]) / std
-    weights = portable_exp(0.5 * (distance * distance))
-    escape = np.full((PHASES, 1), _ESCAPE * 2.5066282746310002 * std)  # √(2π) std is the sum of the weights
+    exponent = 0.5 * (distance * distance)
+    # the nearest integer has weight 1, so that the escape is rare even if all are many small standard deviations away
+    weights = portable_exp(exponent - exponent.min(axis=1, keepdims=True))
+    escape = np.full((PHASES, 1), _ESCAPE * 2.5066282746310002 * std)  # √(2π) std is about the sum of the weights
     return np.concatenate([weights, escape], axis=1).astype(np.float32)
 
 
-def chunks(count: int) -> list[slice]:
-    """Slices of symbols whose tables are in memory at the same time."""
-    return [slice(i, min(i + _SYMBOLS_AT_ONCE, count)) for i in range(0, count, _SYMBOLS_AT_ONCE)]
+def chunks(count: int, columns: int) -> list[slice]:
+    """Slices of symbols whose tables of so many columns are in memory at the same time."""
+    size = max(1, _VALUES_AT_ONCE // columns)
+    return [slice(i, min(i + size, count)) for i in range(0, count, size)]

@@ -7,11 +7,13 @@ distribution at first, and then the counts of the earlier images.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from .stack import Stack
 
-_DECAYS = tuple(1 - 2.0 ** -(k / 2) for k in range(1, 17))  # of the geometric distribution
+_DECAYS = tuple(1 - math.sqrt(2.0**-k) for k in range(1, 17))  # of the geometric distribution; sqrt is exact, as IEEE
 _PRIOR_COUNT = 48.0  # its weight in counts of pixels
 _MAX_SYMBOLS = 256  # of more levels, the lowest bits are coded as uniform
 

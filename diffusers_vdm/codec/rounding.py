@@ -14,6 +14,7 @@ from .integers import read_varint, write_varint
 
 _LIMIT = 2.0**52
 _RELATIVE = 2.0**-20  # larger values have larger errors
+_FARTHEST = 0.25  # from an edge, that a side is recorded; the next edge must be clearly farther
 
 
 class Rounding:
@@ -48,7 +49,8 @@ class Rounding:
         rounded = low.astype(np.int64) + (distance >= 0)
         if self.tolerance == 0:
             return rounded
-        near = np.abs(distance) < (0.5 if self.decodes else 1) * tolerance * np.maximum(1, np.abs(values) * _RELATIVE)
+        reach = np.minimum(tolerance * np.maximum(1, np.abs(values) * _RELATIVE), _FARTHEST)
+        near = np.abs(distance) < (0.5 * reach if self.decodes else reach)
         if not self.decodes:
             for i in np.flatnonzero(near).tolist():
                 self.sides[start + i] = int(distance[i] >= 0)

@@ -217,7 +217,7 @@ def _tiles(
     inspect: Callable[[Accounts, np.ndarray], object] | None,
 ) -> Iterator[np.ndarray]:
     header, shape = model.header, model.header.shape
-    if sum(segment.batches) + segment.num_plain != len(sizes) or len(words) == 0 or words[-1] == 0:
+    if sum(segment.batches) + segment.num_plain != len(sizes) or (len(words) and words[-1] == 0):
         raise CodecError("the file is damaged: the parts of a segment do not fit together.")
     sides, end = Rounding.sides_from(segment.sides, 0)
     if end != len(segment.sides):

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-from ..data.image_files import decode, read_content
+from ..data.image_files import DamagedImage, _deep_layout, decode, num_frames, one_line, read_content
 from ..diffusion import check_levels
 from .container import ImageEntry
 
 Pair = tuple[ImageEntry, np.ndarray]
 _MODE_OF = {1: "L", 3: "RGB", 4: "RGBA"}
+_OTHER_COLORS = ("CMYK", "YCbCr", "LAB", "HSV")  # which Pillow converts to RGB with rounding
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,14 @@ def images_of(images: Any, num_levels: int) -> Images:
     if isinstance(images, Images):
         return images
     if isinstance(images, np.ndarray):
-        images = torch.from_numpy(images)
+        images = torch.from_numpy(np.ascontiguousarray(images, dtype=images.dtype.newbyteorder("=")))
     if not torch.is_tensor(images):
         if not isinstance(images, Iterable):
             raise TypeError(f"images must be a tensor, an array or an iterable, got {type(images).__name__}.")
         return Images(images)
     images = images.cpu()
+    if images.dtype in (torch.uint16, torch.uint32, torch.uint64):  # torch has no minimum of them
+        images = images.to(torch.int64)
     check_levels(images, num_levels)
     if images.ndim != 4:
         raise ValueError(f"images must have shape (N, C, H, W), got {tuple(images.shape)}.")
@@ -60,14 +65,16 @@ def images_of_npz(path: str | os.PathLike, channels: int) -> Images:
     Raises: `ValueError` if there is no such array of images with this number of channels.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open(path, "rb") as file, np.lib.npyio.NpzFile(file, allow_pickle=False) as arrays:
             names = list(arrays.files)
             name = "images" if "images" in names else names[0] if len(names) == 1 else None
             if name is None:
                 raise ValueError(f"it must hold one array, or one named images, got {names}")
-            array = arrays[name]
-    except (ValueError, OSError) as error:
-        raise ValueError(f"--data_dir {path} cannot be read: {error}") from error
+            array: Any = arrays[name]
+    except Exception as error:  # a damaged file can raise any exception in zipfile, zlib or numpy
+        raise ValueError(f"--data_dir {path} cannot be read: {one_line(error)}") from error
+    if not isinstance(array, np.ndarray):  # a file of the archive that is no array
+        raise ValueError(f"--data_dir {path} cannot be read: {name} is not an array.")
     if not np.issubdtype(array.dtype, np.integer):
         raise ValueError(f"{path} must hold integers, got {array.dtype}.")
     if array.ndim == 3 and channels == 1:
@@ -131,39 +138,60 @@ def images_of_dataset(
 def _decoded(row: dict[str, Any], channels: int, name: str) -> tuple[np.ndarray, str]:
     """The pixels `(C, H, W)` and the mode of the file; a gray image has three equal channels for a model of colors."""
     try:
-        if channels == 4:
-            from io import BytesIO
-
-            with Image.open(BytesIO(read_content(row))) as image:
-                if image.mode != "RGBA":
-                    raise ValueError(f"mode {image.mode!r}, and the model has images of RGBA.")
-                return np.asarray(image).transpose(2, 0, 1), "RGBA"
         if channels not in _MODE_OF:
             raise ValueError(f"the model has images of {channels} channels, which no image file has.")
-        if channels == 3 and _is_gray(row):
-            gray = decode(row, "L", False)
-            return np.repeat(gray, 3, axis=0), "L"
+        if channels == 4:
+            return _decoded_rgba(row), "RGBA"
+        if channels == 3:
+            mode = _mode(row)
+            if mode in _OTHER_COLORS:
+                raise ValueError(f"mode {mode!r} cannot be converted to RGB exactly; convert the files yourself.")
+            if mode == "L":
+                return np.repeat(decode(row, "L", False), 3, axis=0), "L"
         return decode(row, _MODE_OF[channels], convert=channels == 3), _MODE_OF[channels]
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _is_gray(row: dict[str, Any]) -> bool:
-    from io import BytesIO
+def _decoded_rgba(row: dict[str, Any]) -> np.ndarray:
+    """The pixels of a file with transparency, which `decode` does not read; `(4, H, W)`."""
+    content, frames = read_content(row), num_frames(row)
+    try:
+        with Image.open(BytesIO(content)) as image:
+            mode, deep = image.mode, _deep_layout(image)
+            pixels = np.asarray(ImageOps.exif_transpose(image))
+    except Exception as error:  # a damaged file can raise any exception in Pillow
+        raise DamagedImage(f"cannot be decoded ({one_line(error)}); the file is damaged.") from error
+    if mode != "RGBA":
+        raise ValueError(f"mode {mode!r}, and the model has images of RGBA.")
+    if deep is not None or frames > 1:
+        what = f"{deep!r} holds more than 8 bits per value" if deep is not None else f"has {frames} frames"
+        raise ValueError(f"{what}, and the model has images of RGBA.")
+    return pixels.transpose(2, 0, 1)
 
+
+def _mode(row: dict[str, Any]) -> str | None:
+    """Pillow's name for the mode of a file; `None` if it cannot be read, which `decode` reports."""
     try:
         with Image.open(BytesIO(read_content(row))) as image:
-            return image.mode == "L"
-    except (OSError, ValueError):  # `decode` reports it
-        return False
+            return image.mode
+    except Exception:  # a damaged file can raise any exception in Pillow
+        return None
 
 
 def write_image(path: Path, image: np.ndarray, entry: ImageEntry) -> None:
-    """Writes an image `(C, H, W)` as a PNG with the mode of its file."""
-    from io import BytesIO
+    """Writes an image `(C, H, W)` as a PNG with the mode of its file.
 
+    Raises: `ValueError` for images that no PNG of 8 bits holds.
+    """
     from ..files import write_atomically
 
+    if len(image) not in _MODE_OF:
+        raise ValueError(f"{path.name}: the image has {len(image)} channels, which no image file has.")
+    if image.max() > 255:
+        raise ValueError(
+            f"{path.name}: an image file holds at most 256 levels, the image has the level {image.max()}."
+        )
     pixels = image[:1] if entry.mode == "L" else image
     array = pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
     content = BytesIO()
@@ -187,13 +215,18 @@ def write_array(path: Path, images: list[np.ndarray], layout: str) -> None:
 def file_name(entry: ImageEntry, taken: set[str]) -> str:
     """The name of the PNG for an image: that of its file with another suffix, or with a second one if that is taken.
 
+    An image without a name gets a number. `:` and `\\`, which lead out of a folder on Windows, become `_`.
+
     Raises: `ValueError` for a name that leads out of the folder, which no file of ours has.
     """
-    parts = Path(entry.name).parts
-    if not parts or ".." in parts or Path(entry.name).is_absolute() or "\\" in entry.name or ":" in entry.name:
+    given = re.sub(r"[:\\]", "_", entry.name) or f"{len(taken)}"
+    parts = Path(given).parts
+    if not parts or ".." in re.split(r"[/\\]", entry.name) or Path(given).is_absolute():
         raise ValueError(f"the file names an image {entry.name!r}, which is no name within a folder.")
-    name = Path(entry.name).with_suffix(".png").as_posix()
+    name = Path(given).with_suffix(".png").as_posix()
     if name in taken:
-        name = f"{entry.name}.png"
+        name = f"{given}.png"
+    while name in taken:
+        name = f"{name}.png"
     taken.add(name)
     return name

@@ -38,7 +38,7 @@ class Stack:
         stream = _constriction().stream
         self._model = stream.model
         self._family = stream.model.Categorical(perfect=False)
-        self._ans = stream.stack.AnsCoder() if words is None else stream.stack.AnsCoder(words)
+        self._ans = stream.stack.AnsCoder() if words is None or not len(words) else stream.stack.AnsCoder(words)
         self._tables = tables or LatticeGaussians()
         self.measures = False
         self.information = np.zeros(0)  # bits of the last Gaussian symbols, if `measures`
@@ -113,10 +113,11 @@ class Stack:
             if escaped.any():
                 self._push_escaped(within[escaped])
             symbols = np.where(escaped, 2 * radius + 1, within + radius)
-            for part in reversed(chunks(len(symbols))):
+            for part in reversed(chunks(len(symbols), 2 * radius + 2)):
                 rows = self._tables.rows(radius, _part(classes_here, part), phases[part])
                 self.push(symbols[part], rows)
                 self._measure(group, part, symbols, rows)
+            self._measure_escaped(group, escaped, within)
 
     def pop_gaussian(self, means: np.ndarray, classes: np.ndarray | int, escapes: bool = True) -> np.ndarray:
         """Pops integers under Gaussians; without `escapes`, only those within the tables, for drawing latents."""
@@ -126,7 +127,7 @@ class Stack:
         for radius, group in self._tables.groups(classes, len(values)):
             phases, classes_here = phase[group], _part(classes, group)
             symbols = np.empty(len(phases), dtype=np.int64)
-            for part in chunks(len(symbols)):
+            for part in chunks(len(symbols), 2 * radius + 2):
                 rows = self._tables.rows(radius, _part(classes_here, part), phases[part])
                 symbols[part] = self.pop(rows if escapes else rows[:, :-1])
                 self._measure(group, part, symbols, rows)
@@ -134,6 +135,7 @@ class Stack:
             escaped = symbols == 2 * radius + 1
             if escaped.any():
                 offset[escaped] = self._pop_escaped(int(escaped.sum()))
+            self._measure_escaped(group, escaped, offset)
             values[group] = center[group] + offset
         return values
 
@@ -146,7 +148,7 @@ class Stack:
             within, phases, classes_here = offset[group], phase[group], _part(classes, group)
             if (np.abs(within) > radius).any():
                 raise codec_error("a latent is outside of its table")
-            for part in reversed(chunks(len(within))):
+            for part in reversed(chunks(len(within), 2 * radius + 2)):
                 rows = self._tables.rows(radius, _part(classes_here, part), phases[part])
                 self.push(within[part] + radius, rows[:, :-1])
                 self._measure(group, part, within + radius, rows)
@@ -182,6 +184,11 @@ class Stack:
             return
         positions = np.arange(len(self.information))[group][part]
         self.information[positions] = bits_of(rows, symbols[part])
+
+    def _measure_escaped(self, group, escaped: np.ndarray, offsets: np.ndarray) -> None:
+        if self.measures and escaped.any():
+            positions = np.arange(len(self.information))[group][escaped]
+            self.information[positions] += np.log2(2 * _LENGTHS) + np.floor(np.log2(np.abs(offsets[escaped])))
 
 
 def bits_of(rows: np.ndarray, symbols: np.ndarray) -> np.ndarray:

@@ -17,14 +17,24 @@ import torch
 from .errors import CodecError
 
 
-def verify_file(pipe: Any, path: str | os.PathLike, batch_size: int, progress_bar: bool = False) -> None:
-    """Raises [`CodecError`] unless another process decodes the file; the checksums are those of the pixels."""
-    threads = 1 if torch.get_num_threads() > 1 else 2
+def verify_file(
+    pipe: Any, path: str | os.PathLike, batch_size: int, *, is_portable: bool = True, progress_bar: bool = False
+) -> None:
+    """Raises [`CodecError`] unless another process decodes the file; the checksums are those of the pixels.
+
+    Args:
+        pipe (`DiffusionPipeline`), path (`str` or `os.PathLike`), batch_size (`int`): of the encoder.
+        is_portable (`bool`, defaults to `True`): decode with another number of threads and another batch size.
+        progress_bar (`bool`, defaults to `False`): show progress.
+    """
+    threads = torch.get_num_threads()
+    if is_portable:
+        threads, batch_size = 1 if threads > 1 else 2, max(1, batch_size // 2)
     device = next(pipe.unet.parameters()).device
     with tempfile.TemporaryDirectory() as folder:
         pipe.save_pretrained(folder)
         command = [sys.executable, "-m", "diffusers_vdm.codec.verification"]
-        arguments = [folder, os.path.abspath(path), max(1, batch_size // 2), threads, device, int(progress_bar)]
+        arguments = [folder, os.path.abspath(path), batch_size, threads, device, int(progress_bar)]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         done = subprocess.run(
             [*command, *map(str, arguments)], env=environment, stdout=subprocess.PIPE, text=True, check=False,
