@@ -14,7 +14,7 @@ import yaml
 import diffusers_vdm
 from diffusers_vdm.diffusers_schedulers import EXPORTABLE
 from tests.models import tiny_preset
-from tests.paths import ROOT
+from tests.paths import DIGITS_MODEL, ROOT
 from tests.rooms import ROOMS
 
 PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -68,7 +68,8 @@ def test_every_block_is_of_a_kind_that_a_test_reads():
             assert (ROOT / name).is_file()
     # the pages whose code is run by a test below
     assert {b.page for b in BLOCKS if b.language == "python" and b.mark is None} == {
-        "README.md", "docs/training.md", "docs/measuring.md", "docs/samplers.md", "docs/few_steps.md"
+        "README.md", "docs/training.md", "docs/measuring.md", "docs/samplers.md", "docs/few_steps.md",
+        "docs/compressing.md",
     }  # fmt: skip
 
 
@@ -116,6 +117,16 @@ def test_the_code_about_few_steps_runs(tmp_path, monkeypatch):
     assert scope["result"].num_steps == 3 and scope["table"].detail == "pixel"
 
 
+def test_the_code_about_compressing_runs(tmp_path, monkeypatch):
+    [code] = python_of("docs/compressing.md")
+    monkeypatch.chdir(tmp_path)
+    diffusers_vdm.VDMPipeline.from_pretrained(DIGITS_MODEL).save_pretrained("runs/digits")
+    scope = {}
+    exec(code.replace("num_steps=100", "num_steps=10, verify=False"), scope)
+    summary = scope["summary"]
+    assert summary.num_images == 297 and summary.bound_bpd - 0.1 < summary.marginal_bpd < summary.file_bpd < 3
+
+
 # diffusers passes float64 tensors to NumPy in a way that NumPy 2 deprecates
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.slow
@@ -151,7 +162,9 @@ INLINE = [shlex.split(text) for text in re.findall(rf"`((?:{PROGRAMS}) [^`…]+)
 
 def run_parser(name: str, arguments: list[str]) -> None:
     """Reads the arguments of one of our commands; `SystemExit` with code 2 if it does not take them."""
-    from diffusers_vdm.commands import calibrate, card, convert, evaluate_options, sample, train_options
+    from diffusers_vdm.commands import (
+        calibrate, card, compress, convert, decompress, evaluate_options, inspect, sample, train_options,
+    )  # fmt: skip
 
     if name == "train":
         train_options.parse_options("", ["--output_dir", "does-not-exist", *arguments])
@@ -161,8 +174,12 @@ def run_parser(name: str, arguments: list[str]) -> None:
         calibrate.parse_options(
             [*arguments, "--output", "c.json"]
         )  # else the folder, which is the reader's, must exist
-    elif name == "sample":
-        sample.parse_options(arguments)
+    elif name in ("sample", "compress"):
+        {"sample": sample, "compress": compress}[name].parse_options(arguments)
+    elif name in ("decompress", "inspect"):
+        file = arguments[arguments.index("--input") + 1] if name == "decompress" else arguments[0]
+        Path(file).touch()  # the reader's
+        {"decompress": decompress, "inspect": inspect}[name].parse_options(arguments)
     elif name == "convert":
         convert.parse_options(arguments)
     elif name == "card":

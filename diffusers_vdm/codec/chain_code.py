@@ -4,8 +4,8 @@
             p(z_k|z_{k+1}); push z_T by the prior
     decode: the inverse of each operation, in the opposite order
 
-Every push of a latent gives back the bits that its pop took, up to the terms of the bound. The stack must therefore
-lend about two latents to each image, not T of them [Kingma et al. 2019, Bit-Swap, arXiv 1905.06845].
+Every push of a latent gives back the bits that its pop took, up to the terms of the bound. An image therefore needs
+the bits of about two latents on the stack, not of T [Kingma et al. 2019, Bit-Swap, arXiv 1905.06845].
 """
 
 from __future__ import annotations

@@ -106,7 +106,8 @@ def images_of_folder(path: str | os.PathLike, channels: int) -> Images:
     def read() -> Iterator[Pair]:
         for name in names:
             image, mode = _decoded({"path": str(root / name), "bytes": None}, channels, name)
-            yield ImageEntry(*image.shape[1:], mode, Path(name).as_posix()), image
+            _, height, width = image.shape
+            yield ImageEntry(height, width, mode, Path(name).as_posix()), image
 
     return Images(read(), count=len(names))
 
@@ -130,7 +131,8 @@ def images_of_dataset(
     def read() -> Iterator[Pair]:
         for i, row in enumerate(rows):
             image, mode = _decoded(row[source.image_column], channels, f"image {i}")
-            yield ImageEntry(*image.shape[1:], mode, f"{i:0{digits}d}.png"), image
+            _, height, width = image.shape
+            yield ImageEntry(height, width, mode, f"{i:0{digits}d}.png"), image
 
     return Images(read(), count=count)
 

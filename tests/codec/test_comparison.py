@@ -88,7 +88,6 @@ def test_a_gray_file_is_compared_as_gray():
 
 
 def test_more_levels_and_other_channels_are_not_compared():
-    assert measured(pairs(image(0, 3, 8, 8)), num_levels=1000) == ({}, "in mosaics of 400") or True
     assert measured(pairs(image(0, 3, 8, 8)), num_levels=1000)[0] == {}
     assert measured(pairs(image(0, 2, 8, 8), image(0, 2, 70, 70)))[0] == {}
 
