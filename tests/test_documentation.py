@@ -122,7 +122,7 @@ def test_the_code_about_compressing_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     diffusers_vdm.VDMPipeline.from_pretrained(DIGITS_MODEL).save_pretrained("runs/digits")
     scope = {}
-    exec(code.replace("num_steps=100", "num_steps=10, verify=False"), scope)
+    exec(code.replace("num_steps=100", "num_steps=20, verify=False"), scope)
     summary = scope["summary"]
     assert summary.num_images == 297 and summary.bound_bpd - 0.1 < summary.marginal_bpd < summary.file_bpd < 3
 
@@ -163,7 +163,15 @@ INLINE = [shlex.split(text) for text in re.findall(rf"`((?:{PROGRAMS}) [^`…]+)
 def run_parser(name: str, arguments: list[str]) -> None:
     """Reads the arguments of one of our commands; `SystemExit` with code 2 if it does not take them."""
     from diffusers_vdm.commands import (
-        calibrate, card, compress, convert, decompress, evaluate_options, inspect, sample, train_options,
+        calibrate,
+        card,
+        compress,
+        convert,
+        decompress,
+        evaluate_options,
+        inspect,
+        sample,
+        train_options,
     )  # fmt: skip
 
     if name == "train":

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from .. import diffusion
-from .errors import codec_error
+from .errors import NotCodable, codec_error
 from .levels import Levels, decoder_rows
 from .network import Steps
 from .rounding import Rounding
@@ -73,7 +73,8 @@ class ChainCode:
             tick (`Callable`): called with the number of images after each network call.
 
         Returns: [`Accounts`].
-        Raises: [`NotEnoughBits`] if the stack is too small; it is then spoilt.
+        Raises: [`NotEnoughBits`] if the stack is too small, [`NotCodable`] for latents that are too far from their
+            means. The stack is then spoilt.
         """
         levels, size = self.levels, items.size
         x = diffusion.x_from_levels(torch.from_numpy(items), self.num_levels, torch.float64)
@@ -87,6 +88,8 @@ class ChainCode:
             upper = stack.pop_gaussian(levels.mean_of_next(k, z), int(levels.drawn_class[k + 1]), escapes=False)
             stack.check_bits()
             low = min(low, stack.bits)
+            if np.abs(upper).max() > _LARGEST:
+                raise NotCodable
             means, classes, terms, _ = self._step(k, upper.reshape(items.shape), start, x)
             stack.push_gaussian(z, means, classes)
             bound += terms
@@ -133,7 +136,7 @@ class ChainCode:
             stack.push_drawn(z, levels.mean_of_next(k, lower), int(levels.drawn_class[k + 1]))
             count(-1)
             z = lower
-            if stack.measures:
+            if stack.measures and x_hat is not None:
                 accounts.steps.append((x_hat, classes))
             tick(len(real))
         pixel_bits = np.zeros(len(real))

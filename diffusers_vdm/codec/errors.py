@@ -7,6 +7,10 @@ class CodecError(ValueError):
     """A file that cannot be decoded: it is damaged, from another model, or this machine computes other numbers."""
 
 
+class NotCodable(Exception):  # as below
+    """A latent is too far from its mean for the network's code."""
+
+
 class NotEnoughBits(Exception):  # a signal within the encoder, never seen by a user
     """The stack has too few bits to draw the latents of a batch."""
 

@@ -90,9 +90,10 @@ def compress(
     with whole_file(path) as file:
         writer = Writer(file, model.header)
         with tqdm(desc="compressing", unit="call", disable=not progress_bar, leave=False) as bar:
-            if given.count is not None and given.size is not None:
-                bar.total = given.count * num_steps * len(tile_sizes(*given.size, model.header.shape[1:]))
             for entries, arrays in _segments(given.pairs, model):
+                tiles = sum(len(tile_sizes(entry.height, entry.width, model.header.shape[1:])) for entry in entries)
+                bar.total = (bar.total or 0) + tiles * num_steps
+                bar.refresh()
                 segment, words, of_segment = encode_segment(model, arrays, entries, batch_size, bar.update)
                 segment.words_check = _crc(words)
                 writer.segment(segment, words)

@@ -107,10 +107,10 @@ def draw(found: Inspection, path: str | os.PathLike) -> None:
     plots.plot_code(
         path,
         gammas=found.gammas,
-        step_bpd=found.step_bits / found.num_values,
-        image_bpd=found.image_bits * len(found.image_bits) / found.num_values,
-        rate_bpd=rate,
-        rmse=error,
+        step_bpd=(found.step_bits / found.num_values).tolist(),
+        image_bpd=(found.image_bits * len(found.image_bits) / found.num_values).tolist(),
+        rate_bpd=rate.tolist(),
+        rmse=error.tolist(),
         pictures=torch.from_numpy(np.stack(found.pictures, axis=1)).float() / 2 + 0.5,
         title=f"decoder {found.decoder_bits / found.num_values:.3f} bits/dim, steps "
         f"{found.step_bits.sum() / found.num_values:.3f}, prior {found.prior_bits / found.num_values:.4f}",

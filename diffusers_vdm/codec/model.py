@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -137,10 +137,9 @@ def _model(unet: nn.Module, scheduler: Any, header: Header, batch_size: int, rou
         )
     network = coding_network(unet, torch.float64 if header.dtype == "float64" else torch.float32)
     steps = Steps(network, chain, levels, header.shape, batch_size)
-    values = vars(header) | {"numbers": numbers}
     if not rounding.decodes:
-        values["sides"] = rounding.to_bytes()
-    return CodingModel(Header(**values), chain, levels, steps, LatticeGaussians())
+        header = replace(header, numbers=numbers, sides=rounding.to_bytes())
+    return CodingModel(header, chain, levels, steps, LatticeGaussians())
 
 
 def _parts(pipe: Any) -> tuple[nn.Module, Any, tuple[int, int, int], int]:

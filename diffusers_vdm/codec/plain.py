@@ -13,7 +13,8 @@ import numpy as np
 
 from .stack import Stack
 
-_DECAYS = tuple(1 - math.sqrt(2.0**-k) for k in range(1, 17))  # of the geometric distribution; sqrt is exact, as IEEE
+# of the geometric distribution; sqrt is exact by IEEE 754
+_DECAYS = (2.0**-16, 2.0**-8, 2.0**-5, 2.0**-3, *(1 - math.sqrt(2.0**-k) for k in range(1, 17)))
 _PRIOR_COUNT = 48.0  # its weight in counts of pixels
 _MAX_SYMBOLS = 256  # of more levels, the lowest bits are coded as uniform
 

@@ -44,7 +44,9 @@ class Rounding:
         tolerance = self.tolerance if tolerance is None else tolerance
         low = np.floor(values)
         if not bool((np.abs(low) < _LIMIT).all()):  # false for NaN as well
-            raise codec_error("the network returned NaN or infinity")
+            if self.decodes:
+                raise codec_error("the network returned NaN or infinity")
+            raise CodecError("the images cannot be coded: the network returned NaN or infinity.")
         distance = values - low - 0.5  # exact; the edge is at 0
         rounded = low.astype(np.int64) + (distance >= 0)
         if self.tolerance == 0:

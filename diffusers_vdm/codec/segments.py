@@ -15,7 +15,7 @@ import numpy as np
 
 from .chain_code import Accounts, ChainCode
 from .container import Header, ImageEntry, Segment, check_groups
-from .errors import CodecError, NotEnoughBits, codec_error
+from .errors import CodecError, NotCodable, NotEnoughBits, codec_error
 from .model import CodingModel
 from .plain import pop_plain, push_plain
 from .rounding import Rounding
@@ -75,11 +75,12 @@ def encode_segment(
     tiles = [tile for image in images for tile in split(image, size)]
     rounding = Rounding(model.tolerance)
     code = ChainCode(model.levels, model.steps, header.num_levels, rounding)
-    stack, batches, num_plain, spent = _encode_tiles(code, tiles, model, max_batch, tick)
-    if batches and _plain_is_smaller(tiles, header.num_levels, stack.bits, model):
-        stack, spent = _plain_stack(tiles, header.num_levels, model)
-        rounding.sides.clear()
-        batches, num_plain = [], len(tiles)
+    coded = _encode_tiles(code, tiles, model, max_batch, tick)
+    if coded is None or (coded[1] and _plain_is_smaller(tiles, header.num_levels, coded[0].bits, model)):
+        plain, spent = _plain_stack(tiles, header.num_levels, model)
+        rounding.forget(0)
+        coded = plain, [], len(tiles), spent
+    stack, batches, num_plain, spent = coded
     words = stack.words()
     segment = Segment(
         images=entries,
@@ -95,8 +96,11 @@ def encode_segment(
 
 def _encode_tiles(
     code: ChainCode, tiles: list[np.ndarray], model: CodingModel, max_batch: int, tick: Callable[[int], object]
-) -> tuple[Stack, list[int], int, Spent]:
-    """The message, the sizes of its batches, and the number of tiles in plain code."""
+) -> tuple[Stack, list[int], int, Spent] | None:
+    """The message, the sizes of its batches, the number of tiles in plain code, and what was spent.
+
+    `None` if a latent is too far from its mean, as it is for images that the network does not expect at all.
+    """
     header, dims = model.header, int(np.prod(model.header.shape))
     needs = _FIRST_GUESS * dims  # bits of a tile, corrected by each batch
     num_plain = 0
@@ -123,6 +127,8 @@ def _encode_tiles(
                 if count == 1:
                     break
                 continue
+            except NotCodable:
+                return None
             stack, needs = trial, max(0.8 * needs, (before - accounts.low) / count)
             spent.model_bits += stack.bits - before
             spent.model_values += sum(tile.size for tile in batch)

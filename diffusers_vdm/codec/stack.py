@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import NotEnoughBits, codec_error
+from .errors import NotCodable, NotEnoughBits, codec_error
 from .lattice import LatticeGaussians, chunks, split_mean
 
 _MARGIN_BITS = 96  # a pop that leaves fewer bits has probably run out of them
@@ -97,12 +97,14 @@ class Stack:
     # ---- Gaussians -----------------------------------------------------------------------------------------------
 
     def push_gaussian(self, values: np.ndarray, means: np.ndarray, classes: np.ndarray | int) -> None:
-        """Pushes integers of shape `(N,)` under Gaussians, see [`LatticeGaussians`]; any integer can be pushed.
+        """Pushes integers of shape `(N,)` under Gaussians, see [`LatticeGaussians`].
 
         Args:
             values (`np.ndarray` of int64): the integers.
             means (`np.ndarray` of int64): in units of 1/PHASES.
             classes (`np.ndarray` of int64, or `int`): of the standard deviations.
+
+        Raises: [`NotCodable`] for an integer that is 2^24 or more from its mean.
         """
         center, phase = split_mean(means)
         offset = values - center
@@ -157,7 +159,7 @@ class Stack:
         """Pushes offsets of any size: the sign and the number of bits, and the bits (Elias γ)."""
         size = np.abs(offsets)
         if size.max() >= 1 << (_LENGTHS - 1):
-            raise codec_error("a latent is too far from its mean")
+            raise NotCodable
         length = np.floor(np.log2(size.astype(np.float64))).astype(np.int64)  # exact: sizes are below 2^24
         bits = np.int64(1) << length
         self.push_uniform((size - bits)[length > 0], bits[length > 0])

@@ -1,7 +1,4 @@
-"""Decode a new file in another process, with another number of threads and another batch size.
-
-Also a program: `python -m diffusers_vdm.codec.verification MODEL FILE BATCH_SIZE THREADS DEVICE`.
-"""
+"""Decode a new file in another process, with another number of threads and another batch size."""
 
 from __future__ import annotations
 
@@ -33,9 +30,9 @@ def verify_file(
     device = next(pipe.unet.parameters()).device
     with tempfile.TemporaryDirectory() as folder:
         pipe.save_pretrained(folder)
-        command = [sys.executable, "-m", "diffusers_vdm.codec.verification"]
+        command = [sys.executable, "-m", "diffusers_vdm.codec"]
         arguments = [folder, os.path.abspath(path), batch_size, threads, device, int(progress_bar)]
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
         done = subprocess.run(
             [*command, *map(str, arguments)], env=environment, stdout=subprocess.PIPE, text=True, check=False,
             cwd=Path(__file__).parents[2],
@@ -45,27 +42,3 @@ def verify_file(
             "the file could not be decoded in another process, so it was not written: "
             f"{done.stdout.strip() or 'see above'}"
         )
-
-
-def main(arguments: list[str]) -> int:
-    """Decodes a file; prints an error and returns 1 if that fails."""
-    model, path, batch_size, threads, device, progress_bar = arguments
-    torch.set_num_threads(int(threads))
-    from diffusers import DiffusionPipeline
-
-    from ..pipeline import VDMPipeline
-    from .files import iterate
-
-    cls: Any = VDMPipeline if VDMPipeline.load_config(model)["_class_name"] == "VDMPipeline" else DiffusionPipeline
-    pipe = cls.from_pretrained(model).to(device)
-    try:
-        for _ in iterate(pipe, path, batch_size=int(batch_size), progress_bar=bool(int(progress_bar))):
-            pass
-    except CodecError as error:
-        print(error)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
