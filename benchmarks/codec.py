@@ -1,0 +1,164 @@
+"""What the codec costs: sizes at several T, the numbers of other machines, and the time beside the network.
+
+    python benchmarks/codec.py --model runs/digits                    # the bundled digits; calibrate the model first
+
+1. The size of the file and of an image in it, and the bound at the same latents, for each T of --num_steps.
+2. The means of p(z_k | z_{k+1}) at the same latents in processes with other threads, batch sizes and instructions: how
+   far they move in units of their grid, and how many would be rounded differently without the recorded sides.
+3. Images per second, the share of the time that is the network's, and the memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from diffusers_vdm import VDMPipeline, denoiser
+from diffusers_vdm.codec import compress, decompress
+from diffusers_vdm.codec.files import read_headers
+from diffusers_vdm.codec.model import TOLERANCE, model_to_decode
+from diffusers_vdm.data.images import load_digits_split
+from diffusers_vdm.files import write_atomically
+
+ENVIRONMENTS = {
+    "2 threads": {"OMP_NUM_THREADS": "2"},
+    "batch size 7": {"BATCH": "7"},
+    "AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+    "no vector instructions": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41",
+                               "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
+}  # fmt: skip
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--num_steps", type=int, nargs="+", default=[25, 50, 100])
+    parser.add_argument("--spacings", type=float, nargs="+", default=[0.25, 0.5, 1.0, 1.5, 2.0])
+    parser.add_argument("--repeats", type=int, default=4, help="orders of the images, for the noise of a code")
+    parser.add_argument("--output", type=Path, default=Path("codec.json"))
+    parser.add_argument("--means", nargs=3, metavar=("FILE", "DTYPE", "OUT"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def write_means(pipe, file: str, dtype: str, output: str) -> None:
+    """Saves the means of each step at latents that are drawn from the forward process of the digits."""
+    header = read_headers(file)[0].header
+    header = type(header)(**vars(header) | {"dtype": dtype})
+    model = model_to_decode(pipe, header, int(os.environ.get("BATCH", "64")))
+    images = load_digits_split()[1].images[:64].reshape(64, -1).numpy().astype(np.int64)
+    rng, z, means = np.random.default_rng(0), images, []
+    for k in range(header.num_steps):
+        center = model.levels.mean_of_next(k, z) if k else model.levels.mean_of_z_0(z)
+        z = np.rint(center / 128 + rng.standard_normal(z.shape)).astype(np.int64)  # about one lattice step of noise
+        means.append(model.steps(k, z)[0])
+    np.save(output, np.stack(means))
+
+
+def moved_means(args: argparse.Namespace, file: Path, folder: Path) -> list[dict]:
+    """How far the means of other processes are from those of this kind of process."""
+
+    def means(name: str, dtype: str, environment: dict[str, str]) -> np.ndarray:
+        output = folder / f"{name}_{dtype}.npy"
+        command = [sys.executable, __file__, "--model", args.model, "--means", file, dtype, output]
+        known = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        subprocess.run(list(map(str, command)), env=os.environ | known | environment, check=True, capture_output=True)
+        return np.load(output)
+
+    rows = []
+    own = {dtype: means("own", dtype, {}) for dtype in ("float64", "float32")}
+    for name, environment in ENVIRONMENTS.items():
+        row: dict = {"environment": name}
+        for dtype in ("float64", "float32"):
+            other = means(name.replace(" ", "_"), dtype, environment)
+            row[f"{dtype}_largest_move"] = float(np.abs(other - own[dtype]).max())
+            row[f"{dtype}_rounded_differently"] = int((np.floor(other + 0.5) != np.floor(own[dtype] + 0.5)).sum())
+        rows.append(row | {"values": own["float64"].size})
+    return rows
+
+
+def main() -> None:
+    args = parse_options()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    pipe = VDMPipeline.from_pretrained(args.model)
+    if args.means:
+        write_means(pipe, *args.means)
+        return
+    images = load_digits_split()[1].images
+    orders = [torch.randperm(len(images), generator=torch.Generator().manual_seed(i)) for i in range(args.repeats)]
+    quiet = {"verify": False, "progress_bar": False}
+    result: dict = {"tolerance": TOLERANCE, "num_images": len(images)}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+
+        def sizes(order: torch.Tensor, **arguments) -> dict[str, float]:
+            summary = compress(pipe, images[order], folder / "f", **quiet, **arguments).to_json()
+            names = ("file_bpd", "marginal_bpd", "bound_bpd", "initial_bits", "num_edge_values", "file_bytes")
+            return {key: summary[key] for key in names}
+
+        def table(title: str, values: list, arguments) -> None:
+            print(
+                f"\n| {title} | whole file | an image in it | bound | image − bound | initial bits |\n|---|---|---|---|---|---|"
+            )
+            result[title] = []
+            for value in values:
+                runs = [sizes(order, **arguments(value)) for order in orders]
+                mean = {key: float(np.mean([run[key] for run in runs])) for key in runs[0]}
+                gap = np.array([run["marginal_bpd"] - run["bound_bpd"] for run in runs])
+                mean |= {"gap_bpd": float(gap.mean()), "gap_stderr_bpd": float(gap.std(ddof=1) / len(gap) ** 0.5)}
+                result[title].append({title: value} | mean)
+                print(f"| {value} | {mean['file_bpd']:.4f} | {mean['marginal_bpd']:.4f} | {mean['bound_bpd']:.4f} | "
+                      f"{mean['gap_bpd']:+.4f} ± {mean['gap_stderr_bpd']:.4f} | {mean['initial_bits']:.0f} |",
+                      flush=True)  # fmt: skip
+
+        table("T", args.num_steps, lambda steps: {"num_steps": steps})
+        table("spacing", args.spacings, lambda spacing: {"num_steps": args.num_steps[0], "spacing": spacing})
+
+        compress(pipe, images, folder / "f", num_steps=args.num_steps[0], **quiet)
+        result["means"] = moved_means(args, folder / "f", folder)
+        print(
+            "\n| machine | float64: largest move | rounded differently | float32: largest move | rounded differently |"
+        )
+        print("|---|---|---|---|---|")
+        for row in result["means"]:
+            print(f"| {row['environment']} | {row['float64_largest_move']:.1e} | {row['float64_rounded_differently']} | "
+                  f"{row['float32_largest_move']:.1e} | {row['float32_rounded_differently']} of {row['values']} |")  # fmt: skip
+
+        spent, call = [0.0], denoiser.call_network
+
+        def timed(*arguments, **more):
+            start = time.perf_counter()
+            output = call(*arguments, **more)
+            spent[0] += time.perf_counter() - start
+            return output
+
+        denoiser.call_network = timed
+        result["speed"] = []
+        steps = args.num_steps[0]
+        for name, run in {
+            "compress": lambda: compress(pipe, images, folder / "f", num_steps=steps, **quiet),
+            "decompress": lambda: decompress(pipe, folder / "f", progress_bar=False),
+        }.items():
+            spent[0], start = 0.0, time.perf_counter()
+            run()
+            seconds = time.perf_counter() - start
+            result["speed"].append({"what": name, "T": steps, "images_per_second": len(images) / seconds,
+                                    "network_share": spent[0] / seconds})  # fmt: skip
+            print(
+                f"{name}, T = {steps}: {len(images) / seconds:.1f} images/s, {spent[0] / seconds:.1%} in the network"
+            )
+        result["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    write_atomically(args.output, json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
