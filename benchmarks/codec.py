@@ -37,6 +37,11 @@ ENVIRONMENTS = {
     "no vector instructions": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41",
                                "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
 }  # fmt: skip
+DTYPES = ("float64", "float32")
+
+
+def print_row(*cells) -> None:
+    print("|", " | ".join(map(str, cells)), "|", flush=True)
 
 
 def parse_options() -> argparse.Namespace:
@@ -75,13 +80,13 @@ def moved_means(args: argparse.Namespace, file: Path, folder: Path) -> list[dict
         return np.load(output)
 
     rows = []
-    own = {dtype: means("own", dtype, {}) for dtype in ("float64", "float32")}
+    own = {dtype: means("own", dtype, {}) for dtype in DTYPES}
     for name, environment in ENVIRONMENTS.items():
         row: dict = {"environment": name}
-        for dtype in ("float64", "float32"):
+        for dtype in DTYPES:
             other = means(name.replace(" ", "_"), dtype, environment)
-            row[f"{dtype}_largest_move"] = float(np.abs(other - own[dtype]).max())
-            row[f"{dtype}_rounded_differently"] = int((np.floor(other + 0.5) != np.floor(own[dtype] + 0.5)).sum())
+            row[f"{dtype}_move"] = float(np.abs(other - own[dtype]).max())
+            row[f"{dtype}_roundings"] = int((np.floor(other + 0.5) != np.floor(own[dtype] + 0.5)).sum())
         rows.append(row | {"values": own["float64"].size})
     return rows
 
@@ -106,9 +111,8 @@ def main() -> None:
             return {key: summary[key] for key in names}
 
         def table(title: str, values: list, arguments) -> None:
-            print(
-                f"\n| {title} | whole file | an image in it | bound | image − bound | initial bits |\n|---|---|---|---|---|---|"
-            )
+            print_row(title, "whole file", "an image in it", "bound", "image − bound", "initial bits")
+            print_row(*["---"] * 6)
             result[title] = []
             for value in values:
                 runs = [sizes(order, **arguments(value)) for order in orders]
@@ -116,22 +120,22 @@ def main() -> None:
                 gap = np.array([run["marginal_bpd"] - run["bound_bpd"] for run in runs])
                 mean |= {"gap_bpd": float(gap.mean()), "gap_stderr_bpd": float(gap.std(ddof=1) / len(gap) ** 0.5)}
                 result[title].append({title: value} | mean)
-                print(f"| {value} | {mean['file_bpd']:.4f} | {mean['marginal_bpd']:.4f} | {mean['bound_bpd']:.4f} | "
-                      f"{mean['gap_bpd']:+.4f} ± {mean['gap_stderr_bpd']:.4f} | {mean['initial_bits']:.0f} |",
-                      flush=True)  # fmt: skip
+                numbers = (f"{mean[name]:.4f}" for name in ("file_bpd", "marginal_bpd", "bound_bpd"))
+                gap_text = f"{mean['gap_bpd']:+.4f} ± {mean['gap_stderr_bpd']:.4f}"
+                print_row(value, *numbers, gap_text, f"{mean['initial_bits']:.0f}")
 
         table("T", args.num_steps, lambda steps: {"num_steps": steps})
         table("spacing", args.spacings, lambda spacing: {"num_steps": args.num_steps[0], "spacing": spacing})
 
         compress(pipe, images, folder / "f", num_steps=args.num_steps[0], **quiet)
         result["means"] = moved_means(args, folder / "f", folder)
-        print(
-            "\n| machine | float64: largest move | rounded differently | float32: largest move | rounded differently |"
-        )
-        print("|---|---|---|---|---|")
+        print_row("machine", *(f"{dtype}: {what}" for dtype in DTYPES for what in ("largest move", "other roundings")))
+        print_row(*["---"] * 5)
         for row in result["means"]:
-            print(f"| {row['environment']} | {row['float64_largest_move']:.1e} | {row['float64_rounded_differently']} | "
-                  f"{row['float32_largest_move']:.1e} | {row['float32_rounded_differently']} of {row['values']} |")  # fmt: skip
+            pairs = [
+                (f"{row[dtype + '_move']:.1e}", f"{row[dtype + '_roundings']} of {row['values']}") for dtype in DTYPES
+            ]
+            print_row(row["environment"], *(text for pair in pairs for text in pair))
 
         spent, call = [0.0], denoiser.call_network
 
@@ -151,11 +155,9 @@ def main() -> None:
             spent[0], start = 0.0, time.perf_counter()
             run()
             seconds = time.perf_counter() - start
-            result["speed"].append({"what": name, "T": steps, "images_per_second": len(images) / seconds,
-                                    "network_share": spent[0] / seconds})  # fmt: skip
-            print(
-                f"{name}, T = {steps}: {len(images) / seconds:.1f} images/s, {spent[0] / seconds:.1%} in the network"
-            )
+            row = {"what": name, "T": steps, "images_per_second": len(images) / seconds, "network": spent[0] / seconds}
+            result["speed"].append(row)
+            print(f"{name}, T = {steps}: {row['images_per_second']:.1f} images/s, {row['network']:.1%} in the network")
         result["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     write_atomically(args.output, json.dumps(result, indent=1) + "\n")
 
