@@ -132,10 +132,10 @@ def main() -> None:
         print_row("machine", *(f"{dtype}: {what}" for dtype in DTYPES for what in ("largest move", "other roundings")))
         print_row(*["---"] * 5)
         for row in result["means"]:
-            pairs = [
-                (f"{row[dtype + '_move']:.1e}", f"{row[dtype + '_roundings']} of {row['values']}") for dtype in DTYPES
-            ]
-            print_row(row["environment"], *(text for pair in pairs for text in pair))
+            cells = [row["environment"]]
+            for dtype in DTYPES:
+                cells += [f"{row[dtype + '_move']:.1e}", f"{row[dtype + '_roundings']} of {row['values']}"]
+            print_row(*cells)
 
         spent, call = [0.0], denoiser.call_network
 

@@ -115,6 +115,14 @@ def test_the_wheel_trains_and_samples(trained, vdm):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+def test_the_wheel_compresses_and_verifies_in_another_process(trained, vdm):
+    text = vdm("compress", "--model", "run", "--split", "test[:3]", "--num_steps", "2", "--output", "digits.vdm")
+    assert "another process has decoded it" in text
+    assert "3 images" in vdm("decompress", "--model", "run", "--input", "digits.vdm", "--output_dir", "digits")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_wheel_measures_and_writes_the_number_on_a_card(trained, installed, vdm):
     python, _, away = installed
     vdm("evaluate", "--model", "run", "--num_samples", "1", "--split", "test[:10]", "--output", "run/report.json")

@@ -37,7 +37,9 @@ class _TimestepFeatures(nn.Module):
 
 
 def coding_network(unet: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of the network in `dtype` and `eval()` mode."""
+    """A copy of the network in `dtype` and `eval()` mode; raises `ValueError` on a device without float64."""
+    if device_of(unet).type == "mps" and dtype == torch.float64:
+        raise ValueError("pipe must be on a CPU or a CUDA device, got mps, which has no float64; use pipe.to('cpu').")
     network = copy.deepcopy(unet).to(dtype).eval().requires_grad_(False)
     features = getattr(network, "time_proj", None)
     if dtype == torch.float64 and type(features).__name__ == "Timesteps":

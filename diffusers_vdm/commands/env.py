@@ -9,7 +9,8 @@ import argparse
 import platform
 from importlib import metadata
 
-PACKAGES = ("torch", "diffusers", "accelerate", "datasets", "huggingface-hub", "safetensors", "numpy", "pillow")
+PACKAGES = ("torch", "diffusers", "accelerate", "datasets", "huggingface-hub", "safetensors", "numpy", "pillow",
+            "constriction")  # fmt: skip
 
 
 def environment() -> dict[str, str]:
