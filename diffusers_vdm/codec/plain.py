@@ -16,6 +16,7 @@ from .stack import Stack
 # of the geometric distribution; sqrt is exact by IEEE 754
 _DECAYS = (2.0**-16, 2.0**-8, 2.0**-5, 2.0**-3, *(1 - math.sqrt(2.0**-k) for k in range(1, 17)))
 _PRIOR_COUNT = 48.0  # its weight in counts of pixels
+_COMPARED = 16  # images that choose the geometric distribution; later ones have counts
 _MAX_SYMBOLS = 256  # of more levels, the lowest bits are coded as uniform
 
 
@@ -24,7 +25,7 @@ def push_plain(stack: Stack, images: list[np.ndarray], num_levels: int) -> None:
     errors = [_errors(image.astype(np.int64), num_levels) for image in images]
     shift = _shift(num_levels)
     high = [error.reshape(-1) >> shift for error in errors]
-    best = min(range(len(_DECAYS)), key=lambda decay: _cost(high, num_levels, decay))
+    best = min(range(len(_DECAYS)), key=lambda decay: _cost(high[:_COMPARED], num_levels, decay))
     histograms = _histograms(high, num_levels, best)
     for error, symbols, histogram in reversed(list(zip(errors, high, histograms, strict=True))):
         if shift:

@@ -76,10 +76,11 @@ def encode_segment(
     rounding = Rounding(model.tolerance)
     code = ChainCode(model.levels, model.steps, header.num_levels, rounding)
     coded = _encode_tiles(code, tiles, model, max_batch, tick)
-    if coded is None or (coded[1] and _plain_is_smaller(tiles, header.num_levels, coded[0].bits, model)):
+    if coded is None or (coded[1] and _plain_may_be_smaller(tiles, header.num_levels, coded[0].bits, model)):
         plain, spent = _plain_stack(tiles, header.num_levels, model)
-        rounding.forget(0)
-        coded = plain, [], len(tiles), spent
+        if coded is None or plain.bits < coded[0].bits:
+            rounding.forget(0)
+            coded = plain, [], len(tiles), spent
     stack, batches, num_plain, spent = coded
     words = stack.words()
     segment = Segment(
@@ -106,7 +107,7 @@ def _encode_tiles(
     num_plain = 0
     while True:
         # as many tiles in plain code as the first batch of one tile needs
-        num_plain += 1
+        num_plain = min(max(num_plain + 1, num_plain * 5 // 4), len(tiles))
         stack, spent = _plain_stack(tiles[len(tiles) - num_plain :], header.num_levels, model)
         if num_plain == len(tiles):
             return stack, [], num_plain, spent
@@ -156,13 +157,13 @@ def _plain_stack(tiles: list[np.ndarray], num_levels: int, model: CodingModel) -
     return stack, Spent(plain_bits=stack.bits, plain_values=sum(tile.size for tile in tiles))
 
 
-def _plain_is_smaller(tiles: list[np.ndarray], num_levels: int, bits: int, model: CodingModel) -> bool:
-    """Whether the plain code of all tiles has fewer bits, estimated from a sample of many tiles."""
+def _plain_may_be_smaller(tiles: list[np.ndarray], num_levels: int, bits: int, model: CodingModel) -> bool:
+    """Whether the plain code of all tiles probably has fewer bits, by that of a sample of many tiles."""
     step = max(1, len(tiles) // _PLAIN_SAMPLE)
     sample = tiles[::step]
     values = sum(tile.size for tile in sample)
     own = _plain_stack(sample, num_levels, model)[0].bits / values
-    return own < bits / sum(tile.size for tile in tiles)
+    return own < 1.1 * bits / sum(tile.size for tile in tiles)  # a sample has less time to adapt
 
 
 def _groups(images: list[np.ndarray], header: Header) -> Iterator[bytes]:

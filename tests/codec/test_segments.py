@@ -46,3 +46,12 @@ def test_batches_grow_with_the_stack(tmp_path):
 
 def test_errors_of_the_encoder_are_not_errors_of_a_file():
     assert not issubclass(NotCodable, ValueError)
+
+
+def test_many_images_of_no_information_take_no_time(tmp_path):
+    """Their plain code never pays the initial bits, and is computed for ever larger parts of the collection."""
+    pipe, _ = pixel_pipeline((1, 4, 4))
+    images = np.full((2000, 1, 4, 4), 7, dtype=np.uint8)
+    summary = compress(pipe, images, tmp_path / "f", **QUIET)
+    assert summary.is_plain and summary.file_bpd < 0.5  # the first pixel of each
+    assert decompress(pipe, tmp_path / "f", progress_bar=False).shape == images.shape
