@@ -1,4 +1,4 @@
-"""Lossless compression whose file size is the variational bound: bits-back coding with a diffusion model.
+"""Lossless compression in which an image costs its variational bound: bits-back coding with a diffusion model.
 
 from diffusers_vdm.codec import compress, decompress
 

@@ -12,7 +12,7 @@ from PIL import Image
 from .container import ImageEntry
 from .sources import Pair
 
-_SMALL = 64 * 64  # pixels of an image up to which images are compressed together, in mosaics
+_SMALL = 64  # pixels of the longer side up to which images are compressed together, in mosaics
 _IN_A_MOSAIC = 400
 
 
@@ -50,13 +50,13 @@ class OtherFormats:
         return {name: 8 * self._bytes[name] / self._values for name in self._formats}
 
     def _add(self, image: np.ndarray) -> None:
-        if image.shape[0] * image.shape[1] > _SMALL:
+        if max(image.shape[:2]) > _SMALL:
             self._count(image)
             return
         if self._waiting and self._waiting[0].shape != image.shape:
             self._flush()
         self._waiting.append(image)
-        self.note = f"in mosaics of {_IN_A_MOSAIC}"
+        self.note = f"in mosaics of up to {_IN_A_MOSAIC}"
         if len(self._waiting) == _IN_A_MOSAIC:
             self._flush()
 
@@ -74,8 +74,11 @@ class OtherFormats:
         self._count(mosaic)
 
     def _count(self, image: np.ndarray) -> None:
-        for name, encode in self._formats.items():
-            self._bytes[name] += len(encode(image[:, :, 0] if image.shape[2] == 1 else image))
+        for name, encode in list(self._formats.items()):
+            try:
+                self._bytes[name] += len(encode(image[:, :, 0] if image.shape[2] == 1 else image))
+            except Exception:  # a format that does not hold this image, such as WebP beyond 16383 pixels
+                del self._formats[name]
 
 
 def _formats() -> Iterator[tuple[str, Any]]:

@@ -74,14 +74,20 @@ def model_to_encode(
         raise ValueError(f"timesteps must be 'best' or 'uniform', got {timesteps!r}.")
     if dtype not in ("float64", "float32"):
         raise ValueError(f"dtype must be 'float64' or 'float32', got {dtype!r}.")
-    if not 1 / SPACING_UNITS <= spacing <= 4:
-        raise ValueError(f"spacing must be within [{1 / SPACING_UNITS}, 4] standard deviations, got {spacing}.")
+    if not isinstance(spacing, int | float) or not 1 / SPACING_UNITS <= spacing <= 4:
+        raise ValueError(f"spacing must be within [{1 / SPACING_UNITS}, 4] standard deviations, got {spacing!r}.")
     calibrated = scheduler.calibration is not None
     if variance is None and calibrated:
         variance = "optimal"
     variance = chosen_variance(scheduler, variance)
     levels = None
-    if timesteps == "best" or (timesteps is None and calibrated):
+    enough = num_steps < len(_grid(scheduler)[0])
+    if timesteps == "best" and calibrated and not enough:
+        raise ValueError(
+            f"num_steps must be at most {len(_grid(scheduler)[0]) - 1} for timesteps='best', got {num_steps}; use "
+            "timesteps='uniform'."
+        )
+    if timesteps == "best" or (timesteps is None and calibrated and enough):
         levels = _best_levels(scheduler, num_steps, variance)
     unfinished = Header(
         num_steps=num_steps,

@@ -40,7 +40,8 @@ def coding_network(unet: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy of the network in `dtype` and `eval()` mode; raises `ValueError` on a device without float64."""
     if device_of(unet).type == "mps" and dtype == torch.float64:
         raise ValueError("pipe must be on a CPU or a CUDA device, got mps, which has no float64; use pipe.to('cpu').")
-    network = copy.deepcopy(unet).to(dtype).eval().requires_grad_(False)
+    # not `unet.to`: that of diffusers warns about modules for float32, which it has none of
+    network = nn.Module.to(copy.deepcopy(unet), dtype).eval().requires_grad_(False)
     features = getattr(network, "time_proj", None)
     if dtype == torch.float64 and type(features).__name__ == "Timesteps":
         network.time_proj = _TimestepFeatures(features)

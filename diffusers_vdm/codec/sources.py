@@ -144,6 +144,8 @@ def _decoded(row: dict[str, Any], channels: int, name: str) -> tuple[np.ndarray,
             raise ValueError(f"the model has images of {channels} channels, which no image file has.")
         if channels == 4:
             return _decoded_rgba(row), "RGBA"
+        if (count := num_frames(row)) > 1:
+            raise ValueError(f"has {count} frames; write each frame into a file of its own.")
         if channels == 3:
             mode = _mode(row)
             if mode in _OTHER_COLORS:

@@ -16,10 +16,11 @@ class CompressionSummary:
         bound_bpd (`float`): the bound of these images at this number of steps and variance, at the latents of the
             code; NaN as above. `marginal_bpd` differs from it by the noise of a single draw of the latents.
         plain_bpd (`float`): the plain code of the first images.
-        num_images, num_plain_images (`int`): all images, and how many tiles of them have the plain code.
+        num_images, num_plain_images (`int`): all images, and how many of their tiles have the plain code.
         num_values (`int`): values of all pixels.
         file_bytes (`int`): size of the file.
-        initial_bits (`int`): bits of the plain code, which the network's code starts from.
+        initial_bits (`int`): bits of the plain code, which the network's code starts from; all bits if nothing else
+            is in the file.
         num_steps (`int`): T.
         num_edge_values (`int`): rounded values whose side the file records, see rounding.py.
         model_bytes (`int`): size of the weights that a decoder needs, in float32.

@@ -13,7 +13,7 @@ COMMANDS = {
     "evaluate": "measure bits per dimension of a model on images",
     "calibrate": "measure what the best variance and the best timesteps of few steps need",
     "sample": "draw images from a saved model",
-    "compress": "compress images losslessly into a file as small as the bound",
+    "compress": "compress images losslessly; each costs its bound in bits",
     "decompress": "write the images of a compressed file",
     "inspect": "show what a compressed file contains",
     "convert": "convert checkpoints from and to other code bases",

@@ -139,7 +139,8 @@ def run_calibration(args: argparse.Namespace, accelerator) -> None:
     print_table(table, len(images), path)
     given = f" --calibration {args.output}" if args.output is not None else ""
     if args.variance != "optimal":
-        print(f"nothing uses it by itself: evaluate it with --method vlb --variance optimal{given}")
+        uses = "compress uses it; " if args.output is None else ""
+        print(f"{uses}evaluate --method vlb --variance optimal{given} measures what it gains")
 
 
 def print_table(table, num_images: int, path: Path) -> None:

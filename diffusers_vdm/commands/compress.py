@@ -1,4 +1,4 @@
-"""Compress images into one file, losslessly; its size is the bound of the model.
+"""Compress images into one file, losslessly; each image adds the bound of the model to it.
 
     diffusers-vdm compress --model runs/digits --output digits.vdm                       # the bundled digits
     diffusers-vdm compress --model user/vdm-cifar10 --data_dir photos --output photos.vdm
@@ -14,6 +14,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -119,6 +123,25 @@ def images_to_compress(args: argparse.Namespace, channels: int) -> Any:
     return sources.images_of_npz(args.data_dir, channels)
 
 
+@contextmanager
+def one_line_errors(command: str) -> Iterator[None]:
+    """Ends the program with one line for errors and signals; what is unfinished is removed on the way."""
+
+    def stop(number: int, _: Any) -> None:
+        raise KeyboardInterrupt
+
+    earlier = signal.signal(signal.SIGTERM, stop) if threading.current_thread() is threading.main_thread() else None
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        raise SystemExit(f"diffusers-vdm {command}: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit(f"diffusers-vdm {command}: stopped") from None
+    finally:
+        if earlier is not None:
+            signal.signal(signal.SIGTERM, earlier)
+
+
 def run(args: argparse.Namespace) -> None:
     """Compresses, and prints the summary."""
     from ..codec import compress
@@ -136,7 +159,7 @@ def run(args: argparse.Namespace) -> None:
 
 def print_summary(summary, path: str, others: dict[str, float], note: str | None) -> None:
     images = f"{summary.num_images} images, {summary.num_values:,} values"
-    print(f"{path}: {images}, {summary.file_bytes:,} bytes in {summary.seconds:.0f} s")
+    print(f"{path}: {images}, {summary.file_bytes:,} bytes, encoded in {summary.seconds:.0f} s")
     rows = [("whole file", summary.file_bpd)]
     if summary.is_plain:
         print("  all images have the plain code: it is smaller than the model's code with its initial bits")
@@ -149,12 +172,13 @@ def print_summary(summary, path: str, others: dict[str, float], note: str | None
     print("  bits/dim")
     for name, bpd in rows:
         print(f"    {name:<18}{bpd:.4f}{f'  {note}' if note and name in others else ''}")
-    if others and "JPEG XL" not in others:
-        print("    JPEG XL           not measured: pip install imagecodecs")
-    print(
-        f"  initial bits {summary.initial_bits:,} ({summary.num_plain_images} images in plain code); "
-        f"values near an edge {summary.num_edge_values}"
-    )
+    missing = [name for name in ("PNG", "WebP", "JPEG XL") if others and name not in others]
+    if missing:
+        hint = ": pip install imagecodecs" if missing == ["JPEG XL"] else ", or not able to hold these images"
+        print(f"    {', '.join(missing)} not measured{hint}")
+    if not summary.is_plain:
+        plain = f"{summary.num_plain_images} tiles in plain code"
+        print(f"  initial bits {summary.initial_bits:,} ({plain}); values near an edge {summary.num_edge_values}")
     print(f"  a decoder needs the model: {summary.model_bytes:,} bytes in float32")
     print("  " + ("another process has decoded it" if summary.verified else "not verified"))
 
@@ -163,10 +187,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command with the command line or with `arguments`; `SystemExit` names an error in one line."""
     tolerate_any_encoding()
     args = parse_options(arguments)
-    try:
+    with one_line_errors("compress"):
         run(args)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        raise SystemExit(f"diffusers-vdm compress: {error}") from error
 
 
 if __name__ == "__main__":

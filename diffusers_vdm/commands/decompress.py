@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..console import tolerate_any_encoding
 from ..training.options import Option
-from .compress import DEVICE_OPTIONS, check_model_and, load_pipeline
+from .compress import DEVICE_OPTIONS, check_model_and, load_pipeline, one_line_errors
 from .evaluate_options import MODEL
 from .options import check_ranges, option_parser
 
@@ -78,10 +78,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command with the command line or with `arguments`; `SystemExit` names an error in one line."""
     tolerate_any_encoding()
     args = parse_options(arguments)
-    try:
+    with one_line_errors("decompress"):
         run(args)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        raise SystemExit(f"diffusers-vdm decompress: {error}") from error
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..console import tolerate_any_encoding
 from ..training.options import Option
-from .compress import DEVICE_OPTIONS, load_pipeline
+from .compress import DEVICE_OPTIONS, load_pipeline, one_line_errors
 from .evaluate_options import MODEL
 from .options import check_ranges, option_parser
 
@@ -35,6 +35,13 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
             raise ValueError(f"FILE must name a file, got {args.file}")
         if args.output is not None and args.model is None:
             raise ValueError("--output needs --model")
+        output = Path(args.output or f"{args.file}.png")
+        if args.model is not None and (
+            output.is_dir()
+            or not output.absolute().parent.is_dir()
+            or output.suffix.lower() not in (".png", ".pdf", ".svg", ".jpg", ".webp")
+        ):
+            raise ValueError(f"--output must name a figure, such as bits.png, in an existing folder, got {output}")
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -97,10 +104,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command with the command line or with `arguments`; `SystemExit` names an error in one line."""
     tolerate_any_encoding()
     args = parse_options(arguments)
-    try:
+    with one_line_errors("inspect"):
         run(args)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        raise SystemExit(f"diffusers-vdm inspect: {error}") from error
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def test_small_images_are_in_a_mosaic(count, rows, columns):
     mosaic = whole.reshape(rows, columns, 3, 4, 6).transpose(0, 3, 1, 4, 2).reshape(rows * 4, columns * 6, 3)
     for name, size in sizes(np.ascontiguousarray(mosaic)).items():
         assert bpd[name] == 8 * size / (count * 72)
-    assert note == "in mosaics of 400"
+    assert note == "in mosaics of up to 400"
 
 
 def test_a_mosaic_holds_images_of_one_size():
@@ -97,3 +97,11 @@ def test_jpeg_xl_is_measured_where_it_can_be():
     pixels = image(0, 3, 70, 66)
     size = len(imagecodecs.jpegxl_encode(np.ascontiguousarray(pixels.transpose(1, 2, 0)), lossless=True, effort=9))
     assert measured(pairs(pixels))[0]["JPEG XL"] == 8 * size / pixels.size
+
+
+def test_a_format_that_cannot_hold_an_image_is_left_out():
+    """WebP has at most 16,383 pixels on a side."""
+    others = OtherFormats(256)
+    image = np.zeros((3, 1, 17_000), dtype=np.uint8)
+    assert len(list(others.watch([(ImageEntry(1, 17_000), image)]))) == 1
+    assert "PNG" in others.bpd() and "WebP" not in others.bpd()

@@ -287,7 +287,12 @@ def test_another_calibration_is_refused(pixels, tmp_path):
         (torch.full((2, 3, 4, 4), 256), ValueError, r"within \[0, 256\)"),
         (torch.zeros(2, 1, 4, 4, dtype=torch.uint8), ValueError, "3 channels"),
         (torch.zeros(3, 4, 4, dtype=torch.uint8), ValueError, r"\(N, C, H, W\)"),
-        ([(ImageEntry(4, 4, "L", "a.png"), np.zeros((1, 4, 4)))], ValueError, "a.png"),
+        ([(ImageEntry(4, 4, "L", "a.png"), np.zeros((1, 4, 4), np.uint8))], ValueError, "a.png"),
+        ([(ImageEntry(4, 4), np.full((3, 4, 4), 0.5))], TypeError, "integers .* float64 for image 0"),
+        ([(ImageEntry(5, 4), np.zeros((3, 4, 4), np.uint8))], ValueError, "size of their ImageEntry"),
+        ([(ImageEntry(4, 4), np.full((3, 4, 4), 300))], ValueError, "values from 300 to 300 for image 0"),
+        ([np.zeros((3, 4, 4), np.uint8)], TypeError, "pairs of an ImageEntry"),
+        ("photos", TypeError, "pairs of an ImageEntry"),
         (7, TypeError, "iterable"),
     ],
 )
@@ -309,6 +314,7 @@ def test_wrong_images_are_refused_and_leave_an_earlier_file(pixels, tmp_path, im
         ({"variance": "large"}, "variance"),
         ({"dtype": "float16"}, "dtype"),
         ({"spacing": 0.0}, "spacing"),
+        ({"spacing": "1"}, "spacing"),
     ],
 )
 def test_wrong_arguments_are_refused(pixels, tmp_path, arguments, message):
@@ -422,6 +428,33 @@ def test_images_before_a_damage_can_be_kept(tmp_path):
         assert len(back) == 0 or torch.equal(back, images[: len(back)])
         kept.append(len(back))
     assert 0 < kept[0] < kept[1] < kept[2] < 40
+
+
+def test_another_model_is_no_damage_to_keep_images_before(packed, tmp_path):
+    other, _ = pixel_pipeline((3, 4, 4), seed=1)
+    with pytest.raises(CodecError, match=r"another model"):
+        decompress(other, packed[0], keep=True, **QUIET)
+    (tmp_path / "f").write_bytes(b"something else")
+    with pytest.raises(CodecError, match=r"not one that"):
+        decompress(other, tmp_path / "f", keep=True, **QUIET)
+
+
+def test_the_file_must_be_in_an_existing_folder(pixels, tmp_path):
+    for path in (tmp_path, tmp_path / "none" / "f"):
+        with pytest.raises(ValueError, match=r"path must name a file"):
+            pack(*pixels, path)
+
+
+def test_more_steps_than_levels_to_choose_from_are_even(tmp_path):
+    pipe, probabilities = pixel_pipeline((1, 4, 4))
+    table = calibrate(pipe.unet, pipe.scheduler, draw_pixels(probabilities, (9, 1, 4, 4)), num_gammas=9, **QUIET)
+    pipe.scheduler = VDMScheduler.from_config(pipe.scheduler.config, calibration=table)
+    images = draw_pixels(probabilities, (2, 1, 4, 4))
+    with pytest.raises(ValueError, match=r"at most 256 .* timesteps='uniform'"):
+        pack(pipe, images, tmp_path / "f", num_steps=257, timesteps="best")
+    for steps, chosen in ((256, True), (257, False)):
+        pack(pipe, images, tmp_path / "f", num_steps=steps)
+        assert (read_headers(tmp_path / "f")[0].header.levels is not None) == chosen
 
 
 def test_npz_layouts_are_those_of_the_header(pixels, tmp_path):

@@ -1,7 +1,11 @@
 """The commands compress, decompress and inspect: what a user types, sees, and gets back."""
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -16,7 +20,7 @@ from diffusers_vdm.data.images import load_digits_split
 from tests.models import tiny_unet
 from tests.paths import DIGITS_MODEL, FIXTURES
 from tests.pictures import picture
-from tests.running import run_command, run_python
+from tests.running import ENVIRONMENT, run_command, run_python, wait_for
 
 GOLDEN = FIXTURES / "digits_v1.vdm"  # 20 digits at T = 12, see fixtures/README.md
 
@@ -199,6 +203,29 @@ def test_a_conditional_model_is_refused(tmp_path):
     with pytest.raises(SystemExit, match=r"without classes"):
         run(compress, "--model", tmp_path / "m", "--data_dir", tmp_path / "a.npz", "--output", tmp_path / "f")
     assert not (tmp_path / "f").exists()
+
+
+@pytest.mark.parametrize("name", ["bits.xyz", "none/bits.png", "folder"])
+def test_inspect_checks_its_figure_before_it_decodes(packed, tmp_path, name, capsys):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(SystemExit):
+        run(inspect, packed[0], "--model", "none", "--output", tmp_path / name)
+    assert "--output must name a figure" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_command_leaves_nothing(tmp_path, number):
+    (tmp_path / "f").write_bytes(b"earlier")
+    command = ["-m", "diffusers_vdm.commands", "compress", "--model", DIGITS_MODEL, "--output", tmp_path / "f",
+               "--num_steps", "200"]  # fmt: skip
+    process = subprocess.Popen([sys.executable, *map(str, command)], env=os.environ | ENVIRONMENT, text=True,
+                               stderr=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+    with process:
+        wait_for(lambda: (tmp_path / ".f.tmp").exists(), [process])
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and "diffusers-vdm compress: stopped" in errors and "Traceback" not in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["f"] and (tmp_path / "f").read_bytes() == b"earlier"
 
 
 # ---- other processes -----------------------------------------------------------------------------------------------
