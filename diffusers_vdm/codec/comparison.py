@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from importlib import import_module
 from io import BytesIO
 from typing import Any
 
@@ -91,8 +92,7 @@ def _formats() -> Iterator[tuple[str, Any]]:
     yield "PNG", lambda image: by_pillow(image, "png", optimize=True)
     yield "WebP", lambda image: by_pillow(image, "webp", lossless=True, quality=100, method=6, exact=True)
     try:
-        import imagecodecs
-
+        imagecodecs = import_module("imagecodecs")  # optional, and not among the extras
         yield "JPEG XL", lambda image: imagecodecs.jpegxl_encode(image, lossless=True, effort=9)
     except ImportError:
         return

@@ -126,13 +126,12 @@ def images_of_dataset(
         allow_shared=True,
     )  # fmt: skip
     rows, count = source.data.cast_column(source.image_column, datasets.Image(decode=False)), source.num_rows
-    digits = len(str(count or 0))
 
     def read() -> Iterator[Pair]:
         for i, row in enumerate(rows):
             image, mode = _decoded(row[source.image_column], channels, f"image {i}")
             _, height, width = image.shape
-            yield ImageEntry(height, width, mode, f"{i:0{digits}d}.png"), image
+            yield ImageEntry(height, width, mode), image  # without a name, which a decoder numbers
 
     return Images(read(), count=count)
 
@@ -223,7 +222,7 @@ def file_name(entry: ImageEntry, taken: set[str]) -> str:
 
     Raises: `ValueError` for a name that leads out of the folder, which no file of ours has.
     """
-    given = re.sub(r"[:\\]", "_", entry.name) or f"{len(taken)}"
+    given = re.sub(r"[:\\]", "_", entry.name) or f"{len(taken):06d}"
     parts = Path(given).parts
     if not parts or ".." in re.split(r"[/\\]", entry.name) or Path(given).is_absolute():
         raise ValueError(f"the file names an image {entry.name!r}, which is no name within a folder.")

@@ -105,7 +105,7 @@ def test_a_data_set_comes_back_as_files(tmp_path, color_model):
         "--no-verify", "--output", tmp_path / "f")  # fmt: skip
     run(decompress_command, "--model", color_model, "--input", tmp_path / "f", "--output_dir", tmp_path / "out")
     files = sorted((tmp_path / "out").iterdir())
-    assert [file.name for file in files] == [f"{i:02d}.png" for i in range(10)]
+    assert [file.name for file in files] == [f"{i:06d}.png" for i in range(10)]
     assert all(np.array_equal(Image.open(f), image) for f, image in zip(files, images[2:], strict=True))
 
 
