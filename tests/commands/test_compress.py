@@ -213,7 +213,7 @@ def test_inspect_checks_its_figure_before_it_decodes(packed, tmp_path, name, cap
     assert "--output must name a figure" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_stopped_command_leaves_nothing(tmp_path, number):
     (tmp_path / "f").write_bytes(b"earlier")
     command = ["-m", "diffusers_vdm.commands", "compress", "--model", DIGITS_MODEL, "--output", tmp_path / "f",
