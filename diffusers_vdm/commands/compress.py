@@ -130,7 +130,8 @@ def one_line_errors(command: str) -> Iterator[None]:
     def stop(number: int, _: Any) -> None:
         raise KeyboardInterrupt
 
-    earlier = signal.signal(signal.SIGTERM, stop) if threading.current_thread() is threading.main_thread() else None
+    signals = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+    earlier = {number: signal.signal(number, stop) for number in signals}
     try:
         yield
     except (ValueError, TypeError, OSError, ImportError) as error:
@@ -138,8 +139,8 @@ def one_line_errors(command: str) -> Iterator[None]:
     except KeyboardInterrupt:
         raise SystemExit(f"diffusers-vdm {command}: stopped") from None
     finally:
-        if earlier is not None:
-            signal.signal(signal.SIGTERM, earlier)
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 def run(args: argparse.Namespace) -> None:
