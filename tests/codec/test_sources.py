@@ -1,6 +1,7 @@
 """codec/sources.py: images are read and written without changing a pixel, or are refused."""
 
 import zipfile
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -83,9 +84,11 @@ def test_opaque_modes_that_colors_can_hold_are_read_exactly(tmp_path, mode):
 
 @pytest.mark.parametrize("kind", ["CMYK", "YCbCr", "LAB"])
 def test_modes_that_colors_cannot_hold_exactly_are_refused(tmp_path, kind):
-    folder = write(
-        tmp_path, c_tif=encoded(Image.new(kind, (4, 4), (10, 20, 30, 40)[: 4 if kind == "CMYK" else 3]), "tiff")
-    )
+    content = encoded(Image.new(kind, (4, 4), (10, 20, 30, 40)[: 4 if kind == "CMYK" else 3]), "tiff")
+    with Image.open(BytesIO(content)) as again:
+        if again.mode != kind:
+            pytest.skip(f"this Pillow reads it as {again.mode}")
+    folder = write(tmp_path, c_tif=content)
     with pytest.raises(ValueError, match=rf"c\.tif: mode '{kind}'"):
         list(images_of_folder(folder, 3).pairs)
 
