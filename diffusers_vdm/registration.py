@@ -1,6 +1,10 @@
-"""Register our classes with diffusers, for loading with `DiffusionPipeline`."""
+"""Load pipelines of ours and of diffusers: register our classes with diffusers, and choose the class that loads."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import diffusers
+from diffusers import DiffusionPipeline
 from diffusers.pipelines import pipeline_loading_utils
 
 from .components import MODULES
@@ -25,3 +29,12 @@ def register() -> None:
     for module in MODULES:
         base = "SchedulerMixin" if module == "schedulers" else "ModelMixin"
         pipeline_loading_utils.LOADABLE_CLASSES.setdefault(f"{__package__}.{module}", {base: methods})
+
+
+def pipeline_class(index: Mapping[str, Any]) -> Any:
+    """The class that loads a saved pipeline with this index: [`VDMPipeline`] for its own, else `DiffusionPipeline`.
+
+    Args:
+        index (`Mapping`): the content of model_index.json, as `VDMPipeline.load_config` returns it.
+    """
+    return VDMPipeline if index["_class_name"] == "VDMPipeline" else DiffusionPipeline

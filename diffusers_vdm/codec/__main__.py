@@ -6,12 +6,11 @@ python -m diffusers_vdm.codec MODEL FILE BATCH_SIZE THREADS DEVICE PROGRESS_BAR
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 
 from ..pipeline import VDMPipeline
+from ..registration import pipeline_class
 from .errors import CodecError
 from .files import iterate
 
@@ -20,8 +19,7 @@ def main(arguments: list[str]) -> int:
     """Decodes a file; prints an error and returns 1 if that fails."""
     model, path, batch_size, threads, device, progress_bar = arguments
     torch.set_num_threads(int(threads))
-    cls: Any = VDMPipeline if VDMPipeline.load_config(model)["_class_name"] == "VDMPipeline" else DiffusionPipeline
-    pipe = cls.from_pretrained(model).to(device)
+    pipe = pipeline_class(VDMPipeline.load_config(model)).from_pretrained(model).to(device)
     try:
         for _ in iterate(pipe, path, batch_size=int(batch_size), progress_bar=bool(int(progress_bar))):
             pass

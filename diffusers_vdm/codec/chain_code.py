@@ -133,7 +133,7 @@ class ChainCode:
             count(1)
             if np.abs(lower).max() > _LARGEST:
                 raise codec_error("an impossible latent")
-            stack.push_drawn(z, levels.mean_of_next(k, lower), int(levels.drawn_class[k + 1]))
+            stack.push_gaussian(z, levels.mean_of_next(k, lower), int(levels.drawn_class[k + 1]), escapes=False)
             count(-1)
             z = lower
             if stack.measures and x_hat is not None:
@@ -142,7 +142,7 @@ class ChainCode:
         pixel_bits = np.zeros(len(real))
         items = fill(self._pop_pixels(stack, real, z, pixel_bits))
         accounts.images, accounts.decoder = accounts.images + pixel_bits, float(pixel_bits.sum())
-        stack.push_drawn(z, levels.mean_of_z_0(items.reshape(-1)), int(levels.drawn_class[0]))
+        stack.push_gaussian(z, levels.mean_of_z_0(items.reshape(-1)), int(levels.drawn_class[0]), escapes=False)
         count(-1)
         return items, accounts
 

@@ -325,12 +325,13 @@ class Reader:
             content = self.file.read(4 * segment.num_words)
             self.size += len(content)
             whole = len(content) == 4 * segment.num_words and zlib.crc32(content) == segment.words_check
+            damage = CodecError("the file is damaged or truncated: the message of a segment has another checksum.")
             if not whole and not keep:
-                raise CodecError("the file is damaged or truncated: the message of a segment has another checksum.")
+                raise damage
             content += bytes(4 * segment.num_words - len(content)) if segment.num_words < 1 << 28 else b""
             yield segment, message_words(content)
             if not whole:
-                raise CodecError("the file is damaged or truncated: the message of a segment has another checksum.")
+                raise damage
 
     def _part(self) -> bytes:
         length = shift = 0
@@ -357,6 +358,11 @@ class Reader:
 def message_bytes(words: np.ndarray) -> bytes:
     """A message as it is in a file, the top of the stack first."""
     return np.ascontiguousarray(words[::-1], dtype="<u4").tobytes()
+
+
+def message_check(words: np.ndarray) -> int:
+    """The CRC-32 of a message."""
+    return zlib.crc32(message_bytes(words))
 
 
 def message_words(content: bytes) -> np.ndarray:

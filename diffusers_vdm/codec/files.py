@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,10 +18,10 @@ from .. import call_arguments
 from ..calibration import Variance
 from ..files import whole_file
 from .chain_code import Accounts
-from .container import SEGMENT_VALUES, ImageEntry, Reader, Segment, Writer, message_bytes
+from .container import SEGMENT_VALUES, Header, ImageEntry, Reader, Segment, Writer
 from .errors import CodecError
-from .integers import read_varint
-from .model import CodingModel, Dtype, Timesteps, model_to_decode, model_to_encode
+from .model import CodingModel, Dtype, Timesteps, model_to_decode, model_to_encode, num_levels_of
+from .rounding import Rounding
 from .segments import Spent, decode_segment, encode_segment
 from .sources import Images, images_of
 from .summary import CompressionSummary
@@ -79,7 +78,7 @@ def compress(
     batch_size = call_arguments.positive_integer("batch_size", batch_size)
     if os.path.isdir(path) or not os.path.isdir(os.path.dirname(os.path.abspath(path))):
         raise ValueError(f"path must name a file in an existing folder, got {os.fspath(path)!r}.")
-    given = images_of(images, getattr(pipe, "config", {}).get("num_levels") or 256)
+    given = images_of(images, num_levels_of(pipe))
     start = time.perf_counter()
     model = model_to_encode(
         pipe,
@@ -92,7 +91,7 @@ def compress(
         image_size=given.size,
         layout=given.layout,
     )
-    spent, counts = Spent(), {"plain": 0, "edges": 0}
+    spent = Spent(edge_values=len(Rounding.sides_from(model.header.sides, 0)[0]))
     with whole_file(path) as file:
         writer = Writer(file, model.header)
         with tqdm(desc="compressing", unit="call", disable=not progress_bar, leave=False) as bar:
@@ -101,11 +100,8 @@ def compress(
                 bar.total = (bar.total or 0) + tiles * num_steps
                 bar.refresh()
                 segment, words, of_segment = encode_segment(model, arrays, entries, batch_size, bar.update)
-                segment.words_check = _crc(words)
                 writer.segment(segment, words)
                 spent.add(of_segment)
-                counts["plain"] += segment.num_plain
-                counts["edges"] += read_varint(segment.sides, 0, 1 << 62)[0]
         if writer.num_images == 0:
             raise ValueError("images must not be empty, got none.")
         writer.end()
@@ -123,12 +119,12 @@ def compress(
         bound_bpd=spent.bound_bits / spent.model_values if spent.model_values else unknown,
         plain_bpd=spent.plain_bits / spent.plain_values if spent.plain_values else unknown,
         num_images=writer.num_images,
-        num_plain_images=counts["plain"],
+        num_plain_images=spent.plain_tiles,
         num_values=values,
         file_bytes=writer.size,
         initial_bits=spent.plain_bits,
         num_steps=num_steps,
-        num_edge_values=counts["edges"] + read_varint(model.header.sides, 0, 1 << 62)[0],
+        num_edge_values=spent.edge_values,
         model_bytes=sum(4 * t.numel() for t in pipe.unet.state_dict().values()),
         seconds=seconds,
         verified=verify,
@@ -154,47 +150,62 @@ def decompress(
         wrong.
     """
     images = []
-    if keep:  # another model is no damage
-        with open(path, "rb") as file, _clear_errors():
-            model_to_decode(pipe, Reader(file).header, batch_size)
-    try:
-        for _, image in iterate(pipe, path, batch_size=batch_size, keep=keep, progress_bar=progress_bar):
-            images.append(image)
-    except CodecError as error:
-        if not keep:
-            raise
-        logger.warning(f"{len(images)} images before a damage are kept: {error}")
+    with opened(pipe, path, batch_size) as (reader, model):  # another model is no damage
+        try:
+            for _, image in decoded(reader, model, keep=keep, progress_bar=progress_bar):
+                images.append(image)
+        except CodecError as error:
+            if not keep:
+                raise
+            logger.warning(f"{len(images)} images before a damage are kept: {error}")
     if images and all(image.shape == images[0].shape for image in images):
         return torch.stack(images)
     return images
 
 
 def iterate(
-    pipe: Any,
-    path: str | os.PathLike,
-    *,
-    batch_size: int = 64,
-    keep: bool = False,
-    progress_bar: bool = True,
-    inspect: Callable[[Accounts, np.ndarray], object] | None = None,
+    pipe: Any, path: str | os.PathLike, *, batch_size: int = 64, keep: bool = False, progress_bar: bool = True
 ) -> Iterator[tuple[ImageEntry, torch.Tensor]]:
     """Yields each image of a file with its description, in order, without holding all of them in memory.
 
     Arguments and errors are those of [`decompress`]; with `keep`, it yields what comes before a damage, then raises.
-    `inspect` is called with the [`Accounts`] and the integers of each batch.
     """
+    with opened(pipe, path, batch_size) as (reader, model):
+        yield from decoded(reader, model, keep=keep, progress_bar=progress_bar)
+
+
+@contextmanager
+def opened(pipe: Any, path: str | os.PathLike, batch_size: int) -> Iterator[tuple[Reader, CodingModel]]:
+    """A file and the model that decodes it; raises [`CodecError`] if it was written with another model."""
     batch_size = call_arguments.positive_integer("batch_size", batch_size)
     with open(path, "rb") as file, _clear_errors():
         reader = Reader(file)
-        model = model_to_decode(pipe, reader.header, batch_size)
-        dtype = torch.uint8 if reader.header.num_levels <= 256 else torch.int32
-        with tqdm(desc="decompressing", unit="call", disable=not progress_bar, leave=False) as bar:
-            for segment, words in reader.segments(keep):
-                bar.total = (bar.total or 0) + sum(segment.batches) * reader.header.num_steps
-                bar.refresh()
-                decoded = decode_segment(model, segment, words, bar.update, inspect)
-                for entry, image in zip(segment.images, decoded, strict=False):
-                    yield entry, torch.from_numpy(np.ascontiguousarray(image)).to(dtype)
+        yield reader, model_to_decode(pipe, reader.header, batch_size)
+
+
+def decoded(
+    reader: Reader,
+    model: CodingModel,
+    *,
+    keep: bool = False,
+    progress_bar: bool = True,
+    inspect: Callable[[Accounts, np.ndarray], object] | None = None,
+) -> Iterator[tuple[ImageEntry, torch.Tensor]]:
+    """The images of an opened file; `inspect` is called with the [`Accounts`] and the integers of each batch."""
+    dtype = torch.uint8 if reader.header.num_levels <= 256 else torch.int32
+    with _clear_errors(), tqdm(desc="decompressing", unit="call", disable=not progress_bar, leave=False) as bar:
+        for segment, words in reader.segments(keep):
+            bar.total = (bar.total or 0) + sum(segment.batches) * reader.header.num_steps
+            bar.refresh()
+            images = decode_segment(model, segment, words, bar.update, inspect)
+            for entry, image in zip(segment.images, images, strict=False):
+                yield entry, torch.from_numpy(np.ascontiguousarray(image)).to(dtype)
+
+
+def read_header(path: str | os.PathLike) -> Header:
+    """The header of a file."""
+    with open(path, "rb") as file, _clear_errors():
+        return Reader(file).header
 
 
 def read_headers(path: str | os.PathLike) -> tuple[Reader, list[Segment]]:
@@ -202,10 +213,6 @@ def read_headers(path: str | os.PathLike) -> tuple[Reader, list[Segment]]:
     with open(path, "rb") as file, _clear_errors():
         reader = Reader(file)
         return reader, [segment for segment, _ in reader.segments()]
-
-
-def _crc(words: np.ndarray) -> int:
-    return zlib.crc32(message_bytes(words))
 
 
 @contextmanager

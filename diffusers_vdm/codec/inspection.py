@@ -12,11 +12,12 @@ import torch
 
 from .. import plots
 from ..diffusion import prior_kl_nats, x_from_levels
+from ..evaluation.chain import term_nats
 from .chain_code import Accounts
-from .files import iterate, read_headers
+from .container import Reader
+from .files import decoded, opened
 from .lattice import STD_STEPS
-from .model import model_to_decode
-from .network import term_bits
+from .model import CodingModel
 
 _SHOWN = 6  # images whose x̂ are drawn
 _COLUMNS = 10
@@ -63,8 +64,11 @@ def inspect_bits(pipe: Any, path: str | os.PathLike, *, batch_size: int = 64, pr
 
     Raises: `CodecError` as `decompress`.
     """
-    reader, _ = read_headers(path)
-    model = model_to_decode(pipe, reader.header, batch_size)
+    with opened(pipe, path, batch_size) as (reader, model):
+        return _inspected(reader, model, progress_bar)
+
+
+def _inspected(reader: Reader, model: CodingModel, progress_bar: bool) -> Inspection:
     chain, spacing = model.chain, model.levels.spacing
     gammas, snr = [float(chain.gamma_0), *chain.gammas.tolist()], torch.exp(-chain.gammas)
     num_levels, shape, steps = reader.header.num_levels, reader.header.shape, reader.header.num_steps
@@ -86,14 +90,14 @@ def inspect_bits(pipe: Any, path: str | os.PathLike, *, batch_size: int = 64, pr
             squared = np.square(x - x_hat)
             found.x_hat_mse[k] += float(squared.sum())
             error = snr[k] * torch.from_numpy(squared).flatten()
-            found.step_bits[k] += float(term_bits(chain, k, error, log_variances(k, classes)).sum())
+            found.step_bits[k] += float(term_nats(chain, k, error, log_variances(k, classes)).sum()) / math.log(2)
         prior = prior_kl_nats(torch.from_numpy(x), chain.gammas[-1])
         found.prior_bits += float(prior.sum()) / math.log(2)
         if not found.pictures:
             drawn = [accounts.steps[i][0][:_SHOWN] for i in kept] + [x[:_SHOWN]]
             found.pictures = [part.reshape(-1, *shape) for part in drawn]
 
-    for _ in iterate(pipe, path, batch_size=batch_size, progress_bar=progress_bar, inspect=add):
+    for _ in decoded(reader, model, progress_bar=progress_bar, inspect=add):
         pass
     if found.num_values:
         found.image_bits = np.concatenate(images)

@@ -162,8 +162,12 @@ def _parts(pipe: Any) -> tuple[nn.Module, Any, tuple[int, int, int], int]:
     if size is None:
         raise ValueError("pipe.unet must have a sample_size in its config, which is the size of its images.")
     height, width = (size, size) if isinstance(size, int) else size
-    num_levels = getattr(pipe, "config", {}).get("num_levels") or 256
-    return unet, scheduler, (config["in_channels"], height, width), num_levels
+    return unet, scheduler, (config["in_channels"], height, width), num_levels_of(pipe)
+
+
+def num_levels_of(pipe: Any) -> int:
+    """Levels of the pixels of a pipeline; those of diffusers do not say, and have 256."""
+    return getattr(pipe, "config", {}).get("num_levels") or 256
 
 
 def _grid(scheduler: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .. import denoiser, diffusion
-from ..evaluation.chain import Chain, log_variance, lower_level, posterior_log_variance
+from ..evaluation.chain import Chain, log_variance, lower_level, term_nats
 from ..evaluation.rows import device_of
 from .lattice import PHASES, class_of_std
 from .levels import Levels
@@ -46,15 +46,6 @@ def coding_network(unet: nn.Module, dtype: torch.dtype) -> nn.Module:
     if dtype == torch.float64 and type(features).__name__ == "Timesteps":
         network.time_proj = _TimestepFeatures(features)
     return network
-
-
-def term_bits(chain: Chain, k: int, error: torch.Tensor, log_var: torch.Tensor | None) -> torch.Tensor:
-    """The bound's term of step k, KL(q(z_s|z_t,x) ‖ p(z_s|z_t)), for (ε − ε̂)² of any shape and log Var p, in bits."""
-    nats = diffusion.step_weight(lower_level(chain, k), chain.gammas[k]) * error
-    if log_var is not None:
-        r = torch.exp(posterior_log_variance(chain, k) - log_var)
-        nats = r * nats + 0.5 * (r - 1 - torch.log(r))
-    return nats / math.log(2)
 
 
 class Steps:
@@ -119,6 +110,7 @@ class Steps:
         bits = None
         if x is not None:
             error = eps_hat - diffusion.eps_from_x(z_t, x.to(self.device, torch.float64), gamma_t)
-            bits = term_bits(chain, k, error.square(), log_var).flatten(1).sum(1).cpu().numpy()
+            nats = term_nats(chain, k, error.square(), log_var)
+            bits = (nats.flatten(1).sum(1) / math.log(2)).cpu().numpy()
         scaled = mean.cpu().numpy().reshape(-1) * (PHASES / spacing[k])
         return scaled, classes, bits, x_hat.float().cpu().numpy().reshape(len(z), -1)

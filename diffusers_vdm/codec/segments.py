@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .chain_code import Accounts, ChainCode
-from .container import Header, ImageEntry, Segment, check_groups
+from .container import ImageEntry, Segment, check_groups, message_check
 from .errors import CodecError, NotCodable, NotEnoughBits, codec_error
 from .model import CodingModel
 from .plain import pop_plain, push_plain
@@ -30,23 +30,26 @@ _PLAIN_SAMPLE = 64  # tiles for which the plain code of all is estimated, if the
 
 @dataclass
 class Spent:
-    """Where the bits of a segment went.
+    """Where the bits of segments went.
 
     Attributes:
-        plain_bits, plain_values (`int`): the images in plain code.
+        plain_bits, plain_values, plain_tiles (`int`): the images in plain code.
         model_bits (`int`), model_values (`int`), bound_bits (`float`): the images that the network codes.
+        edge_values (`int`): rounded values whose side is recorded.
     """
 
     plain_bits: int = 0
     plain_values: int = 0
+    plain_tiles: int = 0
     model_bits: int = 0
     model_values: int = 0
     bound_bits: float = 0.0
+    edge_values: int = 0
 
     def add(self, other: Spent) -> None:
         """Adds those of another segment."""
-        for name in ("plain_bits", "plain_values", "model_bits", "model_values", "bound_bits"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
 
 
 # ---- encoding ----------------------------------------------------------------------------------------------------
@@ -82,15 +85,19 @@ def encode_segment(
             rounding.forget(0)
             coded = plain, [], len(tiles), spent
     stack, batches, num_plain, spent = coded
-    words = stack.words()
+    spent.plain_tiles, spent.edge_values = num_plain, len(rounding.sides)
+    words, groups, at = stack.words(), [], 0
+    for count in check_groups(entries, header.shape[0]):
+        groups.append(images[at : at + count])
+        at += count
     segment = Segment(
         images=entries,
         num_plain=num_plain,
         batches=batches,
-        checks=[zlib.crc32(group) for group in _groups(images, header)],
+        checks=[_pixel_check(group, header.num_levels) for group in groups],
         sides=rounding.to_bytes(),
         num_words=len(words),
-        words_check=0,
+        words_check=message_check(words),
     )
     return segment, words, spent
 
@@ -166,13 +173,9 @@ def _plain_may_be_smaller(tiles: list[np.ndarray], num_levels: int, bits: int, m
     return own < 1.1 * bits / sum(tile.size for tile in tiles)  # a sample has less time to adapt
 
 
-def _groups(images: list[np.ndarray], header: Header) -> Iterator[bytes]:
-    """The bytes that each CRC-32 covers."""
-    entries = [ImageEntry(*image.shape[1:]) for image in images]
-    at = 0
-    for count in check_groups(entries, header.shape[0]):
-        yield b"".join(_bytes_of(image, header.num_levels) for image in images[at : at + count])
-        at += count
+def _pixel_check(images: list[np.ndarray], num_levels: int) -> int:
+    """The CRC-32 of a group of images."""
+    return zlib.crc32(b"".join(_bytes_of(image, num_levels) for image in images))
 
 
 def _bytes_of(image: np.ndarray, num_levels: int) -> bytes:
@@ -209,7 +212,7 @@ def decode_segment(
         for entry, count in zip(segment.images[at : at + size], counts[at : at + size], strict=True):
             tiles = [next(decoded) for _ in range(count)]
             images.append(join(tiles, entry.height, entry.width, header.shape[1:]))
-        if zlib.crc32(b"".join(_bytes_of(image, header.num_levels) for image in images)) != check:
+        if _pixel_check(images, header.num_levels) != check:
             raise codec_error("the pixels have another checksum")
         yield from images
         at += size

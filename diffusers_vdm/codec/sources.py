@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from ..data.image_files import DamagedImage, _deep_layout, decode, num_frames, one_line, read_content
+from ..data.image_files import DamagedImage, decode, deep_layout, num_frames, one_line, read_content
 from ..diffusion import check_levels
 from .container import ImageEntry
 
@@ -161,7 +161,7 @@ def _decoded_rgba(row: dict[str, Any]) -> np.ndarray:
     content, frames = read_content(row), num_frames(row)
     try:
         with Image.open(BytesIO(content)) as image:
-            mode, deep = image.mode, _deep_layout(image)
+            mode, deep = image.mode, deep_layout(image)
             pixels = np.asarray(ImageOps.exif_transpose(image))
     except Exception as error:  # a damaged file can raise any exception in Pillow
         raise DamagedImage(f"cannot be decoded ({one_line(error)}); the file is damaged.") from error

@@ -96,15 +96,19 @@ class Stack:
 
     # ---- Gaussians -----------------------------------------------------------------------------------------------
 
-    def push_gaussian(self, values: np.ndarray, means: np.ndarray, classes: np.ndarray | int) -> None:
+    def push_gaussian(
+        self, values: np.ndarray, means: np.ndarray, classes: np.ndarray | int, escapes: bool = True
+    ) -> None:
         """Pushes integers of shape `(N,)` under Gaussians, see [`LatticeGaussians`].
 
         Args:
             values (`np.ndarray` of int64): the integers.
             means (`np.ndarray` of int64): in units of 1/PHASES.
             classes (`np.ndarray` of int64, or `int`): of the standard deviations.
+            escapes (`bool`, defaults to `True`): allow integers outside of the tables. Without them it is the inverse
+                of drawing latents by [`pop_gaussian`], and such an integer is the sign of a damaged file.
 
-        Raises: [`NotCodable`] for an integer that is 2^24 or more from its mean.
+        Raises: [`NotCodable`] for an integer that is 2^24 or more from its mean; [`CodecError`] without `escapes`.
         """
         center, phase = split_mean(means)
         offset = values - center
@@ -113,11 +117,13 @@ class Stack:
             within, phases, classes_here = offset[group], phase[group], _part(classes, group)
             escaped = np.abs(within) > radius
             if escaped.any():
+                if not escapes:
+                    raise codec_error("a latent is outside of its table")
                 self._push_escaped(within[escaped])
             symbols = np.where(escaped, 2 * radius + 1, within + radius)
             for part in reversed(chunks(len(symbols), 2 * radius + 2)):
                 rows = self._tables.rows(radius, _part(classes_here, part), phases[part])
-                self.push(symbols[part], rows)
+                self.push(symbols[part], rows if escapes else rows[:, :-1])
                 self._measure(group, part, symbols, rows)
             self._measure_escaped(group, escaped, within)
 
@@ -140,20 +146,6 @@ class Stack:
             self._measure_escaped(group, escaped, offset)
             values[group] = center[group] + offset
         return values
-
-    def push_drawn(self, values: np.ndarray, means: np.ndarray, classes: np.ndarray | int) -> None:
-        """The inverse of [`pop_gaussian`] without escapes."""
-        center, phase = split_mean(means)
-        offset = values - center
-        self._start(len(values))
-        for radius, group in reversed(self._tables.groups(classes, len(values))):
-            within, phases, classes_here = offset[group], phase[group], _part(classes, group)
-            if (np.abs(within) > radius).any():
-                raise codec_error("a latent is outside of its table")
-            for part in reversed(chunks(len(within), 2 * radius + 2)):
-                rows = self._tables.rows(radius, _part(classes_here, part), phases[part])
-                self.push(within[part] + radius, rows[:, :-1])
-                self._measure(group, part, within + radius, rows)
 
     def _push_escaped(self, offsets: np.ndarray) -> None:
         """Pushes offsets of any size: the sign and the number of bits, and the bits (Elias γ)."""

@@ -11,28 +11,26 @@ import numpy as np
 Size = tuple[int, int]
 
 
+def _corners(height: int, width: int, size: Size) -> list[tuple[int, int]]:
+    """The upper left pixel of each tile, row by row."""
+    return [(i, j) for i in range(0, height, size[0]) for j in range(0, width, size[1])]
+
+
 def tile_sizes(height: int, width: int, size: Size) -> list[Size]:
     """Height and width of the part of the image in each tile, row by row."""
-    return [
-        (min(size[0], height - i), min(size[1], width - j))
-        for i in range(0, height, size[0])
-        for j in range(0, width, size[1])
-    ]
+    return [(min(size[0], height - i), min(size[1], width - j)) for i, j in _corners(height, width, size)]
 
 
 def split(image: np.ndarray, size: Size) -> list[np.ndarray]:
     """The tiles of an image `(C, H, W)`, each of its own size `(C, h, w)`."""
     _, height, width = image.shape
-    return [
-        image[:, i : i + size[0], j : j + size[1]] for i in range(0, height, size[0]) for j in range(0, width, size[1])
-    ]
+    return [image[:, i : i + size[0], j : j + size[1]] for i, j in _corners(height, width, size)]
 
 
 def join(tiles: list[np.ndarray], height: int, width: int, size: Size) -> np.ndarray:
     """The inverse of [`split`]."""
     image = np.empty((tiles[0].shape[0], height, width), dtype=tiles[0].dtype)
-    corners = [(i, j) for i in range(0, height, size[0]) for j in range(0, width, size[1])]
-    for (i, j), tile in zip(corners, tiles, strict=True):
+    for (i, j), tile in zip(_corners(height, width, size), tiles, strict=True):
         image[:, i : i + size[0], j : j + size[1]] = tile
     return image
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..evaluation.rows import device_of
 from .errors import CodecError
 
 
@@ -27,11 +28,10 @@ def verify_file(
     threads = torch.get_num_threads()
     if is_portable:
         threads, batch_size = 1 if threads > 1 else 2, max(1, batch_size // 2)
-    device = next(pipe.unet.parameters()).device
     with tempfile.TemporaryDirectory() as folder:
         pipe.save_pretrained(folder)
         command = [sys.executable, "-m", "diffusers_vdm.codec"]
-        arguments = [folder, os.path.abspath(path), batch_size, threads, device, int(progress_bar)]
+        arguments = [folder, os.path.abspath(path), batch_size, threads, device_of(pipe.unet), int(progress_bar)]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
         done = subprocess.run(
             [*command, *map(str, arguments)], env=environment, stdout=subprocess.PIPE, text=True, check=False,

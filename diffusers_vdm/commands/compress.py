@@ -14,24 +14,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..console import tolerate_any_encoding
-from ..training.options import POSITIVE, Option, train_option
-from .evaluate_options import DATA_SET_OPTIONS, DIGITS_SPLIT, MODEL, digits_of
+from ..training.options import Option, train_option
+from .codec_options import DEVICE_OPTIONS, check_required, load_pipeline, one_line_errors
+from .evaluate_options import DATA_SET_OPTIONS, MODEL, digits_of, digits_part
 from .options import check_ranges, option_parser
 
-DEVICE_OPTIONS = [
-    Option("batch_size", 64, "images that the network sees at once", range=POSITIVE),
-    Option("device", str, "defaults to cuda if available, else cpu"),
-    Option("num_threads", int, "CPU threads; defaults to those of PyTorch", range=POSITIVE),
-]
 OPTIONS: dict[str, list[Option]] = {
     "model": [MODEL],
     "data": [
@@ -61,49 +53,22 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = option_parser("%(prog)s --model MODEL --output FILE [options], see --help", __doc__ or "", OPTIONS)
     args = parser.parse_args(arguments)
     try:
-        check_model_and(args, "output")
+        check_required(args, "model", "output")
         check_ranges(args, OPTIONS)
         if Path(args.output).is_dir() or not Path(args.output).absolute().parent.is_dir():
             raise ValueError(f"--output must name a file in an existing folder, got {args.output}")
         if args.dataset_name and args.data_dir:
             raise ValueError("give --dataset_name or --data_dir, not both")
-        if args.data_dir and not os.path.exists(args.data_dir):
-            raise ValueError(f"--data_dir must be a folder or an .npz file, got {args.data_dir}")
-        if args.data_dir and not os.path.isdir(args.data_dir) and not args.data_dir.endswith(".npz"):
+        is_array = bool(args.data_dir) and os.path.isfile(args.data_dir) and args.data_dir.endswith(".npz")
+        if args.data_dir and not os.path.isdir(args.data_dir) and not is_array:
             raise ValueError(f"--data_dir must be a folder or an .npz file, got {args.data_dir}")
         if args.data_dir and args.split != parser.get_default("split"):
             raise ValueError("--split needs --dataset_name, or the bundled digits")
-        if not (args.dataset_name or args.data_dir) and DIGITS_SPLIT.fullmatch(args.split) is None:
-            raise ValueError(f"--split of the digits must be train, test or a slice, got {args.split!r}")
+        if not (args.dataset_name or args.data_dir):
+            digits_part(args.split)
     except ValueError as error:
         parser.error(str(error))
     return args
-
-
-def check_model_and(args: argparse.Namespace, *names: str) -> None:
-    """Raises `ValueError` unless the model and other required options are given."""
-    for name in ("model", *names):
-        if getattr(args, name) is None:
-            raise ValueError(f"--{name} must be given")
-
-
-def load_pipeline(args: argparse.Namespace) -> Any:
-    """The pipeline on its device."""
-    import torch
-    from diffusers import DiffusionPipeline
-
-    from .. import VDMPipeline
-    from .sample import choose_device
-
-    if args.num_threads:
-        torch.set_num_threads(args.num_threads)
-    device = choose_device(args.device)
-    try:
-        index = VDMPipeline.load_config(args.model)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--model must be a folder or repository of a pipeline, got {args.model}: {error}") from error
-    cls: Any = VDMPipeline if index["_class_name"] == "VDMPipeline" else DiffusionPipeline
-    return cls.from_pretrained(args.model).to(device)
 
 
 def images_to_compress(args: argparse.Namespace, channels: int) -> Any:
@@ -123,34 +88,15 @@ def images_to_compress(args: argparse.Namespace, channels: int) -> Any:
     return sources.images_of_npz(args.data_dir, channels)
 
 
-@contextmanager
-def one_line_errors(command: str) -> Iterator[None]:
-    """Ends the program with one line for errors and signals; what is unfinished is removed on the way."""
-
-    def stop(number: int, _: Any) -> None:
-        raise KeyboardInterrupt
-
-    signals = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
-    earlier = {number: signal.signal(number, stop) for number in signals}
-    try:
-        yield
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        raise SystemExit(f"diffusers-vdm {command}: {error}") from error
-    except KeyboardInterrupt:
-        raise SystemExit(f"diffusers-vdm {command}: stopped") from None
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
-
-
 def run(args: argparse.Namespace) -> None:
     """Compresses, and prints the summary."""
     from ..codec import compress
     from ..codec.comparison import OtherFormats
+    from ..codec.model import num_levels_of
 
     pipe = load_pipeline(args)
     images = images_to_compress(args, pipe.unet.config["in_channels"])
-    others = OtherFormats(pipe.config.get("num_levels") or 256)
+    others = OtherFormats(num_levels_of(pipe))
     if args.compare:
         images = replace(images, pairs=others.watch(images.pairs))
     names = ("num_steps", "timesteps", "variance", "spacing", "dtype", "batch_size", "verify")

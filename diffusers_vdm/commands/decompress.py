@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..console import tolerate_any_encoding
 from ..training.options import Option
-from .compress import DEVICE_OPTIONS, check_model_and, load_pipeline, one_line_errors
+from .codec_options import DEVICE_OPTIONS, check_required, load_pipeline, one_line_errors
 from .evaluate_options import MODEL
 from .options import check_ranges, option_parser
 
@@ -33,7 +33,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = option_parser(usage, __doc__ or "", OPTIONS)
     args = parser.parse_args(arguments)
     try:
-        check_model_and(args, "input", "output_dir")
+        check_required(args, "model", "input", "output_dir")
         check_ranges(args, OPTIONS)
         if not Path(args.input).is_file():
             raise ValueError(f"--input must name a file, got {args.input}")
@@ -48,11 +48,10 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     """Decodes the file and writes its images."""
     from ..codec import CodecError, iterate
-    from ..codec.container import Reader
+    from ..codec.files import read_header
     from ..codec.sources import file_name, write_array, write_image
 
-    with open(args.input, "rb") as file:
-        header = Reader(file).header
+    header = read_header(args.input)
     pipe, folder = load_pipeline(args), Path(args.output_dir)
     count, arrays, taken, damage = 0, [], set(), None
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,7 @@ def check_shared_options(args: argparse.Namespace, groups: dict[str, list[Option
         for name in ignored:
             if getattr(args, name):
                 raise ValueError(f"--{name} needs a data set; set --dataset_name or --data_dir")
-        _digits_part(args.split)
+        digits_part(args.split)
     if args.dataset_name and args.data_dir:
         raise ValueError("give --dataset_name or --data_dir, not both")
     if args.data_dir and not Path(args.data_dir).is_dir():
@@ -165,7 +166,7 @@ def check_shared_options(args: argparse.Namespace, groups: dict[str, list[Option
         raise ValueError(f"--output must name a .json file, got {args.output}")
 
 
-def _digits_part(split: str) -> tuple[bool, slice]:
+def digits_part(split: str) -> tuple[bool, slice]:
     """Whether a split of the digits is the held-out one, and which of its images; raises `ValueError` for others."""
     found = DIGITS_SPLIT.fullmatch(split)
     if found is None:
@@ -176,9 +177,8 @@ def _digits_part(split: str) -> tuple[bool, slice]:
 
 def load_model(name: str):
     """Loads a saved pipeline: (network, scheduler, number of levels, description of the weights, class names)."""
-    from diffusers import DiffusionPipeline
-
     from .. import VDMPipeline
+    from ..registration import pipeline_class
     from ..training.description import read_description
 
     try:
@@ -187,21 +187,25 @@ def load_model(name: str):
         raise SystemExit(
             f"--model must be a folder with a model_index.json or a readable repository, got {name}: {error}"
         ) from error
-    if any(part in index for part in ("vae", "vqvae", "movq", "prior")):
-        raise SystemExit(
-            f"--model must work on pixels, got {name}, which works on latents of an autoencoder: these are real "
-            "numbers, so they do not give the likelihood of 8-bit pixels in bits/dim"
-        )
+    check_works_on_pixels(index, name)
     if "unet" not in index or "scheduler" not in index:
         raise SystemExit(f"--model must have a unet and a scheduler, got {name}, a {index.get('_class_name')}")
-    cls = VDMPipeline if index["_class_name"] == "VDMPipeline" else DiffusionPipeline
-    pipe = cls.from_pretrained(name)
+    pipe = pipeline_class(index).from_pretrained(name)
     weights, class_names, run = "as saved in the pipeline", None, read_description(name)
     if run is not None:
         averaged: Any = run.options.get("use_ema")
         weights = {True: "average (EMA)", False: "last step"}.get(averaged, weights)
         class_names = run.class_names
     return pipe.unet, pipe.scheduler, pipe.config.get("num_levels", 256), weights, class_names
+
+
+def check_works_on_pixels(index: Mapping[str, Any], name: str) -> None:
+    """Raises `SystemExit` for a pipeline with an autoencoder, by its model_index.json."""
+    if any(part in index for part in ("vae", "vqvae", "movq", "prior")):
+        raise SystemExit(
+            f"--model must work on pixels, got {name}, which works on latents of an autoencoder: these are real "
+            "numbers, so they do not give the likelihood of 8-bit pixels in bits/dim"
+        )
 
 
 def load_data(
@@ -255,7 +259,7 @@ def digits_of(split: str):
     """The bundled digits of `"train"` or `"test"`, or a slice like `"test[:50]"`."""
     from ..data.images import load_digits_split
 
-    is_test, part = _digits_part(split)
+    is_test, part = digits_part(split)
     data = load_digits_split()[is_test]
     if part == slice(None):
         return data

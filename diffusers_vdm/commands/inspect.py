@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..console import tolerate_any_encoding
 from ..training.options import Option
-from .compress import DEVICE_OPTIONS, load_pipeline, one_line_errors
+from .codec_options import DEVICE_OPTIONS, load_pipeline, one_line_errors
 from .evaluate_options import MODEL
 from .options import check_ranges, option_parser
 

@@ -108,7 +108,7 @@ def _open_image(row: dict[str, Any] | None, mode: str | None, convert: bool, fra
         count = _num_frames(image)
         if frame:
             image.seek(frame)
-        depth = _deep_layout(image)  # Pillow drops the layout when it loads the pixels
+        depth = deep_layout(image)  # Pillow drops the layout when it loads the pixels
         image.load()
         if image.getexif().get(_ORIENTATION) is not None:
             image = ImageOps.exif_transpose(image)
@@ -189,7 +189,7 @@ def one_line(error: BaseException) -> str:
     return " ".join(text.split())[:500] or type(error).__name__
 
 
-def _deep_layout(image: Image.Image) -> str | None:
+def deep_layout(image: Image.Image) -> str | None:
     """Pillow's name for the stored layout if its values are not 0 to 255; the image must not be loaded yet."""
     if image.mode in ("F", "I") or image.mode.startswith("I;"):
         return image.mode

@@ -34,8 +34,7 @@ from .chain import (
     chain_of,
     chosen_variance,
     log_variance,
-    lower_level,
-    posterior_log_variance,
+    term_nats,
     with_variance,
     x_of_levels,
 )
@@ -304,7 +303,6 @@ def _evaluate_chain(unet, chain: Chain, images, labels, index, seed: int, rows: 
         if not bool(row[:, [1, 2 + k, 2 + total + k] if k == 0 else [2 + k, 2 + total + k]].isnan().any()):
             continue
         gamma_t = chain.gammas[k]
-        gamma_s = lower_level(chain, k)
         eps = noise(k)
         z_t = diffusion.q_sample(x, eps, gamma_t)
         timestep = chain.timesteps[k]
@@ -324,12 +322,8 @@ def _evaluate_chain(unet, chain: Chain, images, labels, index, seed: int, rows: 
             columns[1] = per_image(-discretized_gaussian_log_prob_nats(x, mean, log_std, chain.num_levels))
             columns[2] = torch.zeros_like(columns[1])
         else:
-            nats = diffusion.expand_like(diffusion.step_weight(gamma_s, gamma_t), x) * error
-            if chain.variance_type != "fixed_small":
-                # KL between Gaussians of different variance; r is the variance of q over that of p
-                log_r = posterior_log_variance(chain, k) - to_high_precision(log_variance(chain, k, values, x))
-                r = torch.exp(log_r).to(x.dtype)
-                nats = r * nats + 0.5 * (r - 1 - torch.log(r))
+            log_var = None if chain.variance_type == "fixed_small" else log_variance(chain, k, values, x)
+            nats = term_nats(chain, k, error, log_var)
             columns[2 + k] = per_image(nats)
         columns[2 + total + k] = to_high_precision(error).flatten(1).mean(1)
         if k % _TERMS_AT_ONCE == 0:

@@ -215,3 +215,19 @@ def log_variance(chain: Chain, k: int, values: torch.Tensor | None, x: torch.Ten
 def lower_level(chain: Chain, k: int) -> torch.Tensor:
     """The lower level of term k."""
     return chain.gammas[k - 1] if k > 0 else chain.gamma_0
+
+
+def term_nats(chain: Chain, k: int, error: torch.Tensor, log_var: torch.Tensor | None) -> torch.Tensor:
+    """KL(q(z_s | z_t, x) ‖ p(z_s | z_t)) of term k in each dimension, between Gaussians, in nats.
+
+    Args:
+        error (`torch.Tensor` of shape `(B, ...)`): (ε − ε̂)².
+        log_var (`torch.Tensor`, broadcastable to `error`, *optional*): log Var p(z_s | z_t), if it is not that of q.
+    """
+    gamma_s, gamma_t = lower_level(chain, k), chain.gammas[k]
+    nats = diffusion.expand_like(diffusion.step_weight(gamma_s, gamma_t), error) * error
+    if log_var is None:
+        return nats
+    # r is the variance of q over that of p
+    r = torch.exp(posterior_log_variance(chain, k) - diffusion.to_high_precision(log_var)).to(error.dtype)
+    return r * nats + 0.5 * (r - 1 - torch.log(r))

@@ -112,7 +112,7 @@ def test_drawn_values_give_their_bits_back(count, mixed, seed):
     before = stack.words()
     drawn = stack.pop_gaussian(means, classes, escapes=False)
     assert stack.bits < 32 * len(before) or count < 20
-    stack.push_drawn(drawn, means, classes)
+    stack.push_gaussian(drawn, means, classes, escapes=False)
     assert np.array_equal(stack.words(), before)
 
 
@@ -140,7 +140,7 @@ def test_a_drawn_value_outside_of_its_table_is_refused():
     [(radius, _)] = TABLES.groups(0, 1)
     for offset in (radius + 1, -radius - 1):
         with pytest.raises(CodecError, match="outside of its table"):
-            Stack(tables=TABLES).push_drawn(np.array([0, offset]), np.zeros(2, dtype=np.int64), 0)
+            Stack(tables=TABLES).push_gaussian(np.array([0, offset]), np.zeros(2, dtype=np.int64), 0, escapes=False)
 
 
 def test_an_escape_that_nobody_pushed_is_refused():
@@ -173,7 +173,7 @@ def test_nothing_is_pushed_and_popped_without_symbols():
     before, none = stack.words(), np.zeros(0, dtype=np.int64)
     for classes in (0, none):
         stack.push_gaussian(none, none, classes)
-        stack.push_drawn(none, none, classes)
+        stack.push_gaussian(none, none, classes, escapes=False)
         assert len(stack.pop_gaussian(none, classes)) == 0
     stack.push_uniform(none, none)
     stack.push(none, np.ones((0, 3), dtype=np.float32))
@@ -318,7 +318,7 @@ def test_the_information_is_the_change_in_bits(count, mixed, far, seed):
     bits.append(stack.bits)
     taken = stack.information
     assert float(taken.sum()) == pytest.approx(bits[0] - bits[2], abs=2 + 0.01 * count)
-    stack.push_drawn(drawn, means, classes)
+    stack.push_gaussian(drawn, means, classes, escapes=False)
     np.testing.assert_allclose(stack.information, taken, rtol=1e-6)
 
 

@@ -174,6 +174,13 @@ def test_a_folder_without_images_and_a_missing_model_are_named(tmp_path, color_m
     assert not list(tmp_path.iterdir())
 
 
+def test_a_pipeline_with_an_autoencoder_is_refused(tmp_path):
+    index = {"_class_name": "LDMPipeline", "vqvae": ["diffusers", "VQModel"], "unet": ["diffusers", "UNet2DModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"--model must work on pixels"):
+        run(compress, "--model", tmp_path, "--output", tmp_path / "f")
+
+
 def test_digits_of_other_levels_are_refused(tmp_path, color_model):
     with pytest.raises(SystemExit, match=r"channels"):
         run(compress, "--model", color_model, "--output", tmp_path / "f")
