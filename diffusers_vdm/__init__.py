@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # what `__getattr__` imports on first use
     from .evaluation.calibrate import calibrate
     from .evaluation.monte_carlo import evaluate_bound, evaluate_mc
     from .evaluation.ode_density import evaluate_ode
+    from .multiscale import MULTISCALE_PRESETS, VDMMultiscale2DModel
     from .noise_schedules import (
         BetaGamma,
         FixedLinearGamma,
@@ -36,6 +37,7 @@ _MODULE_OF = {
     **_COMPONENTS,
     "NoiseSchedule": "noise_schedules",
     "UNET_PRESETS": "unet",
+    "MULTISCALE_PRESETS": "multiscale",
     "VariationalBound": "objectives",
     "SimpleObjective": "objectives",
     "evaluate_mc": "evaluation.monte_carlo",

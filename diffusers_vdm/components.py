@@ -3,6 +3,7 @@
 # class → module of this package; add a line for a new noise schedule that pipelines can contain
 MODULE_OF = {
     "VDMUNet2DModel": "unet",
+    "VDMMultiscale2DModel": "multiscale",
     "VDMScheduler": "schedulers",
     "LinearBetaScheduler": "schedulers",
     "FixedLinearGamma": "noise_schedules",

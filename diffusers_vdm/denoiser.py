@@ -14,7 +14,7 @@ Papers: Nichol & Dhariwal 2021, "Improved DDPM" (arXiv 2102.09672).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -48,6 +48,44 @@ def call_network(
     keeps = getattr(unet, "keeps_float32_inputs", False)
     model_input = z_t if keeps else z_t.to(getattr(unet, "dtype", z_t.dtype))
     return unet(model_input, timesteps, return_dict=False, **given)[0].to(z_t.dtype)
+
+
+def check_network(
+    unet: nn.Module, timesteps: Any, prediction_type: str = "epsilon", num_levels: int | None = None
+) -> None:
+    """Raises `ValueError` if a network that knows γ of its timesteps is used with others, or with other data.
+
+    A network knows γ if its config has `gamma_min`, as that of [`VDMMultiscale2DModel`] does. Other networks pass.
+
+    Args:
+        unet (`nn.Module`): the network.
+        timesteps ([`NoiseSchedule`] or scheduler): the source of its timesteps.
+        prediction_type (`str`, defaults to `"epsilon"`): what its output is used as; such a network predicts ε.
+        num_levels (`int`, *optional*): levels of the data.
+    """
+    known = getattr(unet, "config", None) or {}
+    if known.get("gamma_min") is None:
+        return
+    source, used = type(timesteps).__name__, timesteps.config
+    names = ("gamma_min", "gamma_max", "num_train_timesteps")
+    if used.get("timestep_type", "gamma") != "gamma" or any(name not in used for name in names):
+        raise ValueError(
+            f"unet, a {type(unet).__name__}, needs timesteps that are normalized γ, got those of a {source}; use a "
+            "VDMScheduler, or a noise schedule such as MonotoneGammaNetwork."
+        )
+    differ = [f"{name}={used[name]} instead of {known[name]}" for name in names if used[name] != known[name]]
+    if differ:
+        raise ValueError(
+            f"unet, a {type(unet).__name__}, was built for other timesteps than those of this {source}: "
+            f"{', '.join(differ)}; build both with the same values."
+        )
+    if prediction_type != "epsilon":
+        raise ValueError(f"prediction_type must be 'epsilon' for a {type(unet).__name__}, got {prediction_type!r}.")
+    if num_levels is not None and num_levels != known["num_levels"]:
+        raise ValueError(
+            f"num_levels must be that of the network, {known['num_levels']}, got {num_levels}; build the network with "
+            f"num_levels={num_levels}."
+        )
 
 
 def split_output(output: torch.Tensor, z_t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -370,6 +370,39 @@ def decode(
     return level
 
 
+# standard deviation, in levels, above which a mean over the levels is the mean of the Gaussian, up to 3e-5
+_MAX_STD_OF_LEVELS = 0.8
+
+
+def eps_of_levels(
+    z_t: torch.Tensor, eps_hat: torch.Tensor, gamma_t: torch.Tensor, num_levels: int = 256
+) -> torch.Tensor:
+    """ε̂ with its x̂ replaced by the mean of the levels near it, for data that are integers.
+
+    x̂′ = Σ_k w_k x_k / Σ_k w_k, w_k = exp(−½ (α_t/σ_t)² (x̂ − x_k)²), x_k = 2(k + ½)/`num_levels` − 1, over all integers
+    k. If `eps_hat` is 0, so that x̂ = z_t/α_t, this is E[x | z_t] for independent, equally probable levels: the exact
+    prediction at low noise, except at the ends of the range. If the standard deviation σ_t/α_t is above 0.8 levels,
+    x̂′ would be x̂ up to 3e-5 levels, and ε̂ is returned unchanged.
+
+    Args:
+        z_t, eps_hat (`torch.Tensor` of shape `(B, ...)`): latents and predicted noise.
+        gamma_t (`torch.Tensor` of shape `()` or `(B,)`): noise level.
+        num_levels (`int`, defaults to 256): number of levels of the data.
+
+    Returns: `torch.Tensor` of the shape of `z_t`; differentiable.
+    """
+    std = expand_like(sigma(gamma_t) / alpha(gamma_t), z_t) * (num_levels / 2)
+    # x̂ in levels, and its distance from the nearest one
+    x_hat = (x_from_eps(z_t, eps_hat, gamma_t) + 1) * (num_levels / 2) - 0.5
+    distance = x_hat - x_hat.detach().round()
+    steps = torch.arange(-4, 5, device=z_t.device, dtype=z_t.dtype)  # the others weigh less than 1e-6
+    precision = 1 / std.clamp(max=_MAX_STD_OF_LEVELS).square()[..., None]
+    weights = torch.softmax(-0.5 * precision * (distance[..., None] - steps).square(), dim=-1)
+    # ε̂′ = ε̂ + (α/σ)(x̂ − x̂′)
+    change = (distance - (weights * steps).sum(-1)) / std
+    return torch.where(std < _MAX_STD_OF_LEVELS, eps_hat + change, eps_hat)
+
+
 def _decoder_radius(gamma_0: torch.Tensor, num_levels: int, max_gamma_0: float | None) -> int:
     """Number of levels on each side of the nearest one that weigh more than e^{−72}, i.e. within 12 σ_0/α_0."""
     gamma = max_gamma_0

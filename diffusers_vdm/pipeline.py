@@ -15,21 +15,33 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 # diffusers finds the classes of a saved pipeline only in modules that are already imported, such as schedulers
-from . import call_arguments, components, denoiser, diffusion, noise_schedules, repository, schedulers, unet
+from . import (
+    call_arguments,
+    components,
+    denoiser,
+    diffusion,
+    multiscale,
+    noise_schedules,
+    repository,
+    schedulers,
+    unet,
+)
 from .diffusion import Generators
 from .gamma_scheduler import GammaScheduler, best_timesteps_of
+from .multiscale import VDMMultiscale2DModel
 from .noise_schedules import NoiseSchedule
 from .typed_config import TypedConfig
 from .unet import VDMUNet2DModel
 
 # diffusers reads these annotations: old versions need `Union`, not strings or `X | Y`; `from_pipe` needs exact classes
-_Network = Union[VDMUNet2DModel, UNet2DModel]  # noqa: UP007
+_Network = Union[VDMUNet2DModel, VDMMultiscale2DModel, UNet2DModel]  # noqa: UP007
 if TYPE_CHECKING:
     _Schedule = NoiseSchedule | None
 else:
     _Schedule = Union[(*(getattr(noise_schedules, name) for name in components.NOISE_SCHEDULES), None)]
 
-_MODULES: dict[str, Any] = {"noise_schedules": noise_schedules, "schedulers": schedulers, "unet": unet}
+_MODULES: dict[str, Any] = {"noise_schedules": noise_schedules, "schedulers": schedulers, "unet": unet,
+                            "multiscale": multiscale}  # fmt: skip
 _OURS: tuple[type, ...] = tuple(getattr(_MODULES[module], name) for name, module in components.MODULE_OF.items())
 _NO_PICKLES = "safe_serialization must be True, got False: pickled weights can run code when they are loaded."
 _REFUSED: dict[str, str] = {
@@ -45,7 +57,7 @@ class VDMPipeline(TypedConfig, DiffusionPipeline):
     """Unconditional or class-conditional image generation with a VDM or a DDPM.
 
     Args:
-        unet ([`VDMUNet2DModel`] or `UNet2DModel`): the network.
+        unet ([`VDMUNet2DModel`], [`VDMMultiscale2DModel`] or `UNet2DModel`): the network.
         scheduler ([`VDMScheduler`], [`LinearBetaScheduler`], or a scheduler of diffusers): the sampler.
         noise_schedule ([`NoiseSchedule`], *optional*): the trainable γ(t), stored so that training can continue from a
             saved pipeline. Sampling only uses the scheduler's table of γ.
@@ -66,6 +78,10 @@ class VDMPipeline(TypedConfig, DiffusionPipeline):
         super().__init__()
         if not 2 <= num_levels <= 256:
             raise ValueError(f"num_levels must be within [2, 256] for 8-bit images, got {num_levels}.")
+        for timesteps in (scheduler, noise_schedule):
+            if isinstance(timesteps, GammaScheduler | NoiseSchedule):
+                prediction_type = timesteps.config.get("prediction_type", "epsilon")
+                denoiser.check_network(unet, timesteps, prediction_type, num_levels)
         self.register_modules(unet=unet, scheduler=scheduler, noise_schedule=noise_schedule)
         self.register_to_config(num_levels=num_levels)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -159,11 +160,11 @@ class VDMUNet2DModel(WholeModelMixin, UNet2DModel, AttentionMixin):  # pyright: 
         Returns: `UNet2DOutput` or a tuple with the output, `(B, out_channels, H, W)`, in the dtype of `sample`.
         Raises: `ValueError` for sizes that cannot be halved at each level, and for unsupported labels or flags.
         """
-        self._check_inputs(sample, class_labels, augmentation_flags)
+        check_inputs(self, sample, class_labels, augmentation_flags)
         if not torch.is_tensor(timestep):
             timestep = torch.tensor(timestep, dtype=torch.float32)
         timesteps = timestep.to(sample.device).reshape(-1).expand(sample.shape[0])
-        emb = self._embed(timesteps, class_labels, augmentation_flags)
+        emb = embed(self, timesteps, class_labels, augmentation_flags)
 
         hidden = 2 * sample - 1.0 if self.config.center_input_sample else sample
         skip_sample = hidden.to(self.dtype)  # only the blocks with `skip_conv` use it
@@ -217,43 +218,6 @@ class VDMUNet2DModel(WholeModelMixin, UNet2DModel, AttentionMixin):  # pyright: 
         """A new network of one of `UNET_PRESETS`; `overrides` replace its arguments."""
         return cls(**unet_preset(preset, **overrides))
 
-    def _embed(self, timesteps, class_labels, augmentation_flags) -> torch.Tensor:
-        if self.config.time_embedding_type == "learned":
-            timesteps = timesteps.long()  # indices of a table
-        t_emb = self.time_proj(timesteps).to(self.dtype)
-        if self.config.augmentation_flag:
-            if augmentation_flags is None:
-                augmentation_flags = torch.zeros_like(t_emb[:, 0])
-            t_emb = torch.cat([t_emb, augmentation_flags.to(t_emb)[:, None]], dim=1)
-        emb = self.time_embedding(t_emb)
-        if self.class_embedding is not None:
-            if class_labels is None:
-                class_labels = torch.full_like(timesteps, self.config.num_class_embeds, dtype=torch.long)
-            if self.config.class_embed_type == "timestep":
-                class_labels = self.time_proj(class_labels).to(self.dtype)
-            emb = emb + self.class_embedding(class_labels).to(self.dtype)
-        return emb
-
-    def _check_inputs(self, sample, class_labels, augmentation_flags) -> None:
-        if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
-            raise ValueError(
-                f"sample must have shape (B, {self.config.in_channels}, H, W), got {tuple(sample.shape)}."
-            )
-        factor = 2 ** (len(self.config.block_out_channels) - 1)
-        if sample.shape[2] % factor or sample.shape[3] % factor:
-            raise ValueError(
-                f"sample must have a height and a width divisible by {factor} (the network halves them "
-                f"{len(self.config.block_out_channels) - 1} times), got {tuple(sample.shape[2:])}; resize or pad it."
-            )
-        if class_labels is not None and self.class_embedding is None:
-            raise ValueError("class_labels were given to a network without classes; build it with num_class_embeds.")
-        if class_labels is None and self.class_embedding is not None and not self.config.null_class:
-            raise ValueError("class_labels must be given to this network; build it with null_class=True to omit them.")
-        if augmentation_flags is not None and not self.config.augmentation_flag:
-            raise ValueError(
-                "augmentation_flags were given to a network without that input; build it with augmentation_flag=True."
-            )
-
     @torch.no_grad()
     def _init_as_official(self) -> None:
         for module in self.modules():
@@ -300,6 +264,60 @@ class ImageAttnProcessor:
             # pass of the next GroupNorm much slower on a CPU. Formats round differently, so only training swaps them.
             out = residual + out if attn.training else out + residual
         return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
+
+
+def embed(
+    network: Any,
+    timesteps: torch.Tensor,
+    class_labels: torch.Tensor | None,
+    augmentation_flags: torch.Tensor | None,
+) -> torch.Tensor:
+    """The embedding of timesteps, classes and augmentation flags by the layers of a network of ours, `(B, channels)`.
+
+    A missing label becomes the null class, a missing flag 0.
+    """
+    config = network.config
+    if config.get("time_embedding_type") == "learned":
+        timesteps = timesteps.long()  # indices of a table
+    t_emb = network.time_proj(timesteps).to(network.dtype)
+    if config.augmentation_flag:
+        if augmentation_flags is None:
+            augmentation_flags = torch.zeros_like(t_emb[:, 0])
+        t_emb = torch.cat([t_emb, augmentation_flags.to(t_emb)[:, None]], dim=1)
+    emb = network.time_embedding(t_emb)
+    if network.class_embedding is not None:
+        if class_labels is None:
+            class_labels = torch.full_like(timesteps, config.num_class_embeds, dtype=torch.long)
+        if config.get("class_embed_type") == "timestep":
+            class_labels = network.time_proj(class_labels).to(network.dtype)
+        emb = emb + network.class_embedding(class_labels).to(network.dtype)
+    return emb
+
+
+def check_inputs(
+    network: Any,
+    sample: torch.Tensor,
+    class_labels: torch.Tensor | None,
+    augmentation_flags: torch.Tensor | None,
+) -> None:
+    """Raises `ValueError` for a sample, labels or flags that a network of ours cannot take."""
+    config = network.config
+    if sample.ndim != 4 or sample.shape[1] != config.in_channels:
+        raise ValueError(f"sample must have shape (B, {config.in_channels}, H, W), got {tuple(sample.shape)}.")
+    factor = 2 ** (len(config.block_out_channels) - 1)
+    if sample.shape[2] % factor or sample.shape[3] % factor:
+        raise ValueError(
+            f"sample must have a height and a width divisible by {factor} (the network halves them "
+            f"{len(config.block_out_channels) - 1} times), got {tuple(sample.shape[2:])}; resize or pad it."
+        )
+    if class_labels is not None and network.class_embedding is None:
+        raise ValueError("class_labels were given to a network without classes; build it with num_class_embeds.")
+    if class_labels is None and network.class_embedding is not None and not config.null_class:
+        raise ValueError("class_labels must be given to this network; build it with null_class=True to omit them.")
+    if augmentation_flags is not None and not config.augmentation_flag:
+        raise ValueError(
+            "augmentation_flags were given to a network without that input; build it with augmentation_flag=True."
+        )
 
 
 def fourier_features(z: torch.Tensor, exponents: tuple[float, ...]) -> torch.Tensor:
@@ -381,11 +399,16 @@ def unet_preset(preset: str, **overrides: Any) -> dict[str, Any]:
 
     Raises: `ValueError` for an unknown name.
     """
-    if preset not in UNET_PRESETS:
-        close = difflib.get_close_matches(preset, UNET_PRESETS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"the presets are {sorted(UNET_PRESETS)}."
-        raise ValueError(f"preset {preset!r} does not exist; {hint}")
+    check_preset(preset, UNET_PRESETS)
     return {**UNET_PRESETS[preset], **overrides}
+
+
+def check_preset(preset: str, presets: Mapping[str, Any]) -> None:
+    """Raises `ValueError` unless `preset` is one of `presets`."""
+    if preset not in presets:
+        close = difflib.get_close_matches(preset, presets, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"the presets are {sorted(presets)}."
+        raise ValueError(f"preset {preset!r} does not exist; {hint}")
 
 
 def _check_arguments(
@@ -403,6 +426,12 @@ def _check_arguments(
         raise ValueError(
             f"time_embedding_type must be 'positional', 'fourier' or 'learned', got {time_embedding_type!r}."
         )
+    check_groups(block_out_channels, norm_num_groups)
+    check_size(sample_size, len(block_out_channels))
+
+
+def check_groups(block_out_channels: tuple[int, ...], norm_num_groups: int) -> None:
+    """Raises `ValueError` for groups that do not divide the channels; warns if a group is a single channel."""
     for channels in block_out_channels:
         if channels % norm_num_groups:
             raise ValueError(
@@ -413,10 +442,14 @@ def _check_arguments(
             f"norm_num_groups={norm_num_groups} equals the number of channels, so each channel is normalized by "
             "itself. This removes the time embedding, and the network cannot see the noise level. Use at most half as "
             "many groups.",
-            stacklevel=4,
+            stacklevel=5,
         )
+
+
+def check_size(sample_size: int | tuple[int, int] | None, num_resolutions: int) -> None:
+    """Raises `ValueError` for images whose size cannot be halved for each resolution below the first."""
     if sample_size is not None:
-        factor = 2 ** (len(block_out_channels) - 1)
+        factor = 2 ** (num_resolutions - 1)
         for size in (sample_size,) if isinstance(sample_size, int) else sample_size:
             if size % factor:
                 raise ValueError(f"sample_size must be divisible by {factor} = 2^(levels − 1), got {sample_size}.")

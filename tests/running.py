@@ -111,7 +111,7 @@ TRAINING_OPTIONS = (
 )
 TRAIN = EXAMPLES / "train.py"
 # the metrics that depend on the speed of the machine
-TIMINGS = ("images_per_second", "flop_utilisation", "data_wait")
+TIMINGS = ("process_seconds", "images_per_second", "flop_utilisation", "data_wait")
 
 
 def start_training(output_dir: Path, options: list[str], processes: int = 1, batch_size: int = 4) -> list:

@@ -318,7 +318,7 @@ def test_the_table_of_paper_and_code_names_what_exists():
 def test_every_public_class_is_in_the_documentation():
     prose = EVERYTHING.replace(PAGES["docs/api.md"], "")
     missing = [n for n in diffusers_vdm.__all__ if n[0].isupper() and n not in prose and n not in
-               ("NoiseSchedule", "TableGamma", "UNET_PRESETS")]  # fmt: skip
+               ("NoiseSchedule", "TableGamma", "UNET_PRESETS", "MULTISCALE_PRESETS")]  # fmt: skip
     assert missing == []
 
 
@@ -337,7 +337,7 @@ def test_the_table_of_schedulers_is_what_can_be_exported():
 
 def test_the_presets_are_those_of_train():
     [text] = re.findall(r"The presets are (.*?)\. ", PAGES["docs/training.md"].replace("\n", " "))
-    assert set(re.findall(r"`([\w-]+)`", text)) == set(diffusers_vdm.UNET_PRESETS)
+    assert set(re.findall(r"`([\w-]+)`", text)) == {*diffusers_vdm.UNET_PRESETS, *diffusers_vdm.MULTISCALE_PRESETS}
 
 
 def test_the_rooms_of_the_architecture_are_those_of_the_layout_test():

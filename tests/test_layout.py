@@ -34,6 +34,7 @@ PINNED = {
     "VDMScheduler": "diffusers_vdm.schedulers",
     "LinearBetaScheduler": "diffusers_vdm.schedulers",
     "VDMUNet2DModel": "diffusers_vdm.unet",
+    "VDMMultiscale2DModel": "diffusers_vdm.multiscale",
     "VDMPipeline": "diffusers_vdm.pipeline",
 }
 

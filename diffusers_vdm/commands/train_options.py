@@ -18,7 +18,10 @@ _LONG = {"train_batch_size": 128, "lr_scheduler": "constant_with_warmup", "check
 # training options of the presets; their networks are in diffusers_vdm.UNET_PRESETS. Steps, batch size and learning
 # rate are from google-research/vdm for cifar10, and from the DDPM paper, app. B, for ddpm-cifar10 and ddpm-ffhq128
 # (there: LSUN and CelebA-HQ)
+_FAST = {"optimizer": "muon", "muon_learning_rate": 0.03, "learning_rate": 4e-3, "gamma_learning_rate": 2e-2,
+         "ema_max_decay": 0.999}  # fmt: skip
 PRESETS: dict[str, dict] = {
+    "cifar10-fast": _FAST | {"max_train_steps": 14_000, "train_batch_size": 16},
     "cifar10": _LONG | {"max_train_steps": 10_000_000},
     "cifar10-aug": _LONG | {"max_train_steps": 10_000_000, "random_flip": True, "random_rotation": True},
     "imagenet32": _LONG | {"max_train_steps": 2_000_000},
@@ -31,7 +34,7 @@ PRESETS: dict[str, dict] = {
 _CIFAR10 = {"dataset_name": "uoft-cs/cifar10", "image_column": "img", "label_column": "label", "train_split": "train",
             "eval_split": "test"}  # fmt: skip
 PRESET_DATA: dict[str, dict[str, str]] = {
-    **dict.fromkeys(("cifar10", "cifar10-aug", "ddpm-cifar10"), _CIFAR10),
+    **dict.fromkeys(("cifar10", "cifar10-aug", "ddpm-cifar10", "cifar10-fast"), _CIFAR10),
     **dict.fromkeys(("imagenet32", "imagenet64", "ddpm-ffhq128"), {}),
 }
 
@@ -58,7 +61,7 @@ def check_options(args: argparse.Namespace) -> None:
     """Checks everything that can be checked before any work starts; fills in defaults that depend on other options."""
     from diffusers.optimization import SchedulerType
 
-    from .. import UNET_PRESETS
+    from .. import MULTISCALE_PRESETS, UNET_PRESETS
     from ..training.checkpoints import check_allowed
 
     args.digits = args.dataset_name is None and args.train_data_dir is None
@@ -104,7 +107,7 @@ def check_options(args: argparse.Namespace) -> None:
         from ..sharing.model_card import check_license
 
         check_license(args.hub_license)
-    check_choice("preset", args.preset, UNET_PRESETS)
+    check_choice("preset", args.preset, [*UNET_PRESETS, *MULTISCALE_PRESETS])
     check_choice("lr_scheduler", args.lr_scheduler, [member.value for member in SchedulerType])
     check_ranges(args, TRAIN_OPTIONS)
     if len(set(args.ema_decays)) < len(args.ema_decays) or not all(0 <= decay <= 1 for decay in args.ema_decays):
@@ -135,20 +138,26 @@ def check_output_dir(args: argparse.Namespace) -> None:
 def build(args: argparse.Namespace, data):
     """Builds the network and γ(t)."""
     from .. import noise_schedules as S
+    from ..multiscale import MULTISCALE_PRESETS, VDMMultiscale2DModel
     from ..unet import VDMUNet2DModel, unet_preset
 
     size, channels = tuple(data.shape[1:]), data.shape[0]
     loaded: Any = None if args.preset else VDMUNet2DModel.load_config(args.model_config_name_or_path)
-    config: dict[str, Any] = unet_preset(args.preset) if args.preset else dict(loaded)
-    config |= {"in_channels": channels, "out_channels": channels}
-    config["sample_size"] = size[0] if size[0] == size[1] else size
+    is_multiscale = args.preset in MULTISCALE_PRESETS or (loaded or {}).get("_class_name") == "VDMMultiscale2DModel"
+    cls: Any = VDMMultiscale2DModel if is_multiscale else VDMUNet2DModel
+    config: dict[str, Any] = dict(loaded or MULTISCALE_PRESETS.get(args.preset) or unet_preset(args.preset))
+    config |= {"in_channels": channels, "sample_size": size[0] if size[0] == size[1] else size}
+    if is_multiscale:
+        config |= {"num_levels": data.num_levels, "gamma_min": args.gamma_min, "gamma_max": args.gamma_max}
+    else:
+        config["out_channels"] = channels
     if args.preset and config.get("fourier_exponents"):  # 6 and 7 for 256 levels, as in the paper
         config["fourier_exponents"] = [math.log2(data.num_levels) - 2, math.log2(data.num_levels) - 1]
     args.dropout = config["dropout"] = config.get("dropout", 0.0) if args.dropout is None else args.dropout
     if args.class_conditional:
         config |= {"num_class_embeds": data.num_classes, "null_class": True}
     # `from_config` would take a preset for a config of diffusers, which has another default initialization
-    unet: Any = VDMUNet2DModel(**config) if args.preset else VDMUNet2DModel.from_config(config)
+    unet: Any = cls(**config) if args.preset else cls.from_config(config)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     ends = {"gamma_min": args.gamma_min, "gamma_max": args.gamma_max}

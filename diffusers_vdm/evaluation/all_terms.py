@@ -157,6 +157,7 @@ def evaluate_vlb(
         num_steps, timesteps = None, best_timesteps_of(scheduler, num_steps, **given)
     chain = chain_of(scheduler, num_steps, timesteps, convention, clip_sample, num_levels)
     check_images(images, num_levels, unet)
+    denoiser.check_network(unet, scheduler, chain.prediction_type, num_levels)
     chain = with_variance(chain, scheduler, variance, calibration, tuple(images.shape[1:]))
     _check_calibration(chain.calibration, unet, images)
     check_class_labels(class_labels, images, unet)

@@ -81,6 +81,7 @@ def calibrate(
     gammas, timesteps = _levels(scheduler, num_gammas)
     config: Any = getattr(scheduler, "config", {})
     prediction_type = config.get("prediction_type", "epsilon")
+    denoiser.check_network(unet, scheduler, prediction_type, num_levels)
     clip_sample = bool(config.get("clip_sample", False)) if clip_sample is None else clip_sample
     limit = float(config.get("clip_sample_range", 1.0))
     rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)

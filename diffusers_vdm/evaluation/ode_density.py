@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from .. import denoiser
 from ..denoiser import working_dtype
 from ..diffusion import PredictionType
 from ..noise_schedules import NoiseSchedule
@@ -126,6 +127,7 @@ def evaluate_ode(
             "noise of a single probe do not give a bound."
         )
     check_images(images, num_levels, unet)
+    denoiser.check_network(unet, noise_schedule, prediction_type, num_levels)
     check_class_labels(class_labels, images, unet)
     gamma_start, gamma_end = dequantization_start(dequantization, noise_schedule, num_levels)
     if device is None:

@@ -150,6 +150,10 @@ TRAIN_OPTIONS: dict[str, list[Option]] = {
             "draw t more often where the loss is large; for noise schedules that are not learned between their ends",
         ),
         Option(
+            "optimizer", ("adamw", "muon"), "AdamW, or Muon for the matrices inside the network and AdamW for the rest"
+        ),
+        Option("muon_learning_rate", 0.05, "peak learning rate of Muon", range=POSITIVE),
+        Option(
             "learning_rate",
             float,
             "peak learning rate; defaults to the paper's 2e-4, for the digits 4e-3",

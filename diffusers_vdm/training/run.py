@@ -28,21 +28,25 @@ from .description import NAME as OPTIONS
 from .description import DataDescription, HeldOutDescription, RunDescription
 from .finite_steps import FiniteSteps
 from .metrics import LossMeter
+from .optimizer import make_optimizer
 from .sharding import gathered, sharded_like, whole
 
 
 class Clock:
-    """Seconds of training, without the work between steps, and how many of them were spent waiting for data."""
+    """Seconds of training, without the work between steps: of the clock, of this process on its cores, and waiting."""
 
     def __init__(self):
-        self.seconds, self.waited, self.steps, self._mark = 0.0, 0.0, 0, None
+        self.seconds, self.process_seconds, self.waited, self.steps = 0.0, 0.0, 0.0, 0
+        self._mark: tuple[float, float] | None = None
 
     def start(self) -> None:
-        self._mark = time.perf_counter() if self._mark is None else self._mark
+        self._mark = self._mark or (time.perf_counter(), time.process_time())
 
     def pause(self) -> None:
         if self._mark is not None:
-            self.seconds, self._mark = self.seconds + time.perf_counter() - self._mark, None
+            self.seconds += time.perf_counter() - self._mark[0]
+            self.process_seconds += time.process_time() - self._mark[1]
+            self._mark = None
 
 
 @dataclass(frozen=True)
@@ -91,18 +95,7 @@ class Run:
             self.objective = SimpleObjective(unet, noise_schedule, **shared)
         self.global_rows = args.train_batch_size * args.gradient_accumulation_steps * world
         self.total = args.max_train_steps or math.ceil(args.num_epochs * data.num_images / self.global_rows)
-        groups = [{"params": list(unet.parameters())}]
-        if any(p.requires_grad for p in noise_schedule.parameters()):  # weight decay would bias γ
-            own = {"weight_decay": 0.0, "lr": args.gamma_learning_rate or 10 * args.learning_rate}
-            groups.append({"params": list(noise_schedule.parameters()), **own})
-        optimizer = torch.optim.AdamW(
-            groups,
-            args.learning_rate,
-            (args.adam_beta1, args.adam_beta2),
-            args.adam_epsilon,
-            args.adam_weight_decay,
-            fused=True,
-        )
+        optimizer = make_optimizer(args, unet, noise_schedule)
         steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": self.total}
         self.lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **steps)
         self.wrapped, self.optimizer = accelerator.prepare(self.objective, optimizer)
@@ -243,21 +236,28 @@ class Run:
         self.sums = self.meter.gather(self.accelerator)
 
     def losses(self) -> dict:
-        """The mean loss, learning rate and skipped steps, for a line of metrics."""
+        """The FLOPs of training so far, mean loss, learning rate and skipped steps, for a line of metrics."""
         mean = self.meter.mean(self.sums)
         return {
+            "train_flops": self.step * self.global_rows * self.plan.flops_per_image if self.plan else None,
             "train_bpd" if self.args.objective == "vdm" else "train_mse": None if math.isnan(mean) else mean,
             "learning_rate": self.lr_scheduler.get_last_lr()[0],
             "skipped_steps": int(self.finite.skipped),
         }
 
     def speed(self, clock: Clock) -> dict:
-        """Images per second, utilization of the devices' FLOPs, and the fraction of time spent waiting for data."""
+        """Processor seconds of this process since the last line of metrics, images per second, utilization of the
+        devices' FLOPs, and the fraction of time spent waiting for data."""
         if not clock.seconds:
             return {}
         images = clock.steps * self.global_rows / clock.seconds
         share = images * self.plan.flops_per_image / self.plan.flops_per_second if self.plan else None
-        return {"images_per_second": images, "flop_utilisation": share, "data_wait": clock.waited / clock.seconds}
+        return {
+            "process_seconds": clock.process_seconds,
+            "images_per_second": images,
+            "flop_utilisation": share,
+            "data_wait": clock.waited / clock.seconds,
+        }
 
     def check_finite(self) -> None:
         """Raises `ValueError` after too many skipped steps in a row."""

@@ -9,7 +9,7 @@ from PIL import Image
 from diffusers_vdm.data.image_stream import ImageStream
 from tests.commands.models import evaluation_data, save_tiny_pipeline
 from tests.pictures import encoded, parquet_folder, png, write_images
-from tests.running import metrics_of, run_example
+from tests.running import TIMINGS, metrics_of, run_example
 
 TINY = (
     "--train_batch_size 2 --max_train_steps 2 --logging_steps 1 --eval_steps 0 --checkpointing_steps 1 "
@@ -128,8 +128,7 @@ def test_a_streamed_run_with_a_damaged_file_is_resumed_without_it(tmp_path, conf
     done = run_example("train.py", *common, *resume, processes=processes)
     assert "1 damaged images were skipped" in done.stdout and bad in done.stdout
     run_example("train.py", *common, "--output_dir", whole, "--skip_damaged", 2, processes=processes)
-    timing = {"images_per_second", "data_wait", "flop_utilisation"}
-    lines = [[{k: v for k, v in line.items() if k not in timing} for line in metrics_of(f)] for f in (out, whole)]
+    lines = [[{k: v for k, v in line.items() if k not in TIMINGS} for line in metrics_of(f)] for f in (out, whole)]
     assert lines[0] == lines[1]
     weights = [(f / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() for f in (out, whole)]
     assert weights[0] == weights[1]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from diffusers_vdm import UNET_PRESETS, VDMUNet2DModel
+from diffusers_vdm import MULTISCALE_PRESETS, UNET_PRESETS, VariationalBound, VDMMultiscale2DModel, VDMUNet2DModel
 from diffusers_vdm.commands.train_options import PRESET_DATA, build, parse_options
 from diffusers_vdm.data.images import ImageSet, load_digits_split
 from diffusers_vdm.sharing.card_sections import training_command
@@ -79,7 +79,35 @@ def plain(config):
 
 
 def test_the_table_of_this_file_has_every_preset():
-    assert STATED.keys() == UNET_PRESETS.keys() == PRESET_DATA.keys() | {"digits"}
+    assert STATED.keys() == UNET_PRESETS.keys()
+    assert PRESET_DATA.keys() | {"digits"} == UNET_PRESETS.keys() | MULTISCALE_PRESETS.keys()
+    assert not UNET_PRESETS.keys() & MULTISCALE_PRESETS.keys()
+
+
+@pytest.mark.parametrize("preset", MULTISCALE_PRESETS)
+def test_a_fast_preset_is_a_multiscale_network_trained_by_muon(preset, tmp_path):
+    o = options_of(preset, "--output_dir", str(tmp_path), "--logger", "none")
+    size = MULTISCALE_PRESETS[preset]["sample_size"]
+    data = ImageSet(torch.zeros(64, 3, size, size, dtype=torch.uint8), None, 256, "images")
+    unet, noise_schedule = build(o, data)
+    assert isinstance(unet, VDMMultiscale2DModel)
+    assert plain(VDMMultiscale2DModel.from_preset(preset, dropout=o.dropout).config) == plain(unet.config)
+    run = Run(o, Accelerator(cpu=True), data, unet, noise_schedule)
+    rest, of_gamma, hidden = run.optimizer.param_groups
+    assert (rest["initial_lr"], of_gamma["initial_lr"], hidden["initial_lr"]) == (4e-3, 2e-2, 0.03)
+    assert hidden["use_muon"] and not rest["use_muon"] and of_gamma["weight_decay"] == 0.0
+
+
+def test_a_multiscale_network_follows_the_data_and_the_noise_schedule(tmp_path):
+    VDMMultiscale2DModel(block_out_channels=(8, 16), norm_num_groups=2, layers_per_block=1,
+                         attention_head_dim=8).save_config(tmp_path)  # fmt: skip
+    o = parse_options("", ["--model_config_name_or_path", str(tmp_path), "--gamma_min", "-9", "--gamma_max", "4"])
+    unet, noise_schedule = build(o, load_digits_split()[0])
+    config = unet.config
+    assert isinstance(unet, VDMMultiscale2DModel)
+    assert (config.num_levels, config.in_channels, config.sample_size) == (17, 1, 8)
+    assert (config.gamma_min, config.gamma_max) == (-9.0, 4.0)
+    VariationalBound(unet, noise_schedule, num_levels=17)  # which checks that they belong together
 
 
 @pytest.mark.parametrize("preset", [pytest.param(p, marks=[pytest.mark.slow] * (p in LARGE)) for p in UNET_PRESETS])

@@ -1,0 +1,188 @@
+"""Bits/dim on held-out images against the computation that training took, for several ways to train.
+
+    python benchmarks/race.py --cifar10 PATH                    # all entries of both data sets, seeds 0 to 2
+    python benchmarks/race.py --datasets digits --names default fast --seeds 0
+    python benchmarks/race.py --cifar10 PATH --names fast --budget 4    # four times the FLOPs
+
+Every run is `examples/train.py` with the options of its entry in `ENTRIES`, and as many steps as the FLOPs allow:
+`--budget` times those of the network of 337,379 parameters after 1,000 steps of 32 images on CIFAR-10, or those of the
+preset `digits` after 2,500 steps of 64 on the digits. FLOPs count matrix products, convolutions and attention, forward
+and backward (`diffusers_vdm.training.cost`); processor seconds are those of the training process without evaluations.
+
+Runs are kept in `--runs` and continue where they stopped, so an interrupted race is resumed by repeating the command.
+`--output` receives a row for each evaluation of each run, and `--figure` the curves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+# FLOPs of one unit of --budget
+UNIT = {"cifar10": 32_000 * 2_042_945_536, "digits": 160_000 * 177_426_432}
+EVALUATIONS = 8
+_PAPER = {"--model_config_name_or_path": ROOT / "benchmarks/results/cifar10_small/config.json"}
+_FAST = {"--preset": "cifar10-fast"}
+# the arithmetic of plain PyTorch ports of VDM: fixed log-SNR-linear γ, constant learning rate, no half precision
+_PORT = {"--schedule": "fixed_linear", "--lr_scheduler": "constant_with_warmup", "--adam_beta2": 0.99,
+         "--ema_max_decay": 0.9999, "--mixed_precision": "no"}  # fmt: skip
+ENTRIES: dict[str, dict[str, dict[str, Any]]] = {
+    "cifar10": {
+        "port": {**_PAPER, **_PORT, "--learning_rate": 2e-3, "--train_batch_size": 32},
+        "default": {**_PAPER, "--learning_rate": 2e-3, "--ema_max_decay": 0.999, "--train_batch_size": 32},
+        "fast": _FAST,
+    },
+    "digits": {
+        "default": {"--preset": "digits"},
+    },
+}  # fmt: skip
+COMMON = {"--eval_batch_size": 200, "--num_images": 36, "--ddpm_num_inference_steps": 100, "--logger": "none",
+          "--checkpointing_steps": 500, "--checkpoints_total_limit": 1, "--logging_steps": 20}  # fmt: skip
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--datasets", nargs="+", choices=sorted(ENTRIES), default=["digits", "cifar10"])
+    parser.add_argument("--cifar10", default="uoft-cs/cifar10", help="data set on the Hub, or a local copy of it")
+    parser.add_argument("--names", nargs="+", help="entries to run; all of each data set if not given")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--budget", type=float, default=1.0, help="FLOPs, in units of the reference run")
+    parser.add_argument("--num_threads", type=int, default=1)
+    parser.add_argument("--num_eval_images", type=int, help="held-out images of the last evaluation; all if not given")
+    parser.add_argument("--runs", type=Path, default=Path("runs/race"))
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "race.json")
+    parser.add_argument("--figure", type=Path, help="PNG file of the curves")
+    parser.add_argument("--only_plot", action="store_true", help="train nothing, draw the rows of --output")
+    return parser.parse_args(arguments)
+
+
+def train(args: argparse.Namespace, dataset: str, name: str, seed: int) -> list[dict[str, Any]]:
+    """Trains one entry, or continues it, and returns its rows."""
+    folder = args.runs / f"{dataset}-{name}-x{args.budget:g}-{seed}"
+    options = {**COMMON, **ENTRIES[dataset][name], "--seed": seed, "--num_threads": args.num_threads}
+    if dataset == "cifar10":
+        options |= {"--dataset_name": args.cifar10, "--eval_split": "test", "--max_eval_images": 1000}
+        options |= {"--eval_samples": 2}
+        if args.num_eval_images:
+            options["--eval_split"] = f"test[:{args.num_eval_images}]"
+    options["--max_train_steps"] = steps_for(args.budget * UNIT[dataset], options)
+    options["--eval_steps"] = -(-options["--max_train_steps"] // EVALUATIONS)
+    command = [sys.executable, ROOT / "examples" / "train.py", "--output_dir", folder]
+    command += ["--resume_from_checkpoint", "latest", *(part for pair in options.items() for part in pair)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "1"} if args.num_threads else dict(os.environ)
+    print(" ".join(map(str, command)), flush=True)
+    subprocess.run([str(part) for part in command], check=True, env=environment)
+    return rows_of(folder, dataset, name, seed, args.budget)
+
+
+def steps_for(flops: float, options: dict[str, Any]) -> int:
+    """The number of steps that fit into these FLOPs, from the cost that train.py states."""
+    from diffusers_vdm.commands.train_data import load_data
+    from diffusers_vdm.commands.train_options import build, parse_options
+    from diffusers_vdm.training.cost import training_cost
+
+    args = parse_options("", [str(part) for pair in options.items() for part in pair])
+    data, _ = load_data(args, progress_bar=False)
+    cost = training_cost(build(args, data)[0], data.shape)
+    return int(flops / (cost.flops_per_image * args.train_batch_size))
+
+
+def rows_of(folder: Path, dataset: str, name: str, seed: int, budget: float) -> list[dict[str, Any]]:
+    """A row for each evaluation in metrics.jsonl; the last one is of all held-out images."""
+    rows, seconds = [], 0.0
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    for line in lines:
+        seconds += line.get("process_seconds", 0.0)
+        if "eval_bpd" in line:
+            rows.append(
+                {
+                    "name": name, "dataset": dataset, "seed": seed, "budget": budget, "is_last": line is lines[-1],
+                    "flops": line["train_flops"], "process_seconds": round(seconds, 1), "steps": line["step"],
+                    "bpd": line["eval_bpd"], "stderr_bpd": line["eval_bpd_stderr"],
+                    "num_images": line["eval_num_images"], "reconstruction_bpd": line["eval_reconstruction_bpd"],
+                }
+            )  # fmt: skip
+    return rows
+
+
+def key(row: dict[str, Any]) -> tuple:
+    return row["dataset"], row["name"], row["budget"], row["seed"], row["steps"]
+
+
+def save(path: Path, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Adds rows to those in the file, instead of earlier rows of the same runs; returns all."""
+    rows = list(rows)
+    runs = {key(row)[:4] for row in rows}
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    merged = sorted([row for row in kept if key(row)[:4] not in runs] + rows, key=key)
+    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in merged) + "\n]\n", encoding="utf-8")
+    return merged
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The last evaluation of each run as a Markdown table, a line for each entry and budget."""
+    lines = [
+        "| data | entry | FLOPs | processor seconds | bits/dim of each seed | mean |",
+        "|---|---|---|---|---|---|",
+    ]
+    last = [row for row in rows if row["is_last"]]
+    for dataset, name, budget in dict.fromkeys(key(row)[:3] for row in last):
+        runs = [row for row in last if key(row)[:3] == (dataset, name, budget)]
+        bpds = [row["bpd"] for row in runs]
+        mean = sum(bpds) / len(bpds)
+        error = ""
+        if len(bpds) > 1:
+            variance = sum((bpd - mean) ** 2 for bpd in bpds) / (len(bpds) - 1)
+            error = f" ± {(variance / len(bpds)) ** 0.5:.4f}"
+        seconds = sorted(row["process_seconds"] for row in runs)[len(runs) // 2]
+        each = ", ".join(f"{bpd:.4f}" for bpd in bpds)
+        lines.append(f"| {dataset} | {name} | {runs[0]['flops']:.3g} | {seconds:.0f} | {each} | {mean:.4f}{error} |")
+    return "\n".join(lines)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Curves of every run, a color for each entry: against FLOPs on the left, processor seconds on the right."""
+    import matplotlib.pyplot as plt
+
+    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
+    figure, axes = plt.subplots(len(datasets), 2, figsize=(10, 4 * len(datasets)), squeeze=False)
+    for line, dataset in zip(axes, datasets, strict=True):
+        names = list(dict.fromkeys(row["name"] for row in rows if row["dataset"] == dataset))
+        for axis, quantity, unit in zip(
+            line, ("flops", "process_seconds"), ("FLOPs", "processor seconds"), strict=True
+        ):
+            for color, name in enumerate(names):
+                runs = dict.fromkeys(key(row)[:4] for row in rows if key(row)[:2] == (dataset, name))
+                for i, run in enumerate(runs):
+                    points = [(row[quantity], row["bpd"]) for row in rows if key(row)[:4] == run]
+                    label = name if i == 0 else None
+                    axis.plot(*zip(*points, strict=True), marker=".", color=f"C{color}", label=label, linewidth=1)
+            axis.set(xscale="log", xlabel=f"{unit} of training", ylabel="held-out bits/dim", title=dataset)
+            axis.grid(alpha=0.3)
+        line[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    args = parse_options()
+    rows = save(args.output, [])
+    for dataset in [] if args.only_plot else args.datasets:
+        for name in args.names or ENTRIES[dataset]:
+            for seed in args.seeds:
+                rows = save(args.output, train(args, dataset, name, seed))
+    print(table(rows))
+    if args.figure:
+        draw(rows, args.figure)
+
+
+if __name__ == "__main__":
+    main()
