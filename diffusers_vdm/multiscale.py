@@ -90,7 +90,7 @@ class VDMMultiscale2DModel(WholeModelMixin, ConfigMixin, AttentionMixin):
         check_ends(gamma_min, gamma_max)
         check_num_train_timesteps(num_train_timesteps)
         layers = _layers(layers_per_block, len(block_out_channels))
-        _check_arguments(
+        _check_multiscale_arguments(
             sample_size, block_out_channels, attention_head_dim, norm_num_groups, num_levels, num_difference_filters,
             data_variance, null_class, num_class_embeds,
         )  # fmt: skip
@@ -247,7 +247,7 @@ def _layers(layers_per_block: int | tuple[int, ...], num_resolutions: int) -> tu
     return layers
 
 
-def _check_arguments(
+def _check_multiscale_arguments(
     sample_size, block_out_channels, attention_head_dim, norm_num_groups, num_levels, num_difference_filters,
     data_variance, null_class, num_class_embeds,
 ) -> None:  # fmt: skip
