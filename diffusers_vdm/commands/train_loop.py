@@ -16,6 +16,7 @@ from ..training.metrics import append_metrics, truncate_metrics
 from ..training.run import Clock, Run
 from ..training.stopping import Stopped, StopRequest
 from .processes import check_processes, check_sharding, hold_process_group, only_run, set_threads
+from .train_budget import resolve_budget
 from .train_data import load_data
 from .train_hub import Sharing
 from .train_options import build, check_output_dir
@@ -62,11 +63,12 @@ def run_training(args: argparse.Namespace, accelerator) -> None:
 
     out, is_main = Path(args.output_dir), accelerator.is_main_process
     train, test = load_data(args, progress_bar=is_main)
+    budget = resolve_budget(args, train, accelerator)
     torch.manual_seed(key_to_seed(args.seed, "weights"))
     unet, noise_schedule = build(args, train)
     run = Run(args, accelerator, train, unet, noise_schedule)
     if is_main:
-        run.plan = plan(run, test)
+        run.plan = plan(run, test, budget)
         print(run.plan.text, flush=True)
     if args.dry_run:
         return

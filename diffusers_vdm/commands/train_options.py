@@ -46,7 +46,8 @@ def parse_options(description: str, arguments: list[str] | None = None) -> argpa
     preset, data = PRESETS.get(given.preset, {}), PRESET_DATA.get(given.preset, {})
     if given.train_data_dir is None and given.dataset_name in (None, data.get("dataset_name")):
         preset = preset | data
-    parser.set_defaults(**{k: v for k, v in preset.items() if not (k == "max_train_steps" and given.num_epochs)})
+    has_end = given.num_epochs or given.max_hours or given.max_flops
+    parser.set_defaults(**{k: v for k, v in preset.items() if not (k == "max_train_steps" and has_end)})
     options = parser.parse_args(arguments)
     # for the model card: options that were set on the command line, in addition to the preset
     options.given = sorted(k for k, v in vars(options).items() if v != parser.get_default(k))
@@ -83,14 +84,16 @@ def check_options(args: argparse.Namespace) -> None:
     if args.ema_decays is None:
         args.ema_decays = [args.ema_max_decay]
     args.ema_decays = args.ema_decays if args.use_ema else []
-    if args.max_train_steps is None and args.num_epochs is None:
+    ends = [name for name in ("max_train_steps", "num_epochs", "max_hours", "max_flops") if getattr(args, name)]
+    if not ends:
         args.max_train_steps, args.num_epochs = (2500, None) if args.digits else (None, 100)
     if args.preset is None and args.model_config_name_or_path is None:
         args.preset = "digits"
     for bad, message in (
         (args.dataset_name and args.train_data_dir, "give --dataset_name or --train_data_dir, not both"),
         (args.preset and args.model_config_name_or_path, "give --preset or --model_config_name_or_path, not both"),
-        (args.max_train_steps and args.num_epochs, "give --max_train_steps or --num_epochs, not both"),
+        (len(ends) > 1, f"give --{' or --'.join(ends)}, not both"),
+        (args.width and not is_multiscale(args), "--width needs a multiscale network; use --preset cifar10-fast"),
         (args.objective == "ddpm" and args.schedule.startswith("learned"), "--objective ddpm cannot train γ: its "
          "minimizer is one γ for all t; use --schedule linear_beta or fixed_linear"),
         (args.objective == "ddpm" and args.importance_sampling, "--importance_sampling needs --objective vdm"),
@@ -135,6 +138,17 @@ def check_output_dir(args: argparse.Namespace) -> None:
         )
 
 
+def is_multiscale(args: argparse.Namespace) -> bool:
+    """Whether the options are of a [`VDMMultiscale2DModel`]."""
+    from ..multiscale import MULTISCALE_PRESETS
+    from ..unet import VDMUNet2DModel
+
+    if args.preset is not None:
+        return args.preset in MULTISCALE_PRESETS
+    loaded: Any = VDMUNet2DModel.load_config(args.model_config_name_or_path)
+    return loaded.get("_class_name") == "VDMMultiscale2DModel"
+
+
 def build(args: argparse.Namespace, data):
     """Builds the network and γ(t)."""
     from .. import noise_schedules as S
@@ -143,12 +157,15 @@ def build(args: argparse.Namespace, data):
 
     size, channels = tuple(data.shape[1:]), data.shape[0]
     loaded: Any = None if args.preset else VDMUNet2DModel.load_config(args.model_config_name_or_path)
-    is_multiscale = args.preset in MULTISCALE_PRESETS or (loaded or {}).get("_class_name") == "VDMMultiscale2DModel"
-    cls: Any = VDMMultiscale2DModel if is_multiscale else VDMUNet2DModel
+    multiscale = is_multiscale(args)
+    cls: Any = VDMMultiscale2DModel if multiscale else VDMUNet2DModel
     config: dict[str, Any] = dict(loaded or MULTISCALE_PRESETS.get(args.preset) or unet_preset(args.preset))
     config |= {"in_channels": channels, "sample_size": size[0] if size[0] == size[1] else size}
-    if is_multiscale:
+    if multiscale:
         config |= {"num_levels": data.num_levels, "gamma_min": args.gamma_min, "gamma_max": args.gamma_max}
+        if args.width:
+            levels = len(config.get("block_out_channels", (1, 2, 4)))
+            config["block_out_channels"] = [args.width * 2**i for i in range(levels)]
     else:
         config["out_channels"] = channels
     if args.preset and config.get("fourier_exponents"):  # 6 and 7 for 256 levels, as in the paper

@@ -110,6 +110,12 @@ TRAIN_OPTIONS: dict[str, list[Option]] = {
             "named network, options and, if public, data set, see docs/training.md; defaults to digits",
         ),
         Option("model_config_name_or_path", str, "config of a VDMUNet2DModel, instead of --preset"),
+        Option(
+            "width",
+            int,
+            "channels of the first level of a multiscale network; each level below has twice as many",
+            range=POSITIVE,
+        ),
         Option("class_conditional", False, "condition on the classes, with a null class"),
         Option("label_dropout", 0.1, "fraction of the labels that is replaced by the null class", range=(0, 1)),
         Option(
@@ -144,6 +150,14 @@ TRAIN_OPTIONS: dict[str, list[Option]] = {
             "passes over the data, instead of --max_train_steps; defaults to 100 except for the digits",
             range=POSITIVE,
         ),
+        Option(
+            "max_hours",
+            float,
+            "train for about this time instead of --max_train_steps; the steps, and the width of a multiscale "
+            "network, follow from the measured speed",
+            range=POSITIVE,
+        ),
+        Option("max_flops", float, "the same for this number of FLOPs, of all processes together", range=POSITIVE),
         Option(
             "importance_sampling",
             False,

@@ -1,0 +1,127 @@
+"""A budget instead of a number of steps: --max_hours and --max_flops set the steps and the width of the network."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..training.description import read_description
+from .train_options import build, is_multiscale
+
+# seconds for which the speed of a network is measured
+MEASURED_SECONDS = 2.0
+
+
+def resolve_budget(args: argparse.Namespace, data: Any, accelerator: Any) -> str | None:
+    """Sets `max_train_steps` and `width` for the budget in `args`, equal on all processes; returns what to print.
+
+    A run that is resumed gets the values of its options.json, because another measurement would give other ones.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    if args.max_hours is None and args.max_flops is None:
+        return None
+    chosen = _recorded(args)
+    if chosen is None:
+        measured = _choose(args, data, accelerator)  # on all processes at once, as they will train
+        chosen = broadcast_object_list([measured])[0]
+    args.width, args.max_train_steps = chosen
+    return _text(args, data, accelerator.num_processes)
+
+
+def _recorded(args: argparse.Namespace) -> tuple[int | None, int] | None:
+    """`(width, max_train_steps)` of the run that is resumed, if it has the same budget."""
+    name = args.resume_from_checkpoint
+    if name is None:
+        return None
+    folder = Path(args.output_dir) if name in ("latest", "last-checkpoint") else Path(name).parent
+    description = read_description(folder)
+    if description is None or any(
+        description.options.get(option) != getattr(args, option) for option in ("max_hours", "max_flops")
+    ):
+        return None
+    steps = description.num_steps
+    return None if steps is None else (description.options.get("width"), steps)
+
+
+def _choose(args: argparse.Namespace, data: Any, accelerator: Any) -> tuple[int | None, int]:
+    from ..training.cost import training_cost
+    from ..training.scaling import best_width
+
+    pixels = math.prod(data.shape[1:]) / 1024
+    rows = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+
+    def cost(width: int | None) -> tuple[int, float]:
+        own = copy.copy(args)
+        own.width = width
+        unet, noise_schedule = build(own, data)
+        count = sum(parameter.numel() for parameter in unet.parameters())
+        if args.max_flops is not None:
+            return count, training_cost(unet, data.shape).flops_per_image / pixels
+        seconds = _seconds_per_image(own, data, unet, noise_schedule, accelerator)
+        return count, seconds / pixels / accelerator.num_processes
+
+    budget = args.max_flops if args.max_flops is not None else 3600 * args.max_hours
+    if args.width is None and is_multiscale(args):
+        width, images = best_width(budget, cost)
+    else:
+        width, images = args.width, budget / cost(args.width)[1]
+    return width, max(1, int(images / pixels / rows))
+
+
+def _seconds_per_image(args: argparse.Namespace, data: Any, unet: Any, noise_schedule: Any, accelerator: Any) -> float:
+    """Measured time of training on an image: forward, backward and the optimizer, for random images."""
+    from ..objectives import SimpleObjective, VariationalBound
+    from ..training.optimizer import make_optimizer
+
+    device = accelerator.device
+    shared = {"num_levels": data.num_levels, "prediction_type": args.prediction_type}
+    objective = (VariationalBound if args.objective == "vdm" else SimpleObjective)(unet, noise_schedule, **shared)
+    objective.to(device).train()
+    optimizer = make_optimizer(args, unet, noise_schedule)
+    images = torch.randint(0, data.num_levels, (args.train_batch_size, *data.shape), device=device)
+    conditions: dict[str, Any] = {}
+    if args.class_conditional:
+        conditions["class_labels"] = torch.zeros(len(images), dtype=torch.long, device=device)
+
+    def step() -> None:
+        with accelerator.autocast():
+            loss = objective(images, **conditions).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(2):
+        step()
+    _wait(device)
+    start, steps = time.perf_counter(), 0
+    while steps < 3 or time.perf_counter() - start < MEASURED_SECONDS:
+        step()
+        steps += 1
+        _wait(device)
+    return (time.perf_counter() - start) / (steps * len(images))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _text(args: argparse.Namespace, data: Any, world: int) -> str:
+    """The budget, and what the scaling rule expects."""
+    from ..training.scaling import RULE
+
+    budget = f"{args.max_hours:g} h" if args.max_hours is not None else f"{args.max_flops:.3g} FLOPs"
+    images = args.max_train_steps * args.train_batch_size * args.gradient_accumulation_steps * world
+    text = f"{budget}: {args.max_train_steps} steps" + (f", {args.width} channels" if args.width else "")
+    if not is_multiscale(args):
+        return text
+    count = sum(parameter.numel() for parameter in build(args, data)[0].parameters())
+    expected = RULE.expected_bpd(count, images * math.prod(data.shape[1:]) / 1024)
+    return f"{text}; on CIFAR-10, {expected:.2f} ± {RULE.error_bpd:.2f} bits/dim are expected"

@@ -1,0 +1,62 @@
+"""What bits/dim to expect from a multiscale network, and how wide it should be for an amount of computation.
+
+L(N, D) = E + A N^−α + B D^−β for N parameters and D images of 32×32 pixels [Hoffmann et al. 2022, §3.3], fitted to the
+runs `fast`, `fast-16` and `fast-48` of benchmarks/race.py on CIFAR-10 by `benchmarks/race.py --fit`. Other images have
+other bits/dim, but the rule still balances the network against the steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+# numbers of channels at the first level, in the order in which they are tried
+WIDTHS = (16, 24, 32, 48, 64, 96, 128, 192, 256)
+
+
+@dataclass(frozen=True)
+class ScalingRule:
+    """L(N, D) = E + A N^−α + B D^−β in bits/dim, N in millions of parameters, D in millions of images of 32×32.
+
+    Attributes:
+        limit_bpd (`float`): E, reached by an endless network and endless data.
+        of_parameters_bpd, parameter_exponent (`float`): A and α.
+        of_images_bpd, image_exponent (`float`): B and β.
+        error_bpd (`float`): root mean square of the residuals of the fit, including the spread of seeds.
+    """
+
+    limit_bpd: float
+    of_parameters_bpd: float
+    parameter_exponent: float
+    of_images_bpd: float
+    image_exponent: float
+    error_bpd: float
+
+    def expected_bpd(self, num_parameters: int, num_images: float) -> float:
+        """Held-out bits/dim after training on `num_images` images of 32×32 pixels, each seen once."""
+        of_parameters = self.of_parameters_bpd * (num_parameters / 1e6) ** -self.parameter_exponent
+        return self.limit_bpd + of_parameters + self.of_images_bpd * (num_images / 1e6) ** -self.image_exponent
+
+
+RULE = ScalingRule(2.9, 0.2, 0.5, 0.2, 0.5, 0.02)
+
+
+def best_width(
+    budget: float, cost: Callable[[int], tuple[int, float]], widths: Sequence[int] = WIDTHS, rule: ScalingRule = RULE
+) -> tuple[int, float]:
+    """The width with the smallest expected bits/dim, and the number of images to train it on.
+
+    Args:
+        budget (`float`): what training may cost, such as FLOPs or seconds.
+        cost (`Callable`): width → (number of parameters, cost of an image of 32×32). It is called for increasing
+            widths, until the expected bits/dim increase.
+    """
+    best, found = math.inf, (widths[0], 0.0)
+    for width in widths:
+        num_parameters, each = cost(width)
+        expected = rule.expected_bpd(num_parameters, budget / each)
+        if expected >= best:
+            break
+        best, found = expected, (width, budget / each)
+    return found

@@ -1,0 +1,134 @@
+"""commands/train_budget.py and training/scaling.py: steps and width for a budget, and the same ones after a stop."""
+
+import json
+import math
+
+import pytest
+from accelerate import Accelerator
+
+from diffusers_vdm import VDMMultiscale2DModel
+from diffusers_vdm.commands import train_budget
+from diffusers_vdm.commands.train_budget import resolve_budget
+from diffusers_vdm.commands.train_options import build, parse_options
+from diffusers_vdm.data.images import load_digits_split
+from diffusers_vdm.training.cost import training_cost
+from diffusers_vdm.training.scaling import RULE, WIDTHS, best_width
+from tests.models import tiny_preset
+from tests.running import run_example
+
+SMALL = (
+    "--eval_samples 1 --num_images 1 --ddpm_num_inference_steps 2 --logger none --train_batch_size 4 --eval_steps 0"
+)
+
+
+@pytest.fixture
+def data():
+    return load_digits_split()[0]
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A small multiscale network, in a file."""
+    channels = {"block_out_channels": (8, 16), "norm_num_groups": 2, "attention_head_dim": 8}
+    VDMMultiscale2DModel(**channels, layers_per_block=1).save_config(tmp_path / "network")
+    return ["--model_config_name_or_path", str(tmp_path / "network"), "--output_dir", str(tmp_path / "run")]
+
+
+def test_steps_are_those_that_the_flops_pay(data, config):
+    args = parse_options("", [*config, "--max_flops", "1e10", "--width", "12"])
+    text = resolve_budget(args, data, Accelerator(cpu=True))
+    unet = build(args, data)[0]
+    assert unet.config.block_out_channels == [12, 24] and args.width == 12
+    each = training_cost(unet, data.shape).flops_per_image * args.train_batch_size
+    assert each * args.max_train_steps <= 1e10 < each * (args.max_train_steps + 1)
+    assert "1e+10 FLOPs" in text and f"{args.max_train_steps} steps, 12 channels" in text
+
+
+def test_more_computation_buys_a_wider_network_and_more_steps(data):
+    found = []
+    for flops in ("1e12", "1e15"):
+        args = parse_options("", ["--preset", "cifar10-fast", "--dataset_name", "x", "--max_flops", flops])
+        resolve_budget(args, data, Accelerator(cpu=True))
+        found.append((args.width, args.max_train_steps))
+    assert found == sorted(found) and found[0][0] < found[-1][0] and {w for w, _ in found} <= set(WIDTHS)
+
+
+def test_a_network_of_one_size_only_gets_its_steps(data):
+    args = parse_options("", ["--max_flops", "1e12"])
+    text = resolve_budget(args, data, Accelerator(cpu=True))
+    assert args.width is None and "expected" not in text
+    each = training_cost(build(args, data)[0], data.shape).flops_per_image * args.train_batch_size
+    assert args.max_train_steps == int(1e12 / each)
+
+
+def test_the_chosen_width_minimizes_the_rule():
+    def cost(width):
+        return 1000 * width**2, 1e6 * width**2
+
+    for budget in (1e12, 1e14, 1e16):
+        width, images = best_width(budget, cost)
+        expected = {w: RULE.expected_bpd(cost(w)[0], budget / cost(w)[1]) for w in WIDTHS}
+        assert width == min(expected, key=expected.get) and images == budget / cost(width)[1]
+
+
+def test_hours_are_measured_once(data, config, tmp_path, monkeypatch):
+    """A resumed run takes its steps from options.json, and does not measure again."""
+    speeds = iter([1e-3])
+    monkeypatch.setattr(train_budget, "_seconds_per_image", lambda *_: next(speeds))
+    args = parse_options("", [*config, "--max_hours", "0.01", "--width", "8", "--train_batch_size", "6"])
+    resolve_budget(args, data, Accelerator(cpu=True))
+    assert args.max_train_steps == 6000
+    saved = {"options": {**vars(args), "given": None}, "total_steps": 6000}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "options.json").write_text(json.dumps(saved))
+    again = [*config, "--max_hours", "0.01", "--width", "8", "--train_batch_size", "6"]
+    for name in ("latest", str(tmp_path / "run" / "checkpoint-3")):
+        resumed = parse_options("", [*again, "--resume_from_checkpoint", name])
+        resolve_budget(resumed, data, Accelerator(cpu=True))
+        assert (resumed.max_train_steps, resumed.width) == (6000, 8)
+    other = parse_options("", [*config, "--max_hours", "0.02", "--resume_from_checkpoint", "latest"])
+    with pytest.raises(StopIteration):  # another budget is measured
+        resolve_budget(other, data, Accelerator(cpu=True))
+
+
+def test_the_measured_speed_is_that_of_training(data, config, monkeypatch):
+    monkeypatch.setattr(train_budget, "MEASURED_SECONDS", 0.05)
+    args = parse_options("", [*config, "--max_hours", "1", "--width", "8"])
+    unet, schedule = build(args, data)
+    seconds = train_budget._seconds_per_image(args, data, unet, schedule, Accelerator(cpu=True))
+    assert 0 < seconds < 1 and math.isfinite(seconds)
+
+
+@pytest.mark.slow
+def test_a_run_with_a_budget_ends_at_it_and_resumes(config, tmp_path):
+    command = [*config, "--max_flops", "3e8", "--width", "8", *SMALL.split()]
+    done = run_example("train.py", *command)
+    assert "budget:" in done.stdout
+    options = json.loads((tmp_path / "run" / "options.json").read_text())
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    last = json.loads(lines[-1])
+    assert last["step"] == options["total_steps"] and 2e8 < last["train_flops"] <= 3e8
+    again = run_example("train.py", *command, "--resume_from_checkpoint", "latest")
+    assert "nothing to do" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max_hours", "1", "--max_train_steps", "5"], "give --max_train_steps or --max_hours, not both"),
+        (["--max_hours", "1", "--max_flops", "1e9"], "give --max_hours or --max_flops, not both"),
+        (["--max_hours", "-1"], "--max_hours must be positive"),
+        (["--width", "16"], "--width needs a multiscale network"),
+    ],
+)
+def test_budgets_that_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_options("", arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_width_is_refused_for_the_config_of_another_network(tmp_path, capsys):
+    tiny_preset().save_config(tmp_path)
+    with pytest.raises(SystemExit):
+        parse_options("", ["--model_config_name_or_path", str(tmp_path), "--width", "16"])
+    assert "--width needs a multiscale network" in capsys.readouterr().err
