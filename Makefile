@@ -22,7 +22,7 @@ CONSTRAINTS ?= $(shell $(PYTHON) -c "import sys; print('constraints.txt' if sys.
 OLDEST      := $(VENV)-oldest
 BIN         := $(VENV)/bin
 
-.PHONY: help demo test test-slow test-all test-oldest lint style types docs wheel clean
+.PHONY: help demo test test-slow test-all test-oldest lint style types docs gpu-report wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## print this list
@@ -58,6 +58,9 @@ types: $(VENV)/.installed-types  ## check the types of the package with pyright
 # The variable turns off an advertisement of mkdocs-material.
 docs: $(VENV)/.installed-docs  ## build the documentation into build/site; a warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+gpu-report: $(VENV)/.installed-train  ## measure on a GPU and write gpu_report.json, to be sent back
+	$(BIN)/python benchmarks/gpu_report.py $(GPU_REPORT_FLAGS)
 
 wheel:  ## build dist/diffusers_vdm-VERSION-py3-none-any.whl
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)

@@ -30,6 +30,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--num_steps", type=int, default=20, help="terms of a timed evaluation")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--no_memory", action="store_true", help="do not measure the peak memory")
     parser.add_argument("--memory", nargs=2, type=int, metavar=("T", "LEVELS"), help="only measure the peak memory")
     return parser.parse_args()
 
@@ -101,7 +102,8 @@ def main() -> None:
     name = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
     report = {"command": " ".join(sys.argv), "machine": f"{name}, {platform.machine()}", "torch": torch.__version__}
     report |= {"preset": args.preset, "batch_size": args.batch_size, **speed(args), "peak_mebibytes": {}}
-    for steps, levels in ((5, 256), (50, 256), (200, 256), (5, 2), (5, 4096), (5, 65536)):
+    settings = ((5, 256), (50, 256), (200, 256), (5, 2), (5, 4096), (5, 65536))
+    for steps, levels in () if args.no_memory else settings:
         flags = [
             "--preset",
             args.preset,

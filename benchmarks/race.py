@@ -57,6 +57,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--names", nargs="+", help="entries to run; all of each data set if not given")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--budget", type=float, default=1.0, help="FLOPs, in units of the reference run")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--num_threads", type=int, default=1)
     parser.add_argument("--num_eval_images", type=int, help="held-out images of the last evaluation; all if not given")
     parser.add_argument("--runs", type=Path, default=Path("runs/race"))
@@ -81,7 +82,7 @@ def train(args: argparse.Namespace, dataset: str, name: str, seed: int) -> list[
     options["--eval_steps"] = -(-options["--max_train_steps"] // EVALUATIONS)
     command = [sys.executable, ROOT / "examples" / "train.py", "--output_dir", folder]
     command += ["--resume_from_checkpoint", "latest", *(part for pair in options.items() for part in pair)]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "1"} if args.num_threads else dict(os.environ)
+    environment = os.environ | ({"ACCELERATE_USE_CPU": "1"} if args.device == "cpu" else {})
     print(" ".join(map(str, command)), flush=True)
     subprocess.run([str(part) for part in command], check=True, env=environment)
     return rows_of(folder, dataset, name, seed, args.budget)
@@ -108,7 +109,7 @@ def steps_for(flops: float, options: dict[str, Any]) -> int:
     args = parse_options("", [str(part) for pair in options.items() for part in pair])
     data, _ = load_data(args, progress_bar=False)
     cost = training_cost(build(args, data)[0], data.shape)
-    return int(flops / (cost.flops_per_image * args.train_batch_size))
+    return max(1, int(flops / (cost.flops_per_image * args.train_batch_size)))
 
 
 def rows_of(folder: Path, dataset: str, name: str, seed: int, budget: float) -> list[dict[str, Any]]:

@@ -37,7 +37,7 @@ def parse_options() -> argparse.Namespace:
 def main() -> None:
     args = parse_options()
     from diffusers_vdm import MonotoneGammaNetwork, VDMUNet2DModel
-    from diffusers_vdm.commands.train import set_up
+    from diffusers_vdm.commands.train_loop import set_up
     from diffusers_vdm.commands.train_options import parse_options as parse_training
     from diffusers_vdm.data.images import ImageSet
     from diffusers_vdm.training.run import Run
