@@ -30,6 +30,7 @@ UNIT = {"cifar10": 32_000 * 2_042_945_536, "digits": 160_000 * 177_426_432}
 EVALUATIONS = 8
 _PAPER = {"--model_config_name_or_path": ROOT / "benchmarks/results/cifar10_small/config.json"}
 _HALF = {"--mixed_precision": "bf16"}  # for processors with AVX512-BF16 or AMX, and GPUs; slower on others
+_MUON = {"--optimizer": "muon", "--muon_learning_rate": 0.03, "--learning_rate": 4e-3, "--gamma_learning_rate": 2e-2}
 # the arithmetic of plain PyTorch ports of VDM: fixed log-SNR-linear γ, constant learning rate, no half precision
 _PORT = {"--schedule": "fixed_linear", "--lr_scheduler": "constant_with_warmup", "--adam_beta2": 0.99,
          "--ema_max_decay": 0.9999, "--mixed_precision": "no"}  # fmt: skip
@@ -39,8 +40,13 @@ ENTRIES: dict[str, dict[str, dict[str, Any]]] = {
         "default": {**_PAPER, **_HALF, "--learning_rate": 2e-3, "--ema_max_decay": 0.999, "--train_batch_size": 32},
         "fast": {"--preset": "cifar10-fast", **_HALF},
         # the same with other numbers of channels, for the scaling rule
-        "fast-16": {"width": 16, **_HALF},
-        "fast-48": {"width": 48, **_HALF},
+        "fast-16": {"--preset": "cifar10-fast", "--width": 16, **_HALF},
+        "fast-48": {"--preset": "cifar10-fast", "--width": 48, **_HALF},
+        # each part taken away, and each alone beside the default
+        "fast-adamw": {"--preset": "cifar10-fast", "--optimizer": "adamw", **_HALF},
+        "fast-no-differences": {"network": {"num_difference_filters": 0}, **_HALF},
+        "fast-no-levels": {"network": {"predict_levels": False}, **_HALF},
+        "default-muon": {**_PAPER, **_HALF, **_MUON, "--ema_max_decay": 0.999, "--train_batch_size": 16},
     },
     "digits": {
         "default": {"--preset": "digits"},
@@ -71,8 +77,8 @@ def train(args: argparse.Namespace, dataset: str, name: str, seed: int) -> list[
     """Trains one entry, or continues it, and returns its rows."""
     folder = args.runs / f"{dataset}-{name}-x{args.budget:g}-{seed}"
     options = {**COMMON, **ENTRIES[dataset][name], "--seed": seed, "--num_threads": args.num_threads}
-    if "width" in options:
-        options = with_width(options, args.runs / "networks" / name)
+    if "network" in options:
+        options = with_network(options, args.runs / "networks" / name)
     if dataset == "cifar10":
         options |= {"--dataset_name": args.cifar10, "--eval_split": "test", "--max_eval_images": 1000}
         options |= {"--eval_samples": 2}
@@ -88,14 +94,12 @@ def train(args: argparse.Namespace, dataset: str, name: str, seed: int) -> list[
     return rows_of(folder, dataset, name, seed, args.budget)
 
 
-def with_width(options: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The options of the preset `cifar10-fast`, for its network with another number of channels."""
+def with_network(options: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The options of the preset `cifar10-fast`, for its network with other arguments."""
     from diffusers_vdm import VDMMultiscale2DModel
     from diffusers_vdm.commands.train_options import PRESETS
 
-    width = options.pop("width")
-    channels = (width, 2 * width, 4 * width)
-    VDMMultiscale2DModel.from_preset("cifar10-fast", block_out_channels=channels).save_config(folder)
+    VDMMultiscale2DModel.from_preset("cifar10-fast", **options.pop("network")).save_config(folder)
     preset = {f"--{name}": value for name, value in PRESETS["cifar10-fast"].items()}
     return {**preset, **options, "--model_config_name_or_path": folder}
 

@@ -49,8 +49,9 @@ class VDMMultiscale2DModel(WholeModelMixin, ConfigMixin, AttentionMixin):
         norm_num_groups (`int`, defaults to 8): groups of each GroupNorm, at least two channels each.
         norm_eps (`float`, defaults to 1e-6): ε of each GroupNorm.
         dropout (`float`, defaults to 0.0): dropout in each residual block.
-        num_difference_filters (`int`, defaults to 24): number of 3×3 filters for the input in units of the noise.
+        num_difference_filters (`int`, defaults to 24): number of 3×3 filters for the input in units of the noise, or 0.
         num_levels (`int`, defaults to 256): levels of the data.
+        predict_levels (`bool`, defaults to `True`): pass the output through the mean of the levels near x̂.
         gamma_min, gamma_max (`float`, default to −13.3 and 5.0): γ at the timesteps 0 and `num_train_timesteps`, as
             configured in the noise schedule.
         num_train_timesteps (`int`, defaults to 1000): scale of the timestep.
@@ -78,6 +79,7 @@ class VDMMultiscale2DModel(WholeModelMixin, ConfigMixin, AttentionMixin):
         dropout: float = 0.0,
         num_difference_filters: int = 24,
         num_levels: int = 256,
+        predict_levels: bool = True,
         gamma_min: float = -13.3,
         gamma_max: float = 5.0,
         num_train_timesteps: int = 1000,
@@ -101,7 +103,8 @@ class VDMMultiscale2DModel(WholeModelMixin, ConfigMixin, AttentionMixin):
         self.class_embedding = None
         if num_class_embeds is not None:
             self.class_embedding = nn.Embedding(num_class_embeds + null_class, embedding)
-        self.difference_filters = nn.Parameter(torch.randn(num_difference_filters, in_channels, 3, 3))
+        if num_difference_filters:
+            self.difference_filters = nn.Parameter(torch.randn(num_difference_filters, in_channels, 3, 3))
         self.conv_in = nn.Conv2d(in_channels + num_difference_filters, first, kernel_size=3, padding=1)
 
         def block(channels: int) -> ResnetBlock2D:
@@ -173,7 +176,8 @@ class VDMMultiscale2DModel(WholeModelMixin, ConfigMixin, AttentionMixin):
         gamma_t = self.gamma_of_timestep(timesteps)
         emb = embed(self, timesteps, class_labels, augmentation_flags)
 
-        hidden = self.conv_in(torch.cat([z_t, self._differences(z_t, gamma_t)], dim=1).to(self.dtype))
+        features = [z_t, self._differences(z_t, gamma_t)] if self.config.num_difference_filters else [z_t]
+        hidden = self.conv_in(torch.cat(features, dim=1).to(self.dtype))
         streams = []
         for blocks, downsampler in zip(self.down_blocks, self.downsamplers, strict=True):
             hidden = self._run(blocks, hidden, emb)
@@ -187,7 +191,9 @@ class VDMMultiscale2DModel(WholeModelMixin, ConfigMixin, AttentionMixin):
         output = self.conv_out(F.silu(self.conv_norm_out(hidden))).to(z_t.dtype)
 
         eps_hat = output + self._linear_prediction(z_t, gamma_t)
-        eps_hat = diffusion.eps_of_levels(z_t, eps_hat, gamma_t, self.config.num_levels).to(sample.dtype)
+        if self.config.predict_levels:
+            eps_hat = diffusion.eps_of_levels(z_t, eps_hat, gamma_t, self.config.num_levels)
+        eps_hat = eps_hat.to(sample.dtype)
         return UNet2DOutput(sample=eps_hat) if return_dict else (eps_hat,)
 
     @classmethod
@@ -260,8 +266,8 @@ def _check_multiscale_arguments(
         )
     if not isinstance(num_levels, int) or not 2 <= num_levels <= 65536:
         raise ValueError(f"num_levels must be an integer within [2, 65536], got {num_levels}.")
-    if not isinstance(num_difference_filters, int) or num_difference_filters < 1:
-        raise ValueError(f"num_difference_filters must be a positive integer, got {num_difference_filters}.")
+    if not isinstance(num_difference_filters, int) or num_difference_filters < 0:
+        raise ValueError(f"num_difference_filters must be an integer of at least 0, got {num_difference_filters}.")
     if not 0 < data_variance <= 1:
         raise ValueError(f"data_variance, E[x²] of data in [−1, 1], must be within (0, 1], got {data_variance}.")
     if null_class and num_class_embeds is None:

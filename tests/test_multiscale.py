@@ -136,6 +136,17 @@ def test_differences_are_float32_whatever_the_network(dtype):
         assert float((other - expected).square().mean().sqrt()) < 0.03 * float(expected.std())
 
 
+def test_each_part_can_be_left_out():
+    z_t, low, high = normal(1, 1, 8, 8, dtype=torch.float32), 50.0, 800.0
+    whole, none = tiny(), tiny(num_difference_filters=0)
+    assert not any("difference" in name for name in none.state_dict())
+    continuous = tiny(predict_levels=False)
+    assert torch.equal(output(continuous, z_t, high), output(whole, z_t, high))
+    assert not torch.equal(output(continuous, z_t, low), output(whole, z_t, low))
+    expected = diffusion.eps_of_levels(z_t, output(continuous, z_t, low), whole.gamma_of_timestep(torch.tensor([low])))
+    torch.testing.assert_close(output(whole, z_t, low), expected)
+
+
 def test_timesteps_mean_the_gamma_of_the_schedule():
     schedule = MonotoneGammaNetwork(-7.5, 4.0, num_train_timesteps=500)
     net = tiny(gamma_min=-7.5, gamma_max=4.0, num_train_timesteps=500)
@@ -217,7 +228,7 @@ def test_other_levels_and_predictions_are_refused():
         ({"layers_per_block": (1, 2, 3)}, "layers_per_block must be a positive integer, or one for each of the 2"),
         ({"layers_per_block": 0}, "layers_per_block must be a positive integer"),
         ({"attention_head_dim": 5}, "attention_head_dim must divide the channels of the lowest level, got 5 and 16"),
-        ({"num_difference_filters": 0}, "num_difference_filters must be a positive integer, got 0"),
+        ({"num_difference_filters": -1}, "num_difference_filters must be an integer of at least 0, got -1"),
         ({"num_levels": 1}, r"num_levels must be an integer within \[2, 65536\], got 1"),
         ({"data_variance": 0.0}, r"data_variance, E\[x²\] of data in"),
         ({"null_class": True}, "null_class needs num_class_embeds"),
