@@ -49,7 +49,7 @@ class VDMMultiscale2DModel(WholeModelMixin, ConfigMixin, AttentionMixin):
         norm_num_groups (`int`, defaults to 8): groups of each GroupNorm, at least two channels each.
         norm_eps (`float`, defaults to 1e-6): ε of each GroupNorm.
         dropout (`float`, defaults to 0.0): dropout in each residual block.
-        num_difference_filters (`int`, defaults to 24): number of 3×3 filters for the input in units of the noise, or 0.
+        num_difference_filters (`int`, defaults to 24): number of 3×3 filters for the differences, or 0 for none.
         num_levels (`int`, defaults to 256): levels of the data.
         predict_levels (`bool`, defaults to `True`): pass the output through the mean of the levels near x̂.
         gamma_min, gamma_max (`float`, default to −13.3 and 5.0): γ at the timesteps 0 and `num_train_timesteps`, as
