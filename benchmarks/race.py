@@ -3,6 +3,7 @@
     python benchmarks/race.py --cifar10 PATH                    # all entries of both data sets, seeds 0 to 2
     python benchmarks/race.py --datasets digits --names default fast --seeds 0
     python benchmarks/race.py --cifar10 PATH --names fast --budget 4    # four times the FLOPs
+    python benchmarks/race.py --fit                                     # the scaling rule of the rows of --output
 
 Every run is `examples/train.py` with the options of its entry in `ENTRIES`, and as many steps as the FLOPs allow:
 `--budget` times those of the network of 337,379 parameters after 1,000 steps of 32 images on CIFAR-10, or those of the
@@ -17,12 +18,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from diffusers_vdm.files import write_atomically
 
 ROOT = Path(__file__).parents[1]
 # FLOPs of one unit of --budget
@@ -52,6 +56,8 @@ ENTRIES: dict[str, dict[str, dict[str, Any]]] = {
         "default": {"--preset": "digits"},
     },
 }  # fmt: skip
+# entries for the scaling rule, and their channels
+FITTED = {"fast-16": 16, "fast": 32, "fast-48": 48}
 COMMON = {"--eval_batch_size": 200, "--num_images": 36, "--ddpm_num_inference_steps": 100, "--logger": "none",
           "--checkpointing_steps": 500, "--checkpoints_total_limit": 1, "--logging_steps": 20}  # fmt: skip
 
@@ -70,6 +76,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "race.json")
     parser.add_argument("--figure", type=Path, help="PNG file of the curves")
     parser.add_argument("--only_plot", action="store_true", help="train nothing, draw the rows of --output")
+    parser.add_argument("--fit", action="store_true", help="train nothing, fit the rule of training/scaling.py")
     return parser.parse_args(arguments)
 
 
@@ -144,8 +151,38 @@ def save(path: Path, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     runs = {key(row)[:4] for row in rows}
     kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     merged = sorted([row for row in kept if key(row)[:4] not in runs] + rows, key=key)
-    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in merged) + "\n]\n", encoding="utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "[\n" + ",\n".join(json.dumps(row) for row in merged) + "\n]\n")
     return merged
+
+
+def fit(rows: list[dict[str, Any]]) -> None:
+    """Prints the scaling rule L(N, D) = E + A N^−α + B D^−β with the least squares of the last rows of `FITTED`."""
+    import numpy as np
+    from scipy.optimize import least_squares
+
+    from diffusers_vdm import VDMMultiscale2DModel
+    from diffusers_vdm.training.cost import training_cost
+    from diffusers_vdm.training.scaling import ScalingRule
+
+    points = []
+    for name, width in FITTED.items():
+        channels = (width, 2 * width, 4 * width)
+        cost = training_cost(
+            VDMMultiscale2DModel.from_preset("cifar10-fast", block_out_channels=channels), (3, 32, 32)
+        )
+        runs = [row for row in rows if row["name"] == name and row["is_last"]]
+        points += [(cost.num_parameters, row["flops"] / cost.flops_per_image, row["bpd"]) for row in runs]
+    parameters, images, bpd = np.array(points).T
+
+    def residuals(logarithms: np.ndarray) -> np.ndarray:
+        return ScalingRule(*np.exp(logarithms), 0.0).expected_bpd(parameters, images) - bpd
+
+    found = least_squares(residuals, np.log([2.5, 0.2, 0.5, 0.2, 0.5]))
+    error = math.sqrt(2 * found.cost / max(1, len(points) - 5))
+    print(ScalingRule(*(float(f"{value:.4g}") for value in np.exp(found.x)), round(error, 3)))
+    for (count, seen, measured), residual in zip(points, found.fun, strict=True):
+        print(f"  {count:>9,} parameters, {seen:>9,.0f} images: {measured:.4f}, expected {measured + residual:.4f}")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -162,7 +199,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         error = ""
         if len(bpds) > 1:
             variance = sum((bpd - mean) ** 2 for bpd in bpds) / (len(bpds) - 1)
-            error = f" ± {(variance / len(bpds)) ** 0.5:.4f}"
+            error = f" ± {math.sqrt(variance / len(bpds)):.4f}"
         seconds = sorted(row["process_seconds"] for row in runs)[len(runs) // 2]
         each = ", ".join(f"{bpd:.4f}" for bpd in bpds)
         lines.append(f"| {dataset} | {name} | {runs[0]['flops']:.3g} | {seconds:.0f} | {each} | {mean:.4f}{error} |")
@@ -197,6 +234,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     args = parse_options()
     rows = save(args.output, [])
+    if args.fit:
+        return fit(rows)
     for dataset in [] if args.only_plot else args.datasets:
         for name in args.names or ENTRIES[dataset]:
             for seed in args.seeds:

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from diffusers_vdm import MonotoneGammaNetwork, VariationalBound, VDMUNet2DModel
 from diffusers_vdm.training.averages import WeightAverages
+from diffusers_vdm.training.optimizer import MuonAdamW, parameter_groups
 
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 dist.init_process_group("gloo")
@@ -36,8 +37,9 @@ def build():
     return VariationalBound(unet, MonotoneGammaNetwork(-7.5, 5.0, hidden_dim=16, learn_ends=True), num_levels=17)
 
 
-def step(bound, rows):
-    optimizer = torch.optim.AdamW(bound.parameters(), 1e-3)
+def step(bound, rows, kind):
+    groups = parameter_groups(bound.unet, bound.noise_schedule, 1e-2, 1e-3 if kind == "muon" else None)
+    optimizer = MuonAdamW(groups, 1e-3) if kind == "muon" else torch.optim.AdamW(groups, 1e-3)
     averages = WeightAverages(list(bound.parameters()), [0.5])
     losses = []
     for k in range(3):
@@ -63,19 +65,20 @@ def step(bound, rows):
     return losses, [whole(p.detach()) for p in bound.parameters()], averaged
 
 
-expected = step(build(), slice(0, 8))
-sharded = build()
-for block in [*sharded.unet.down_blocks, sharded.unet.mid_block, *sharded.unet.up_blocks]:
-    fully_shard(block, mesh=mesh)
-fully_shard(sharded, mesh=mesh)
-assert all(isinstance(p, DTensor) for p in sharded.parameters())
-held = sum(p.to_local().numel() for p in sharded.parameters())
-assert held < 0.6 * sum(p.numel() for p in sharded.parameters()), held
-found = step(sharded, slice(4 * rank, 4 * rank + 4))
-torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(expected[0]), rtol=1e-5, atol=1e-6)
-for name, ones, others in zip(("weights", "averages"), expected[1:], found[1:]):
-    for a, b in zip(ones, others, strict=True):
-        torch.testing.assert_close(b, a, rtol=1e-4, atol=2e-5, msg=name)
+for kind in ("adamw", "muon"):
+    expected = step(build(), slice(0, 8), kind)
+    sharded = build()
+    for block in [*sharded.unet.down_blocks, sharded.unet.mid_block, *sharded.unet.up_blocks]:
+        fully_shard(block, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    assert all(isinstance(p, DTensor) for p in sharded.parameters())
+    held = sum(p.to_local().numel() for p in sharded.parameters())
+    assert held < 0.6 * sum(p.numel() for p in sharded.parameters()), held
+    found = step(sharded, slice(4 * rank, 4 * rank + 4), kind)
+    torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(expected[0]), rtol=1e-5, atol=1e-6)
+    for name, ones, others in zip(("weights", "averages"), expected[1:], found[1:]):
+        for a, b in zip(ones, others, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-4, atol=2e-5, msg=f"{kind}: {name}")
 state = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True))
 if rank == 0:  # what is saved is what an unsharded model loads
     build().load_state_dict(state)
