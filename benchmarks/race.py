@@ -72,6 +72,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--num_threads", type=int, default=1)
     parser.add_argument("--num_eval_images", type=int, help="held-out images of the last evaluation; all if not given")
+    parser.add_argument("--eval_samples", type=int, default=2, help="draws for each image of CIFAR-10 in the last one")
     parser.add_argument("--runs", type=Path, default=Path("runs/race"))
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "race.json")
     parser.add_argument("--figure", type=Path, help="PNG file of the curves")
@@ -88,7 +89,7 @@ def train(args: argparse.Namespace, dataset: str, name: str, seed: int) -> list[
         options = with_network(options, args.runs / "networks" / name)
     if dataset == "cifar10":
         options |= {"--dataset_name": args.cifar10, "--eval_split": "test", "--max_eval_images": 1000}
-        options |= {"--eval_samples": 2}
+        options |= {"--eval_samples": args.eval_samples}
         if args.num_eval_images:
             options["--eval_split"] = f"test[:{args.num_eval_images}]"
     options["--max_train_steps"] = steps_for(args.budget * UNIT[dataset], options)
@@ -135,7 +136,8 @@ def rows_of(folder: Path, dataset: str, name: str, seed: int, budget: float) -> 
                     "name": name, "dataset": dataset, "seed": seed, "budget": budget, "is_last": line is lines[-1],
                     "flops": line["train_flops"], "process_seconds": round(seconds, 1), "steps": line["step"],
                     "bpd": line["eval_bpd"], "stderr_bpd": line["eval_bpd_stderr"],
-                    "num_images": line["eval_num_images"], "reconstruction_bpd": line["eval_reconstruction_bpd"],
+                    "num_images": line["eval_num_images"], "num_samples": line["eval_num_samples"],
+                    "reconstruction_bpd": line["eval_reconstruction_bpd"],
                 }
             )  # fmt: skip
     return rows
