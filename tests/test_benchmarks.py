@@ -1,4 +1,4 @@
-"""benchmarks/gpu_report.py and race.py: the commands that others run on their machines, with tiny networks here."""
+"""benchmarks/: the commands that others run on their machines, here with tiny networks."""
 
 import json
 import subprocess
