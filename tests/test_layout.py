@@ -302,6 +302,7 @@ SUBJECTS = {
     "evaluation/test_exact_likelihood.py": "the bounds of data whose probabilities are known",
     "evaluation/test_monte_carlo_statistics.py": "the statistics of monte_carlo.py",
     "sharing/test_loading_table.py": "the table of docs/sharing.md",
+    "test_benchmarks.py": "the scripts in benchmarks/",
     "test_documentation.py": "the pages of the documentation",
     "test_earlier_versions.py": "files that an earlier version saved",
     "test_examples.py": "the self-contained examples",
