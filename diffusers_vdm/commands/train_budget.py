@@ -32,6 +32,9 @@ def resolve_budget(args: argparse.Namespace, data: Any, accelerator: Any) -> str
         measured = _choose(args, data, accelerator)  # on all processes at once, as they will train
         chosen = broadcast_object_list([measured])[0]
     args.width, args.max_train_steps = chosen
+    # the command on a model card repeats the run, wherever it is run
+    chosen_names = {"max_train_steps"} | ({"width"} if args.width else set())
+    args.given = sorted(set(args.given) - {"max_hours", "max_flops"} | chosen_names)
     return _text(args, data, accelerator.num_processes)
 
 

@@ -302,6 +302,9 @@ def _facts(run: CardSource) -> dict[str, object]:
         "scheduler": type(pipe.scheduler).__name__,
         "noise schedule": _noise_schedule(pipe),
         "objective": trained,
+        "optimizer": {"adamw": "AdamW", "muon": "Muon, and AdamW for what is not a matrix between hidden layers"}.get(
+            str(options.get("optimizer"))
+        ),
         "optimizer steps": steps
         and f"{steps}"
         + (f" of {total}: training had not finished" if run.step and total and steps < total else "")
