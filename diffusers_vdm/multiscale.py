@@ -105,9 +105,9 @@ class VDMMultiscale2DModel(WholeModelMixin, ConfigMixin, AttentionMixin):
         if num_class_embeds is not None:
             self.class_embedding = nn.Embedding(num_class_embeds + null_class, embedding)
         if num_difference_filters:
+            self.difference_filters = nn.Parameter(torch.empty(num_difference_filters, in_channels, 3, 3))
             # normalized when used, so this norm only sets how fast they turn: from a larger one, they hardly learn
-            filters = torch.empty(num_difference_filters, in_channels, 3, 3)
-            self.difference_filters = nn.Parameter(nn.init.kaiming_uniform_(filters, a=math.sqrt(5)))
+            nn.init.kaiming_uniform_(self.difference_filters, a=math.sqrt(5))
         self.conv_in = nn.Conv2d(in_channels + num_difference_filters, first, kernel_size=3, padding=1)
 
         def block(channels: int) -> ResnetBlock2D:
