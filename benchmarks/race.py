@@ -72,7 +72,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--num_threads", type=int, default=1)
     parser.add_argument("--num_eval_images", type=int, help="held-out images of the last evaluation; all if not given")
-    parser.add_argument("--eval_samples", type=int, default=2, help="draws for each image of CIFAR-10 in the last one")
+    parser.add_argument("--eval_samples", type=int, help="draws for each image in the last one; 2 for CIFAR-10, 32")
     parser.add_argument("--runs", type=Path, default=Path("runs/race"))
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "race.json")
     parser.add_argument("--figure", type=Path, help="PNG file of the curves")
@@ -89,9 +89,11 @@ def train(args: argparse.Namespace, dataset: str, name: str, seed: int) -> list[
         options = with_network(options, args.runs / "networks" / name)
     if dataset == "cifar10":
         options |= {"--dataset_name": args.cifar10, "--eval_split": "test", "--max_eval_images": 1000}
-        options |= {"--eval_samples": args.eval_samples}
+        options |= {"--eval_samples": 2}
         if args.num_eval_images:
             options["--eval_split"] = f"test[:{args.num_eval_images}]"
+    if args.eval_samples:
+        options["--eval_samples"] = args.eval_samples
     options["--max_train_steps"] = steps_for(args.budget * UNIT[dataset], options)
     options["--eval_steps"] = -(-options["--max_train_steps"] // EVALUATIONS)
     command = [sys.executable, ROOT / "examples" / "train.py", "--output_dir", folder]
