@@ -63,9 +63,10 @@ def parts(args: argparse.Namespace, folder: Path) -> dict[str, tuple[list[str], 
     add("evaluation", "evaluation.py", [*evaluation, *device], output=False)
     if args.race_minutes:
         race = ["--device", args.device, "--seeds", "0", "--runs", str(folder / "runs")]
-        race += ["--datasets", "digits", "--names", "default", "--budget", "1e-4", "--eval_samples", "1"] if args.tiny else [
-            "--datasets", "cifar10", "--cifar10", args.cifar10, "--names", "fast", "default"
-        ]  # fmt: skip
+        if args.tiny:
+            race += "--datasets digits --names default --budget 1e-4 --eval_samples 1".split()
+        else:
+            race += ["--datasets", "cifar10", "--cifar10", args.cifar10, "--names", "fast", "default"]
         add("race", "race.py", race, limit=60 * args.race_minutes)
     return found
 

@@ -72,7 +72,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--num_threads", type=int, default=1)
     parser.add_argument("--num_eval_images", type=int, help="held-out images of the last evaluation; all if not given")
-    parser.add_argument("--eval_samples", type=int, help="draws for each image in the last one; 2 for CIFAR-10, 32")
+    parser.add_argument("--eval_samples", type=int, help="draws for each image in the last one")
     parser.add_argument("--runs", type=Path, default=Path("runs/race"))
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "race.json")
     parser.add_argument("--figure", type=Path, help="PNG file of the curves")
