@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
+from diffusers_vdm import VDMMultiscale2DModel
 from diffusers_vdm.training.checkpoints import list_checkpoints
 from diffusers_vdm.training.metrics import read_metrics
 from tests.models import tiny_preset
@@ -83,11 +84,21 @@ def test_a_run_that_is_killed_many_times_ends_like_one_that_was_never_killed(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM)])
-def test_a_run_that_is_stopped_by_a_signal_saves_and_is_resumed(tmp_path, training_options, processes, number):
+@pytest.mark.parametrize(
+    ("processes", "number", "is_fast"),
+    [(1, signal.SIGTERM, True), (1, signal.SIGINT, False), (2, signal.SIGTERM, True)],
+)
+def test_a_run_that_is_stopped_by_a_signal_saves_and_is_resumed(
+    tmp_path, training_options, processes, number, is_fast
+):
+    """With `VDMMultiscale2DModel` and Muon, or with the network and the optimizer of the papers."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     batch_size = 4 // processes
     rare = [*training_options, "--checkpointing_steps", "1000"]
+    if is_fast:
+        channels = {"block_out_channels": (8, 16), "norm_num_groups": 2, "attention_head_dim": 8}
+        VDMMultiscale2DModel(**channels, layers_per_block=1).save_config(tmp_path / "network")
+        rare += ["--model_config_name_or_path", str(tmp_path / "network"), "--optimizer", "muon"]
     train(whole, rare, processes, batch_size)
     steps = []
     for asked in (1, processes):  # a signal to one process is enough: the processes agree between two steps
