@@ -204,30 +204,40 @@ def table(rows: list[dict[str, Any]]) -> str:
         if len(bpds) > 1:
             variance = sum((bpd - mean) ** 2 for bpd in bpds) / (len(bpds) - 1)
             error = f" ± {math.sqrt(variance / len(bpds)):.4f}"
-        seconds = sorted(row["process_seconds"] for row in runs)[len(runs) // 2]
+        known = sorted(row["process_seconds"] for row in runs if row["process_seconds"] is not None)
+        seconds = f"{known[len(known) // 2]:.0f}" if known else "not recorded"
         each = ", ".join(f"{bpd:.4f}" for bpd in bpds)
-        lines.append(f"| {dataset} | {name} | {runs[0]['flops']:.3g} | {seconds:.0f} | {each} | {mean:.4f}{error} |")
+        lines.append(f"| {dataset} | {name} | {runs[0]['flops']:.3g} | {seconds} | {each} | {mean:.4f}{error} |")
     return "\n".join(lines)
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Curves of every run, a color for each entry: against FLOPs on the left, processor seconds on the right."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     datasets = list(dict.fromkeys(row["dataset"] for row in rows))
     figure, axes = plt.subplots(len(datasets), 2, figsize=(10, 4 * len(datasets)), squeeze=False)
     for line, dataset in zip(axes, datasets, strict=True):
         names = list(dict.fromkeys(row["name"] for row in rows if row["dataset"] == dataset))
+        lowest = min(row["bpd"] for row in rows if row["dataset"] == dataset)
         for axis, quantity, unit in zip(
             line, ("flops", "process_seconds"), ("FLOPs", "processor seconds"), strict=True
         ):
             for color, name in enumerate(names):
                 runs = dict.fromkeys(key(row)[:4] for row in rows if key(row)[:2] == (dataset, name))
                 for i, run in enumerate(runs):
-                    points = [(row[quantity], row["bpd"]) for row in rows if key(row)[:4] == run]
+                    own = [row for row in rows if key(row)[:4] == run and row[quantity] is not None]
+                    points = [(row[quantity], row["bpd"]) for row in own]
+                    if not points:
+                        continue
                     label = name if i == 0 else None
                     axis.plot(*zip(*points, strict=True), marker=".", color=f"C{color}", label=label, linewidth=1)
+            axis.set_ylim(lowest - 0.1, lowest + 1.6)
             axis.set(xscale="log", xlabel=f"{unit} of training", ylabel="held-out bits/dim", title=dataset)
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}".replace("e+", "e")))
+            axis.xaxis.set_minor_formatter(NullFormatter())
             axis.grid(alpha=0.3)
         line[0].legend()
     figure.tight_layout()

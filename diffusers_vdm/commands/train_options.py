@@ -21,7 +21,7 @@ _LONG = {"train_batch_size": 128, "lr_scheduler": "constant_with_warmup", "check
 _FAST = {"optimizer": "muon", "muon_learning_rate": 0.03, "learning_rate": 4e-3, "gamma_learning_rate": 2e-2,
          "ema_max_decay": 0.999}  # fmt: skip
 PRESETS: dict[str, dict] = {
-    "cifar10-fast": _FAST | {"max_train_steps": 14_000, "train_batch_size": 16},
+    "cifar10-fast": _FAST | {"max_train_steps": 14_117, "train_batch_size": 16},
     "cifar10": _LONG | {"max_train_steps": 10_000_000},
     "cifar10-aug": _LONG | {"max_train_steps": 10_000_000, "random_flip": True, "random_rotation": True},
     "imagenet32": _LONG | {"max_train_steps": 2_000_000},
