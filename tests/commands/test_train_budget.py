@@ -45,6 +45,7 @@ def test_steps_are_those_that_the_flops_pay(data, config):
     assert "1e+10 FLOPs" in text and f"{args.max_train_steps} steps, 12 channels" in text
 
 
+@pytest.mark.slow
 def test_more_computation_buys_a_wider_network_and_more_steps(data):
     found = []
     for flops in ("1e12", "1e15"):
