@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from diffusers_vdm.files import write_atomically
 
 BENCHMARKS = Path(__file__).parent
 # characters of the output of a part that are kept
@@ -76,13 +80,13 @@ def run(command: list[str], file: Path | None, limit: float) -> dict[str, Any]:
     start, error = time.perf_counter(), None
     done = subprocess.Popen(
         [sys.executable, str(BENCHMARKS / command[0]), *command[1:]],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     try:
         output = done.communicate(timeout=limit)[0]
         error = f"exit code {done.returncode}" if done.returncode else None
     except subprocess.TimeoutExpired:
-        done.terminate()
+        os.killpg(done.pid, signal.SIGTERM)  # also train.py, which the race started and which saves and exits
         output, error = done.communicate()[0], f"stopped after {limit:.0f} s"
     result = {"command": " ".join(["python", f"benchmarks/{command[0]}", *command[1:]]), "error": error}
     result |= {"seconds": round(time.perf_counter() - start, 1), "output": output[-KEPT:]}
@@ -108,7 +112,7 @@ def main() -> None:
             print(f"{name} …", flush=True)
             report["parts"][name] = result = run(*part)
             print(f"  {result['seconds']} s" + (f", {result['error']}" if result["error"] else ""), flush=True)
-            args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            write_atomically(args.output, json.dumps(report, indent=1) + "\n")
     print(f"written to {args.output}")
 
 

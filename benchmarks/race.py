@@ -1,7 +1,7 @@
 """Bits/dim on held-out images against the computation that training took, for several ways to train.
 
     python benchmarks/race.py --cifar10 PATH                    # all entries of both data sets, seeds 0 to 2
-    python benchmarks/race.py --datasets digits --names default fast --seeds 0
+    python benchmarks/race.py --datasets digits --names default --seeds 0
     python benchmarks/race.py --cifar10 PATH --names fast --budget 4    # four times the FLOPs
     python benchmarks/race.py --fit                                     # the scaling rule of the rows of --output
 
@@ -66,7 +66,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--datasets", nargs="+", choices=sorted(ENTRIES), default=["digits", "cifar10"])
     parser.add_argument("--cifar10", default="uoft-cs/cifar10", help="data set on the Hub, or a local copy of it")
-    parser.add_argument("--names", nargs="+", help="entries to run; all of each data set if not given")
+    parser.add_argument("--names", nargs="+", help="entries to run, in the data sets that have them; all if not given")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--budget", type=float, default=1.0, help="FLOPs, in units of the reference run")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -78,7 +78,23 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--figure", type=Path, help="PNG file of the curves")
     parser.add_argument("--only_plot", action="store_true", help="train nothing, draw the rows of --output")
     parser.add_argument("--fit", action="store_true", help="train nothing, fit the rule of training/scaling.py")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    known = {name for dataset in args.datasets for name in ENTRIES[dataset]}
+    unknown = sorted(set(args.names or ()) - known)
+    if unknown:
+        parser.error(f"--names must be among {sorted(known)} for --datasets {args.datasets}, got {unknown}")
+    return args
+
+
+def runs_of(args: argparse.Namespace) -> list[tuple[str, str, int]]:
+    """The data set, the entry and the seed of each run."""
+    return [
+        (dataset, name, seed)
+        for dataset in args.datasets
+        for name in ENTRIES[dataset]
+        if args.names is None or name in args.names
+        for seed in args.seeds
+    ]
 
 
 def train(args: argparse.Namespace, dataset: str, name: str, seed: int) -> list[dict[str, Any]]:
@@ -250,10 +266,8 @@ def main() -> None:
     rows = save(args.output, [])
     if args.fit:
         return fit(rows)
-    for dataset in [] if args.only_plot else args.datasets:
-        for name in args.names or ENTRIES[dataset]:
-            for seed in args.seeds:
-                rows = save(args.output, train(args, dataset, name, seed))
+    for run in [] if args.only_plot else runs_of(args):
+        rows = save(args.output, train(args, *run))
     print(table(rows))
     if args.figure:
         draw(rows, args.figure)

@@ -1,14 +1,46 @@
 """benchmarks/: the commands that others run on their machines, here with tiny networks."""
 
+import importlib.util
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 
 from tests.paths import ROOT
 
 SCRIPT = ROOT / "benchmarks" / "gpu_report.py"
+
+
+def script(name):
+    """A script of the folder, imported."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_name_of_the_race_runs_where_it_is_an_entry_and_unknown_ones_are_refused(capsys):
+    race = script("race")
+    found = race.runs_of(race.parse_options(["--names", "fast", "--seeds", "0", "1"]))
+    assert found == [("cifar10", "fast", 0), ("cifar10", "fast", 1)]
+    assert {d for d, name, _ in race.runs_of(race.parse_options(["--names", "default"]))} == {"cifar10", "digits"}
+    with pytest.raises(SystemExit):
+        race.parse_options(["--datasets", "digits", "--names", "fast"])
+    assert "--names must be among ['default']" in capsys.readouterr().err
+
+
+def test_a_part_of_the_report_that_is_cut_off_leaves_no_process(tmp_path, monkeypatch):
+    """As the race, which starts train.py: a child that goes on keeps the output open, and the report waits for it."""
+    report = script("gpu_report")
+    monkeypatch.setattr(report, "BENCHMARKS", tmp_path)
+    (tmp_path / "parent.py").write_text(
+        "import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+    )
+    start = time.monotonic()
+    result = report.run(["parent.py"], None, limit=3.0)
+    assert result["error"] == "stopped after 3 s" and time.monotonic() - start < 30
 
 
 @pytest.mark.slow
