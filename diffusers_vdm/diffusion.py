@@ -87,6 +87,14 @@ def gammas_from_betas(betas: torch.Tensor) -> torch.Tensor:
     return gamma_from_log_alpha_squared(torch.log1p(-betas.double()).cumsum(0))
 
 
+def gamma_of_timestep(
+    timesteps: torch.Tensor, gamma_min: float, gamma_max: float, num_train_timesteps: int
+) -> torch.Tensor:
+    """γ of timesteps that are normalized γ: 0 is γ_min, `num_train_timesteps` is γ_max. Float64, same shape."""
+    position = to_high_precision(timesteps) / num_train_timesteps
+    return gamma_min * (1 - position) + gamma_max * position
+
+
 def expand_like(coefficient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """A coefficient of shape `()` or `(B,)` in float32 or better, with the device and number of axes of `x`."""
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -496,6 +504,12 @@ def check_levels(images: torch.Tensor, num_levels: int) -> None:
             raise ValueError(
                 f"images must be within [0, {num_levels}), got values from {low} to {high}; set num_levels."
             )
+
+
+def check_num_levels(num_levels: int) -> None:
+    """Raises `ValueError` unless `num_levels` is an integer within [2, 65536]."""
+    if not isinstance(num_levels, int) or not 2 <= num_levels <= 65536:
+        raise ValueError(f"num_levels must be an integer within [2, 65536], got {num_levels}.")
 
 
 def check_prediction_type(prediction_type: str) -> None:

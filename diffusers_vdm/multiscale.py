@@ -31,7 +31,7 @@ from torch import nn
 
 from . import diffusion
 from .noise_schedules import check_ends, check_num_train_timesteps
-from .unet import ImageAttnProcessor, check_groups, check_inputs, check_preset, check_size, embed
+from .unet import ImageAttnProcessor, check_groups, check_inputs, check_preset, check_size, embed, one_for_each
 from .whole_models import WholeModelMixin
 
 
@@ -172,9 +172,7 @@ class VDMMultiscale2DModel(WholeModelMixin, ConfigMixin, AttentionMixin):
         Raises: `ValueError` for sizes that cannot be halved at each level, and for unsupported labels or flags.
         """
         check_inputs(self, sample, class_labels, augmentation_flags)
-        if not torch.is_tensor(timestep):
-            timestep = torch.tensor(timestep, dtype=torch.float64)
-        timesteps = timestep.to(sample.device).reshape(-1).expand(sample.shape[0])
+        timesteps = one_for_each(timestep, sample)
         z_t = sample.to(torch.promote_types(sample.dtype, torch.float32))
         gamma_t = self.gamma_of_timestep(timesteps)
         emb = embed(self, timesteps, class_labels, augmentation_flags)
@@ -207,8 +205,8 @@ class VDMMultiscale2DModel(WholeModelMixin, ConfigMixin, AttentionMixin):
 
     def gamma_of_timestep(self, timesteps: torch.Tensor) -> torch.Tensor:
         """γ of the schedule's timesteps, the inverse of [`NoiseSchedule.timestep`]; float64, shape of `timesteps`."""
-        position = diffusion.to_high_precision(timesteps) / self.config.num_train_timesteps
-        return self.config.gamma_min * (1 - position) + self.config.gamma_max * position
+        ends = (self.config.gamma_min, self.config.gamma_max)
+        return diffusion.gamma_of_timestep(timesteps, *ends, self.config.num_train_timesteps)
 
     def _differences(self, z_t: torch.Tensor, gamma_t: torch.Tensor) -> torch.Tensor:
         """asinh of the filtered z_t in units of the noise: `(B, num_difference_filters, H, W)`.
@@ -267,8 +265,7 @@ def _check_multiscale_arguments(
             f"attention_head_dim must divide the channels of the lowest level, got {attention_head_dim} and "
             f"{block_out_channels[-1]}."
         )
-    if not isinstance(num_levels, int) or not 2 <= num_levels <= 65536:
-        raise ValueError(f"num_levels must be an integer within [2, 65536], got {num_levels}.")
+    diffusion.check_num_levels(num_levels)
     if not isinstance(num_difference_filters, int) or num_difference_filters < 0:
         raise ValueError(f"num_difference_filters must be an integer of at least 0, got {num_difference_filters}.")
     if not 0 < data_variance <= 1:

@@ -21,7 +21,7 @@ from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  diffusers 
 from diffusers.utils import is_accelerate_available
 from torch import nn
 
-from .diffusion import gammas_from_betas, linear_betas, prior_kl_nats, to_high_precision
+from .diffusion import gamma_of_timestep, gammas_from_betas, linear_betas, prior_kl_nats, to_high_precision
 from .pchip import pchip, pchip_slopes
 from .whole_models import WholeModelMixin
 
@@ -147,8 +147,8 @@ class NoiseSchedule(WholeModelMixin, ConfigMixin):
 
         The result may lie outside [γ(0), γ(1)] if the configured ends are further apart.
         """
-        position = _in_float64(timesteps) / self.config.num_train_timesteps
-        return self.config.gamma_min * (1 - position) + self.config.gamma_max * position
+        ends = (self.config.gamma_min, self.config.gamma_max)
+        return gamma_of_timestep(_in_float64(timesteps), *ends, self.config.num_train_timesteps)
 
     @torch.no_grad()
     def table(self, num_knots: int = 1025) -> torch.Tensor:

@@ -61,8 +61,7 @@ class Objective(nn.Module):
                 f"noise_schedule must be a NoiseSchedule, got {type(noise_schedule).__name__}; for a scheduler use "
                 "scheduler.noise_schedule()."
             )
-        if not isinstance(num_levels, int) or not 2 <= num_levels <= 65536:
-            raise ValueError(f"num_levels must be an integer within [2, 65536], got {num_levels}.")
+        diffusion.check_num_levels(num_levels)
         denoiser.check_network(unet, noise_schedule, prediction_type, num_levels)
         self.unet = unet
         self.noise_schedule = noise_schedule

@@ -161,9 +161,7 @@ class VDMUNet2DModel(WholeModelMixin, UNet2DModel, AttentionMixin):  # pyright: 
         Raises: `ValueError` for sizes that cannot be halved at each level, and for unsupported labels or flags.
         """
         check_inputs(self, sample, class_labels, augmentation_flags)
-        if not torch.is_tensor(timestep):
-            timestep = torch.tensor(timestep, dtype=torch.float32)
-        timesteps = timestep.to(sample.device).reshape(-1).expand(sample.shape[0])
+        timesteps = one_for_each(timestep, sample)
         emb = embed(self, timesteps, class_labels, augmentation_flags)
 
         hidden = 2 * sample - 1.0 if self.config.center_input_sample else sample
@@ -264,6 +262,13 @@ class ImageAttnProcessor:
             # pass of the next GroupNorm much slower on a CPU. Formats round differently, so only training swaps them.
             out = residual + out if attn.training else out + residual
         return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
+
+
+def one_for_each(timestep: torch.Tensor | float | int, sample: torch.Tensor) -> torch.Tensor:
+    """The timestep of each row of `sample`, shape `(B,)`; a number is taken in float32."""
+    if not torch.is_tensor(timestep):
+        timestep = torch.tensor(timestep, dtype=torch.float32)
+    return timestep.to(sample.device).reshape(-1).expand(sample.shape[0])
 
 
 def embed(

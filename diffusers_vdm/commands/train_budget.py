@@ -6,6 +6,7 @@ import argparse
 import copy
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,20 @@ from .train_options import build, is_multiscale
 MEASURED_SECONDS = 2.0
 
 
-def resolve_budget(args: argparse.Namespace, data: Any, accelerator: Any) -> str | None:
-    """Sets `max_train_steps` and `width` for the budget in `args`, equal on all processes; returns what to print.
+def has_budget(args: argparse.Namespace) -> bool:
+    """Whether hours or FLOPs were given instead of a number of steps."""
+    return args.max_hours is not None or args.max_flops is not None
+
+
+def resolve_budget(args: argparse.Namespace, data: Any, accelerator: Any) -> None:
+    """Sets `max_train_steps` and `width` for the budget in `args`, if there is one, equal on all processes.
 
     A run that is resumed gets the values of its options.json, because another measurement would give other ones.
     """
     from accelerate.utils import broadcast_object_list
 
-    if args.max_hours is None and args.max_flops is None:
-        return None
+    if not has_budget(args):
+        return
     chosen = _recorded(args)
     if chosen is None:
         measured = _choose(args, data, accelerator)  # on all processes at once, as they will train
@@ -35,7 +41,6 @@ def resolve_budget(args: argparse.Namespace, data: Any, accelerator: Any) -> str
     # the command on a model card repeats the run, wherever it is run
     chosen_names = {"max_train_steps"} | ({"width"} if args.width else set())
     args.given = sorted(set(args.given) - {"max_hours", "max_flops"} | chosen_names)
-    return _text(args, data, accelerator.num_processes)
 
 
 def _recorded(args: argparse.Namespace) -> tuple[int | None, int] | None:
@@ -57,7 +62,7 @@ def _choose(args: argparse.Namespace, data: Any, accelerator: Any) -> tuple[int 
     from ..training.cost import training_cost
     from ..training.scaling import best_width
 
-    pixels = math.prod(data.shape[1:]) / 1024
+    size = _size(data.shape)
     rows = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
 
     def cost(width: int | None) -> tuple[int, float]:
@@ -66,21 +71,22 @@ def _choose(args: argparse.Namespace, data: Any, accelerator: Any) -> tuple[int 
         unet, noise_schedule = build(own, data)
         count = sum(parameter.numel() for parameter in unet.parameters())
         if args.max_flops is not None:
-            return count, training_cost(unet, data.shape).flops_per_image / pixels
+            return count, training_cost(unet, data.shape).flops_per_image / size
         seconds = _seconds_per_image(own, data, unet, noise_schedule, accelerator)
-        return count, seconds / pixels / accelerator.num_processes
+        return count, seconds / size / accelerator.num_processes
 
     budget = args.max_flops if args.max_flops is not None else 3600 * args.max_hours
     if args.width is None and is_multiscale(args):
         width, images = best_width(budget, cost)
     else:
         width, images = args.width, budget / cost(args.width)[1]
-    return width, max(1, int(images / pixels / rows))
+    return width, max(1, int(images / size / rows))
 
 
 def _seconds_per_image(args: argparse.Namespace, data: Any, unet: Any, noise_schedule: Any, accelerator: Any) -> float:
     """Measured time of training on an image: forward, backward and the optimizer, for random images."""
     from ..objectives import SimpleObjective, VariationalBound
+    from ..training.cost import synchronize
     from ..training.optimizer import make_optimizer
 
     device = accelerator.device
@@ -102,29 +108,29 @@ def _seconds_per_image(args: argparse.Namespace, data: Any, unet: Any, noise_sch
 
     for _ in range(2):
         step()
-    _wait(device)
+    synchronize(device)
     start, steps = time.perf_counter(), 0
     while steps < 3 or time.perf_counter() - start < MEASURED_SECONDS:
         step()
         steps += 1
-        _wait(device)
+        synchronize(device)
     return (time.perf_counter() - start) / (steps * len(images))
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _text(args: argparse.Namespace, data: Any, world: int) -> str:
-    """The budget, and what the scaling rule expects."""
+def budget_text(args: argparse.Namespace, unet: Any, num_images: int, shape: Sequence[int]) -> str:
+    """The budget, and what the scaling rule expects of the network after `num_images` images of `shape`."""
+    from ..multiscale import VDMMultiscale2DModel
     from ..training.scaling import RULE
 
     budget = f"{args.max_hours:g} h" if args.max_hours is not None else f"{args.max_flops:.3g} FLOPs"
-    images = args.max_train_steps * args.train_batch_size * args.gradient_accumulation_steps * world
     text = f"{budget}: {args.max_train_steps} steps" + (f", {args.width} channels" if args.width else "")
-    if not is_multiscale(args):
+    if not isinstance(unet, VDMMultiscale2DModel):
         return text
-    count = sum(parameter.numel() for parameter in build(args, data)[0].parameters())
-    expected = RULE.expected_bpd(count, images * math.prod(data.shape[1:]) / 1024)
+    count = sum(parameter.numel() for parameter in unet.parameters())
+    expected = RULE.expected_bpd(count, num_images * _size(shape))
     return f"{text}; on CIFAR-10, {expected:.2f} ± {RULE.error_bpd:.2f} bits/dim are expected"
+
+
+def _size(shape: Sequence[int]) -> float:
+    """The size of an image in images of 32×32 pixels, the unit of the scaling rule."""
+    return math.prod(shape[1:]) / 1024

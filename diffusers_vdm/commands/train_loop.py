@@ -63,12 +63,12 @@ def run_training(args: argparse.Namespace, accelerator) -> None:
 
     out, is_main = Path(args.output_dir), accelerator.is_main_process
     train, test = load_data(args, progress_bar=is_main)
-    budget = resolve_budget(args, train, accelerator)
+    resolve_budget(args, train, accelerator)
     torch.manual_seed(key_to_seed(args.seed, "weights"))
     unet, noise_schedule = build(args, train)
     run = Run(args, accelerator, train, unet, noise_schedule)
     if is_main:
-        run.plan = plan(run, test, budget)
+        run.plan = plan(run, test)
         print(run.plan.text, flush=True)
     if args.dry_run:
         return

@@ -53,7 +53,7 @@ def parse_options(description: str, arguments: list[str] | None = None) -> argpa
     options.given = sorted(k for k, v in vars(options).items() if v != parser.get_default(k))
     try:
         check_options(options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     return options
 
@@ -93,7 +93,6 @@ def check_options(args: argparse.Namespace) -> None:
         (args.dataset_name and args.train_data_dir, "give --dataset_name or --train_data_dir, not both"),
         (args.preset and args.model_config_name_or_path, "give --preset or --model_config_name_or_path, not both"),
         (len(ends) > 1, f"give --{' or --'.join(ends)}, not both"),
-        (args.width and not is_multiscale(args), "--width needs a multiscale network; use --preset cifar10-fast"),
         (args.objective == "ddpm" and args.schedule.startswith("learned"), "--objective ddpm cannot train γ: its "
          "minimizer is one γ for all t; use --schedule linear_beta or fixed_linear"),
         (args.objective == "ddpm" and args.importance_sampling, "--importance_sampling needs --objective vdm"),
@@ -111,6 +110,8 @@ def check_options(args: argparse.Namespace) -> None:
 
         check_license(args.hub_license)
     check_choice("preset", args.preset, [*UNET_PRESETS, *MULTISCALE_PRESETS])
+    if args.width and not is_multiscale(args):
+        raise ValueError("--width needs a multiscale network; use --preset cifar10-fast")
     check_choice("lr_scheduler", args.lr_scheduler, [member.value for member in SchedulerType])
     check_ranges(args, TRAIN_OPTIONS)
     if len(set(args.ema_decays)) < len(args.ema_decays) or not all(0 <= decay <= 1 for decay in args.ema_decays):
@@ -138,30 +139,34 @@ def check_output_dir(args: argparse.Namespace) -> None:
         )
 
 
+def network_of(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """The class of the network and its arguments, before they are fitted to the data."""
+    from ..multiscale import MULTISCALE_PRESETS, VDMMultiscale2DModel
+    from ..unet import VDMUNet2DModel, unet_preset
+
+    if args.preset in MULTISCALE_PRESETS:
+        return VDMMultiscale2DModel, dict(MULTISCALE_PRESETS[args.preset])
+    if args.preset:
+        return VDMUNet2DModel, unet_preset(args.preset)
+    loaded: Any = VDMUNet2DModel.load_config(args.model_config_name_or_path)
+    is_multiscale = loaded.get("_class_name") == VDMMultiscale2DModel.__name__
+    return VDMMultiscale2DModel if is_multiscale else VDMUNet2DModel, dict(loaded)
+
+
 def is_multiscale(args: argparse.Namespace) -> bool:
     """Whether the options are of a [`VDMMultiscale2DModel`]."""
-    from ..multiscale import MULTISCALE_PRESETS
-    from ..unet import VDMUNet2DModel
-
-    if args.preset is not None:
-        return args.preset in MULTISCALE_PRESETS
-    loaded: Any = VDMUNet2DModel.load_config(args.model_config_name_or_path)
-    return loaded.get("_class_name") == "VDMMultiscale2DModel"
+    return network_of(args)[0].__name__ == "VDMMultiscale2DModel"
 
 
 def build(args: argparse.Namespace, data):
     """Builds the network and γ(t)."""
     from .. import noise_schedules as S
-    from ..multiscale import MULTISCALE_PRESETS, VDMMultiscale2DModel
-    from ..unet import VDMUNet2DModel, unet_preset
+    from ..multiscale import VDMMultiscale2DModel
 
     size, channels = tuple(data.shape[1:]), data.shape[0]
-    loaded: Any = None if args.preset else VDMUNet2DModel.load_config(args.model_config_name_or_path)
-    multiscale = is_multiscale(args)
-    cls: Any = VDMMultiscale2DModel if multiscale else VDMUNet2DModel
-    config: dict[str, Any] = dict(loaded or MULTISCALE_PRESETS.get(args.preset) or unet_preset(args.preset))
+    cls, config = network_of(args)
     config |= {"in_channels": channels, "sample_size": size[0] if size[0] == size[1] else size}
-    if multiscale:
+    if cls is VDMMultiscale2DModel:
         config |= {"num_levels": data.num_levels, "gamma_min": args.gamma_min, "gamma_max": args.gamma_max}
         if args.width:
             levels = len(config.get("block_out_channels", (1, 2, 4)))

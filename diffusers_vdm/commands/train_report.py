@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from ..training.run import Plan
+from .train_budget import budget_text, has_budget
 
 
-def plan(run, test, budget: str | None = None) -> Plan:
-    """Describes what will be trained, on which data, at what cost, and for which budget."""
+def plan(run, test) -> Plan:
+    """Describes what will be trained, on which data, and at what cost."""
     from ..data.images import ImageSet, count_shared, histogram_bpd
     from ..training.cost import matmul_flops_per_second, training_cost
     from ..training.description import HeldOutDescription
@@ -56,8 +57,8 @@ def plan(run, test, budget: str | None = None) -> Plan:
         "memory": f"about {cost.memory_bytes(args.train_batch_size) / 2**30:.2f} GiB per process, "
         f"{cost.fixed_bytes / 2**30:.2f} of it for weights, gradients, moments and averages",
     }
-    if budget is not None:
-        lines["budget"] = budget
+    if has_budget(args):
+        lines["budget"] = budget_text(args, run.unet, run.total * run.global_rows, data.shape)
     if untrained:
         lines["classes"] = f"held-out images have the classes {untrained}, WHICH HAVE NO TRAINING IMAGES"
     if histogram is not None:

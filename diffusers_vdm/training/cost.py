@@ -89,14 +89,15 @@ def matmul_flops_per_second(device: torch.device | str, dtype: torch.dtype = tor
     a = torch.full((size, size), 0.5, device=device, dtype=dtype)
     best = 0.0
     for _ in range(4):  # the first iteration warms up
-        _wait(device)
+        synchronize(device)
         clock = time.perf_counter()
         torch.matmul(a, a)
-        _wait(device)
+        synchronize(device)
         best = max(best, 2 * size**3 / (time.perf_counter() - clock))
     return best
 
 
-def _wait(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Waits until `device` has done all work that was given to it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

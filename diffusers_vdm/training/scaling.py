@@ -9,7 +9,7 @@ network against the steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 # numbers of channels at the first level, in the order in which they are tried; the rule was fitted to 16, 32 and 48
@@ -24,7 +24,7 @@ class ScalingRule:
         limit_bpd (`float`): E, reached by an endless network and endless data.
         of_parameters_bpd, parameter_exponent (`float`): A and α.
         of_images_bpd, image_exponent (`float`): B and β.
-        error_bpd (`float`): root mean square of the residuals of the fit, including the spread of seeds.
+        error_bpd (`float`): root of the sum of the squared residuals of the fit over its degrees of freedom.
     """
 
     limit_bpd: float
@@ -43,20 +43,18 @@ class ScalingRule:
 RULE = ScalingRule(0.05068, 3.28, 0.03116, 0.02793, 0.5487, 0.012)
 
 
-def best_width(
-    budget: float, cost: Callable[[int], tuple[int, float]], widths: Sequence[int] = WIDTHS, rule: ScalingRule = RULE
-) -> tuple[int, float]:
-    """The width with the smallest expected bits/dim, and the number of images to train it on.
+def best_width(budget: float, cost: Callable[[int], tuple[int, float]]) -> tuple[int, float]:
+    """The width of [`WIDTHS`] with the smallest expected bits/dim, and the number of images to train it on.
 
     Args:
         budget (`float`): what training may cost, such as FLOPs or seconds.
         cost (`Callable`): width → (number of parameters, cost of an image of 32×32). It is called for increasing
             widths, until the expected bits/dim increase.
     """
-    best, found = math.inf, (widths[0], 0.0)
-    for width in widths:
+    best, found = math.inf, (WIDTHS[0], 0.0)
+    for width in WIDTHS:
         num_parameters, each = cost(width)
-        expected = rule.expected_bpd(num_parameters, budget / each)
+        expected = RULE.expected_bpd(num_parameters, budget / each)
         if expected >= best:
             break
         best, found = expected, (width, budget / each)

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from diffusers_vdm import VDMMultiscale2DModel
 from diffusers_vdm.commands import train_budget
-from diffusers_vdm.commands.train_budget import resolve_budget
+from diffusers_vdm.commands.train_budget import budget_text, resolve_budget
 from diffusers_vdm.commands.train_options import build, parse_options
 from diffusers_vdm.data.images import load_digits_split
 from diffusers_vdm.training.cost import training_cost
@@ -36,8 +36,9 @@ def config(tmp_path):
 
 def test_steps_are_those_that_the_flops_pay(data, config):
     args = parse_options("", [*config, "--max_flops", "1e10", "--width", "12"])
-    text = resolve_budget(args, data, Accelerator(cpu=True))
+    resolve_budget(args, data, Accelerator(cpu=True))
     unet = build(args, data)[0]
+    text = budget_text(args, unet, 100, data.shape)
     assert unet.config.block_out_channels == [12, 24] and args.width == 12
     each = training_cost(unet, data.shape).flops_per_image * args.train_batch_size
     assert {"max_train_steps", "width"} <= set(args.given) and "max_flops" not in args.given
@@ -57,8 +58,8 @@ def test_more_computation_buys_a_wider_network_and_more_steps(data):
 
 def test_a_network_of_one_size_only_gets_its_steps(data):
     args = parse_options("", ["--max_flops", "1e12"])
-    text = resolve_budget(args, data, Accelerator(cpu=True))
-    assert args.width is None and "expected" not in text
+    resolve_budget(args, data, Accelerator(cpu=True))
+    assert args.width is None and "expected" not in budget_text(args, build(args, data)[0], 100, data.shape)
     each = training_cost(build(args, data)[0], data.shape).flops_per_image * args.train_batch_size
     assert args.max_train_steps == int(1e12 / each)
 
@@ -127,6 +128,12 @@ def test_budgets_that_are_refused(arguments, message, capsys):
     with pytest.raises(SystemExit):
         parse_options("", arguments)
     assert message in capsys.readouterr().err
+
+
+def test_a_missing_config_is_an_error_of_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse_options("", ["--model_config_name_or_path", str(tmp_path / "none"), "--width", "16"])
+    assert ": error: " in capsys.readouterr().err
 
 
 def test_width_is_refused_for_the_config_of_another_network(tmp_path, capsys):
