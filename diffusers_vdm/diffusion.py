@@ -411,6 +411,28 @@ def eps_of_levels(
     return torch.where(std < _MAX_STD_OF_LEVELS, eps_hat + change, eps_hat)
 
 
+def eps_of_level_logits(z_t: torch.Tensor, logits: torch.Tensor, gamma_t: torch.Tensor) -> torch.Tensor:
+    """ε̂ = (z_t − α_t x̂)/σ_t with x̂ the mean of the levels under a predicted distribution, for data that are integers.
+
+    x̂ = Σ_k p_k x_k, p_k ∝ exp(logits_k) N(z_t; α_t x_k, σ_t²), x_k = 2(k + ½)/K − 1. The logits describe a
+    value given the others; what its own z_t says about it is exact at every noise level. For independent values whose
+    levels have the probabilities softmax(logits), this is E[ε | z_t].
+
+    Args:
+        z_t (`torch.Tensor` of shape `(B, ...)`): latents.
+        logits (`torch.Tensor` of shape `(B, ..., K)`): of the K levels of each value.
+        gamma_t (`torch.Tensor` of shape `()` or `(B,)`): noise level.
+
+    Returns: `torch.Tensor` of the shape of `z_t`; differentiable.
+    """
+    num_levels = logits.shape[-1]
+    levels = x_from_levels(torch.arange(num_levels, device=z_t.device), num_levels, z_t.dtype)
+    noise = (z_t[..., None] - expand_like(alpha(gamma_t), z_t)[..., None] * levels) / expand_like(sigma(gamma_t), z_t)[
+        ..., None
+    ]  # the ε of each level
+    return (torch.softmax(logits - 0.5 * noise.square(), dim=-1) * noise).sum(-1)
+
+
 def _decoder_radius(gamma_0: torch.Tensor, num_levels: int, max_gamma_0: float | None) -> int:
     """Number of levels on each side of the nearest one that weigh more than e^{−72}, i.e. within 12 σ_0/α_0."""
     gamma = max_gamma_0

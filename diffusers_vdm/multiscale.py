@@ -5,7 +5,8 @@ It differs from [`VDMUNet2DModel`] in four ways, each measured in benchmarks/REA
 * Its input holds differences of neighboring values in units of the noise. At low noise, where most of the bits are,
   these are what tells noise from data, and they look alike at every noise level.
 * Its output passes through the mean of the levels near x̂ [`diffusion.eps_of_levels`], which is exact for integers
-  under low noise, so that the network needs no Fourier features to learn it.
+  under low noise, so that the network needs no Fourier features to learn it. For data of few levels, it can predict
+  the probability of each level instead [`diffusion.eps_of_level_logits`].
 * Most of its work is at low resolution, in a residual stream: each level adds to the one above it, and no block sees a
   concatenation of two.
 * Scale and shift by the time embedding in each block.
@@ -53,6 +54,8 @@ class VDMMultiscale2DModel(WholeModelMixin, ConfigMixin, AttentionMixin):
         num_difference_filters (`int`, defaults to 24): number of 3×3 filters for the differences, or 0 for none.
         num_levels (`int`, defaults to 256): levels of the data.
         predict_levels (`bool`, defaults to `True`): pass the output through the mean of the levels near x̂.
+        level_logits (`bool`, defaults to `False`): predict the probability of each level instead of x̂, for data of few
+            levels [`diffusion.eps_of_level_logits`]; `predict_levels` and `data_variance` have no effect then.
         gamma_min, gamma_max (`float`, default to −13.3 and 5.0): γ at the timesteps 0 and `num_train_timesteps`, as
             configured in the noise schedule.
         num_train_timesteps (`int`, defaults to 1000): scale of the timestep.
@@ -81,6 +84,7 @@ class VDMMultiscale2DModel(WholeModelMixin, ConfigMixin, AttentionMixin):
         num_difference_filters: int = 24,
         num_levels: int = 256,
         predict_levels: bool = True,
+        level_logits: bool = False,
         gamma_min: float = -13.3,
         gamma_max: float = 5.0,
         num_train_timesteps: int = 1000,
@@ -141,7 +145,8 @@ class VDMMultiscale2DModel(WholeModelMixin, ConfigMixin, AttentionMixin):
         self.upsamplers = nn.ModuleList(nn.Conv2d(below, 4 * c, kernel_size=1) for c, below, _ in upper)
         self.up_blocks = nn.ModuleList(nn.ModuleList(block(c) for _ in range(n)) for c, _, n in upper)
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, first, eps=norm_eps)
-        self.conv_out = nn.Conv2d(first, in_channels, kernel_size=3, padding=1)
+        outputs = in_channels * (num_levels if level_logits else 1)
+        self.conv_out = nn.Conv2d(first, outputs, kernel_size=3, padding=1)
         for name, module in self.named_modules():
             if name.endswith((".conv2", ".time_emb_proj", ".to_out.0")) or module is self.conv_out:
                 ends: Any = module
@@ -191,9 +196,13 @@ class VDMMultiscale2DModel(WholeModelMixin, ConfigMixin, AttentionMixin):
             hidden = self._run(self.up_blocks[i], hidden, emb)
         output = self.conv_out(F.silu(self.conv_norm_out(hidden))).to(z_t.dtype)
 
-        eps_hat = output + self._linear_prediction(z_t, gamma_t)
-        if self.config.predict_levels:
-            eps_hat = diffusion.eps_of_levels(z_t, eps_hat, gamma_t, self.config.num_levels)
+        if self.config.level_logits:
+            logits = output.unflatten(1, (z_t.shape[1], -1)).movedim(2, -1)
+            eps_hat = diffusion.eps_of_level_logits(z_t, logits, gamma_t)
+        else:
+            eps_hat = output + self._linear_prediction(z_t, gamma_t)
+            if self.config.predict_levels:
+                eps_hat = diffusion.eps_of_levels(z_t, eps_hat, gamma_t, self.config.num_levels)
         eps_hat = eps_hat.to(sample.dtype)
         return UNet2DOutput(sample=eps_hat) if return_dict else (eps_hat,)
 
@@ -237,8 +246,33 @@ class VDMMultiscale2DModel(WholeModelMixin, ConfigMixin, AttentionMixin):
 
 
 MULTISCALE_PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {},  # train.py adds `fast_arguments` for the data
     "cifar10-fast": {"sample_size": 32},
+    "imagenet32-fast": {"sample_size": 32, "block_out_channels": (48, 96, 192)},
 }
+
+
+def fast_arguments(size: tuple[int, int], num_levels: int, num_images: int | None) -> dict[str, Any]:
+    """Arguments of [`VDMMultiscale2DModel`] for images of this size, of which there are `num_images` for training.
+
+    Each level halves the one above while the shorter side stays at 7 or more; images of 32×32 get the three levels of
+    `cifar10-fast`. Fewer than 10,000 images get dropout, because the network would learn them by heart. The output of
+    values of at most 32 levels is the probability of each level.
+    """
+    levels = 1
+    while all(side % 2**levels == 0 for side in size) and (min(size) >> levels >= 7 or levels == 1):
+        levels += 1
+    return {
+        "block_out_channels": channels_of(32, levels),
+        "layers_per_block": (2,) * (levels - 1) + (1,) if levels > 1 else (3,),
+        "level_logits": num_levels <= 32,
+        "dropout": 0.1 if num_images is not None and num_images < 10_000 else 0.0,
+    }
+
+
+def channels_of(width: int, num_levels: int) -> tuple[int, ...]:
+    """`width` channels at the first level, twice as many at each level below, and at most eight times as many."""
+    return tuple(width * min(2**i, 8) for i in range(num_levels))
 
 
 def _layers(layers_per_block: int | tuple[int, ...], num_resolutions: int) -> tuple[int, ...]:

@@ -84,6 +84,57 @@ def test_mean_of_the_levels_in_float32_and_its_gradient():
     )
 
 
+# ---- the distribution of the levels ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gamma", [-14.0, -7.0, -3.0, 0.0, 6.0])
+def test_level_logits_give_the_posterior_mean_of_independent_levels(gamma):
+    """Against Bayes' rule over the levels, in other terms: E[ε | z] = (z − α E[x | z])/σ."""
+    probabilities = torch.softmax(2 * normal(17), dim=-1)
+    x = diffusion.x_from_levels(torch.multinomial(probabilities, 200, True, generator=seeded(0)), 17, F64)
+    z_t = diffusion.q_sample(x, normal(200), f64(gamma))
+    levels = 2 * (torch.arange(17, dtype=F64) + 0.5) / 17 - 1
+    alpha, sigma = math.sqrt(1 / (1 + math.exp(gamma))), math.sqrt(1 / (1 + math.exp(-gamma)))
+    likelihood = torch.distributions.Normal(alpha * levels, sigma).log_prob(z_t[:, None])
+    posterior = torch.softmax(probabilities.log() + likelihood, dim=-1)
+    expected = (z_t - alpha * (posterior * levels).sum(-1)) / sigma
+    logits = (probabilities.log() + 3.0).expand(200, 17)  # a constant makes no difference
+    found = diffusion.eps_of_level_logits(z_t, logits, f64(gamma))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+    single = diffusion.eps_of_level_logits(z_t.float(), logits.float(), f64(gamma))
+    assert float((single - expected).abs().max()) < 1e-3
+
+
+def test_gradient_of_the_level_logits():
+    assert torch.autograd.gradcheck(
+        lambda z, logits: diffusion.eps_of_level_logits(z, logits, f64([-6.0, 1.0])),
+        (normal(2, 3).requires_grad_(), normal(2, 3, 5, seed=1).requires_grad_()),
+    )
+
+
+@pytest.mark.parametrize("num_levels", [2, 17])
+def test_a_new_network_with_level_logits_codes_uniform_levels_optimally(num_levels):
+    with fixed_weights():
+        net = VDMMultiscale2DModel(**TINY | {"in_channels": 2, "num_levels": num_levels, "level_logits": True})
+    bound = VariationalBound(net, FixedLinearGamma(), num_levels=num_levels)
+    images = random_levels(200, 2, 8, 8, num_levels=num_levels)
+    result = evaluate_mc(bound, images, num_samples=8, progress_bar=False)
+    assert abs(result.bpd - math.log2(num_levels)) < 4 * result.stderr_bpd + 0.003
+
+
+def test_level_logits_of_a_channel_are_next_to_each_other():
+    net = tiny(in_channels=2, num_levels=5, level_logits=True).double()
+    z_t, gamma_t = normal(2, 2, 8, 8), f64(-2.0)
+    timestep = FixedLinearGamma().timestep(None, gamma_t)
+    before = output(net, z_t, timestep)
+    with torch.no_grad():
+        net.conv_out.bias[5 + 4] += 400.0  # the highest level of the second channel
+    after = output(net, z_t, timestep)
+    torch.testing.assert_close(after[:, 0], before[:, 0])
+    x_hat = diffusion.x_from_eps(z_t, after, gamma_t)[:, 1]
+    torch.testing.assert_close(x_hat, torch.full_like(x_hat, 0.8), rtol=0, atol=1e-6)
+
+
 # ---- what the network computes -------------------------------------------------------------------------------------
 
 

@@ -7,13 +7,11 @@ import copy
 import math
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..training.description import read_description
-from .train_options import build, is_multiscale
+from .train_options import build, is_multiscale, resumed_description
 
 # seconds for which the speed of a network is measured
 MEASURED_SECONDS = 2.0
@@ -45,11 +43,7 @@ def resolve_budget(args: argparse.Namespace, data: Any, accelerator: Any) -> Non
 
 def _recorded(args: argparse.Namespace) -> tuple[int | None, int] | None:
     """`(width, max_train_steps)` of the run that is resumed, if it has the same budget."""
-    name = args.resume_from_checkpoint
-    if name is None:
-        return None
-    folder = Path(args.output_dir) if name in ("latest", "last-checkpoint") else Path(name).parent
-    description = read_description(folder)
+    description = resumed_description(args)
     if description is None or any(
         description.options.get(option) != getattr(args, option) for option in ("max_hours", "max_flops")
     ):

@@ -15,6 +15,7 @@ from ..training import checkpoints
 from ..training.metrics import append_metrics, truncate_metrics
 from ..training.run import Clock, Run
 from ..training.stopping import Stopped, StopRequest
+from .precision import resolve_precision
 from .processes import check_processes, check_sharding, hold_process_group, only_run, set_threads
 from .train_budget import resolve_budget
 from .train_data import load_data
@@ -37,6 +38,7 @@ def set_up(args: argparse.Namespace):
     from accelerate import Accelerator
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    resolve_precision(args)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,

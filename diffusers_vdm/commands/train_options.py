@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ..training.description import RunDescription, read_description
 from ..training.options import TRAIN_OPTIONS
 from .options import check_choice, check_ranges, option_parser
 
@@ -19,11 +20,13 @@ _LONG = {"train_batch_size": 128, "lr_scheduler": "constant_with_warmup", "check
 # rate are from google-research/vdm for cifar10, and from the DDPM paper, app. B, for ddpm-cifar10 and ddpm-ffhq128
 # (there: LSUN and CelebA-HQ)
 _FAST = {"optimizer": "muon", "muon_learning_rate": 0.03, "learning_rate": 4e-3, "gamma_learning_rate": 2e-2,
-         "ema_max_decay": 0.999}  # fmt: skip
+         "ema_max_decay": 0.999, "mixed_precision": "auto"}  # fmt: skip
 PRESETS: dict[str, dict] = {
+    "fast": _FAST | {"train_batch_size": 16},
     "cifar10-fast": _FAST | {"max_train_steps": 14_117, "train_batch_size": 16},
     "cifar10": _LONG | {"max_train_steps": 10_000_000},
     "cifar10-aug": _LONG | {"max_train_steps": 10_000_000, "random_flip": True, "random_rotation": True},
+    "imagenet32-fast": _FAST | {"max_train_steps": 24_444, "train_batch_size": 16},
     "imagenet32": _LONG | {"max_train_steps": 2_000_000},
     "imagenet64": _LONG | {"max_train_steps": 2_000_000},
     "ddpm-cifar10": _LONG | _DDPM | {"max_train_steps": 800_000},
@@ -35,7 +38,7 @@ _CIFAR10 = {"dataset_name": "uoft-cs/cifar10", "image_column": "img", "label_col
             "eval_split": "test"}  # fmt: skip
 PRESET_DATA: dict[str, dict[str, str]] = {
     **dict.fromkeys(("cifar10", "cifar10-aug", "ddpm-cifar10", "cifar10-fast"), _CIFAR10),
-    **dict.fromkeys(("imagenet32", "imagenet64", "ddpm-ffhq128"), {}),
+    **dict.fromkeys(("imagenet32", "imagenet64", "ddpm-ffhq128", "imagenet32-fast"), {}),
 }
 
 
@@ -43,19 +46,32 @@ def parse_options(description: str, arguments: list[str] | None = None) -> argpa
     """Parses and checks the command line; exits on invalid arguments before any work starts."""
     parser = option_parser("%(prog)s [options], see --help", description, TRAIN_OPTIONS)
     given = parser.parse_args(arguments)
-    preset, data = PRESETS.get(given.preset, {}), PRESET_DATA.get(given.preset, {})
+    name = given.preset or default_preset(given)
+    preset, data = PRESETS.get(name, {}), PRESET_DATA.get(name, {})
     if given.train_data_dir is None and given.dataset_name in (None, data.get("dataset_name")):
         preset = preset | data
     has_end = given.num_epochs or given.max_hours or given.max_flops
     parser.set_defaults(**{k: v for k, v in preset.items() if not (k == "max_train_steps" and has_end)})
     options = parser.parse_args(arguments)
+    options.preset = name
     # for the model card: options that were set on the command line, in addition to the preset
     options.given = sorted(k for k, v in vars(options).items() if v != parser.get_default(k))
+    if given.preset is None:
+        options.given = [option for option in options.given if option != "preset"]
     try:
         check_options(options)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     return options
+
+
+def default_preset(args: argparse.Namespace) -> str | None:
+    """The preset of options that name none: `fast` for one's own data if its network can be trained, else `digits`."""
+    if args.model_config_name_or_path:
+        return None
+    is_own = args.dataset_name is not None or args.train_data_dir is not None
+    suits = args.objective == "vdm" and args.schedule != "linear_beta" and args.prediction_type == "epsilon"
+    return "fast" if is_own and suits else "digits"
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -87,8 +103,6 @@ def check_options(args: argparse.Namespace) -> None:
     ends = [name for name in ("max_train_steps", "num_epochs", "max_hours", "max_flops") if getattr(args, name)]
     if not ends:
         args.max_train_steps, args.num_epochs = (2500, None) if args.digits else (None, 100)
-    if args.preset is None and args.model_config_name_or_path is None:
-        args.preset = "digits"
     for bad, message in (
         (args.dataset_name and args.train_data_dir, "give --dataset_name or --train_data_dir, not both"),
         (args.preset and args.model_config_name_or_path, "give --preset or --model_config_name_or_path, not both"),
@@ -111,7 +125,7 @@ def check_options(args: argparse.Namespace) -> None:
         check_license(args.hub_license)
     check_choice("preset", args.preset, [*UNET_PRESETS, *MULTISCALE_PRESETS])
     if args.width and not is_multiscale(args):
-        raise ValueError("--width needs a multiscale network; use --preset cifar10-fast")
+        raise ValueError("--width needs a multiscale network; use --preset fast")
     check_choice("lr_scheduler", args.lr_scheduler, [member.value for member in SchedulerType])
     check_ranges(args, TRAIN_OPTIONS)
     if len(set(args.ema_decays)) < len(args.ema_decays) or not all(0 <= decay <= 1 for decay in args.ema_decays):
@@ -122,6 +136,14 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError(f"--train_data_dir {args.train_data_dir} is not a folder")
     if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
         raise ValueError(f"--output_dir {args.output_dir} is a file")
+
+
+def resumed_description(args: argparse.Namespace) -> RunDescription | None:
+    """What the run that `args` resume has recorded, if there is one."""
+    name = args.resume_from_checkpoint
+    if name is None:
+        return None
+    return read_description(Path(args.output_dir) if name in ("latest", "last-checkpoint") else Path(name).parent)
 
 
 def check_output_dir(args: argparse.Namespace) -> None:
@@ -161,18 +183,23 @@ def is_multiscale(args: argparse.Namespace) -> bool:
 def build(args: argparse.Namespace, data):
     """Builds the network and γ(t)."""
     from .. import noise_schedules as S
-    from ..multiscale import VDMMultiscale2DModel
+    from ..multiscale import VDMMultiscale2DModel, channels_of, fast_arguments
 
-    size, channels = tuple(data.shape[1:]), data.shape[0]
+    size = tuple(data.shape[1:])
     cls, config = network_of(args)
-    config |= {"in_channels": channels, "sample_size": size[0] if size[0] == size[1] else size}
+    config |= {"in_channels": data.shape[0], "sample_size": size[0] if size[0] == size[1] else size}
     if cls is VDMMultiscale2DModel:
         config |= {"num_levels": data.num_levels, "gamma_min": args.gamma_min, "gamma_max": args.gamma_max}
+        if args.preset == "fast":
+            augments = args.random_flip or args.random_rotation
+            config |= fast_arguments(size, data.num_levels, data.num_images) | {"augmentation_flag": augments}
         if args.width:
             levels = len(config.get("block_out_channels", (1, 2, 4)))
-            config["block_out_channels"] = [args.width * 2**i for i in range(levels)]
+            channels = channels_of(args.width, levels)
+            head = math.gcd(config.get("attention_head_dim", 32), channels[-1])
+            config |= {"block_out_channels": channels, "attention_head_dim": head}
     else:
-        config["out_channels"] = channels
+        config["out_channels"] = data.shape[0]
     if args.preset and config.get("fourier_exponents"):  # 6 and 7 for 256 levels, as in the paper
         config["fourier_exponents"] = [math.log2(data.num_levels) - 2, math.log2(data.num_levels) - 1]
     args.dropout = config["dropout"] = config.get("dropout", 0.0) if args.dropout is None else args.dropout

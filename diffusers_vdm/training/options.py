@@ -107,13 +107,15 @@ TRAIN_OPTIONS: dict[str, list[Option]] = {
         Option(
             "preset",
             str,
-            "named network, options and, if public, data set, see docs/training.md; defaults to digits",
+            "named network, options and, if public, data set, see docs/training.md; defaults to fast for your "
+            "own images, and to digits for the bundled ones",
         ),
-        Option("model_config_name_or_path", str, "config of a VDMUNet2DModel, instead of --preset"),
+        Option("model_config_name_or_path", str, "config of a network, instead of --preset"),
         Option(
             "width",
             int,
-            "channels of the first level of a multiscale network; each level below has twice as many",
+            "channels of the first level of a multiscale network; each level below has twice as many, up to eight "
+            "times",
             range=POSITIVE,
         ),
         Option("class_conditional", False, "condition on the classes, with a null class"),
@@ -192,8 +194,8 @@ TRAIN_OPTIONS: dict[str, list[Option]] = {
         Option("ema_power", 0.75, "power in the same formula", range=POSITIVE),
         Option(
             "mixed_precision",
-            ("no", "bf16", "fp16"),
-            "precision of the network; γ and losses stay in float32 or better",
+            ("no", "bf16", "fp16", "auto"),
+            "precision of the network; γ and losses stay in float32 or better; auto measures whether bf16 is faster",
         ),
         Option("allow_tf32", False, "use TF32 matrix products, which change bits/dim"),
         Option("gradient_checkpointing", False, "use less memory and more time", may_change=True),

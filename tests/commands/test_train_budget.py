@@ -39,7 +39,7 @@ def test_steps_are_those_that_the_flops_pay(data, config):
     resolve_budget(args, data, Accelerator(cpu=True))
     unet = build(args, data)[0]
     text = budget_text(args, unet, 100, data.shape)
-    assert unet.config.block_out_channels == [12, 24] and args.width == 12
+    assert list(unet.config.block_out_channels) == [12, 24] and args.width == 12
     each = training_cost(unet, data.shape).flops_per_image * args.train_batch_size
     assert {"max_train_steps", "width"} <= set(args.given) and "max_flops" not in args.given
     assert each * args.max_train_steps <= 1e10 < each * (args.max_train_steps + 1)

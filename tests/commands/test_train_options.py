@@ -63,7 +63,7 @@ LARGE = ("cifar10-aug", "imagenet32", "imagenet64", "ddpm-ffhq128")  # more than
 
 
 def options_of(preset, *more):
-    own = [] if preset == "digits" or PRESET_DATA[preset] else ["--dataset_name", "user/images"]
+    own = [] if preset == "digits" or PRESET_DATA.get(preset) else ["--dataset_name", "user/images"]
     return parse_options("", ["--preset", preset, *own, *more])
 
 
@@ -80,22 +80,57 @@ def plain(config):
 
 def test_the_table_of_this_file_has_every_preset():
     assert STATED.keys() == UNET_PRESETS.keys()
-    assert PRESET_DATA.keys() | {"digits"} == UNET_PRESETS.keys() | MULTISCALE_PRESETS.keys()
+    assert PRESET_DATA.keys() | {"digits", "fast"} == UNET_PRESETS.keys() | MULTISCALE_PRESETS.keys()
     assert not UNET_PRESETS.keys() & MULTISCALE_PRESETS.keys()
 
 
 @pytest.mark.parametrize("preset", MULTISCALE_PRESETS)
 def test_a_fast_preset_is_a_multiscale_network_trained_by_muon(preset, tmp_path):
     o = options_of(preset, "--output_dir", str(tmp_path), "--logger", "none")
-    size = MULTISCALE_PRESETS[preset]["sample_size"]
+    size = MULTISCALE_PRESETS[preset].get("sample_size", 32)
     data = ImageSet(torch.zeros(64, 3, size, size, dtype=torch.uint8), None, 256, "images")
     unet, noise_schedule = build(o, data)
     assert isinstance(unet, VDMMultiscale2DModel)
-    assert plain(VDMMultiscale2DModel.from_preset(preset, dropout=o.dropout).config) == plain(unet.config)
+    same = VDMMultiscale2DModel.from_preset(preset, dropout=o.dropout, sample_size=size)
+    assert plain(same.config) == plain(unet.config)
     run = Run(o, Accelerator(cpu=True), data, unet, noise_schedule)
     rest, of_gamma, hidden = run.optimizer.param_groups
     assert (rest["initial_lr"], of_gamma["initial_lr"], hidden["initial_lr"]) == (4e-3, 2e-2, 0.03)
     assert hidden["use_muon"] and not rest["use_muon"] and of_gamma["weight_decay"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("size", "channels", "layers"),
+    [
+        ((8, 8), (32, 64), (2, 1)),
+        ((9, 9), (32,), (3,)),
+        ((28, 28), (32, 64, 128), (2, 2, 1)),
+        ((32, 32), (32, 64, 128), (2, 2, 1)),
+        ((64, 64), (32, 64, 128, 256), (2, 2, 2, 1)),
+        ((256, 128), (32, 64, 128, 256, 256), (2, 2, 2, 2, 1)),
+        ((30, 32), (32, 64), (2, 1)),
+    ],
+)
+def test_the_network_for_own_images_follows_their_size_number_and_levels(size, channels, layers):
+    o = parse_options("", ["--dataset_name", "user/images"])
+    assert o.preset == "fast" and "preset" not in o.given and o.optimizer == "muon"
+    unet, _ = build(o, ImageSet(torch.zeros(64, 3, *size, dtype=torch.uint8), None, 256, "images"))
+    config = plain(unet.config)
+    assert (config["block_out_channels"], config["layers_per_block"]) == (list(channels), list(layers))
+    assert config["dropout"] == o.dropout == 0.1 and not config["level_logits"] and not config["augmentation_flag"]
+    many = ImageSet(torch.zeros(1, 1, *size, dtype=torch.uint8).expand(10_000, -1, -1, -1), None, 17, "images")
+    o = parse_options("", ["--dataset_name", "user/images", "--width", "16", "--random_flip"])
+    config = plain(build(o, many)[0].config)
+    assert config["block_out_channels"] == [c // 2 for c in channels] and config["dropout"] == 0.0
+    assert config["level_logits"] and config["augmentation_flag"]
+
+
+@pytest.mark.parametrize(
+    "more", [["--objective", "ddpm"], ["--schedule", "linear_beta"], ["--prediction_type", "v_prediction"]]
+)
+def test_own_images_that_a_multiscale_network_cannot_model_get_the_layout_of_the_paper(more):
+    o = parse_options("", ["--dataset_name", "user/images", *more])
+    assert o.preset == "digits" and o.optimizer == "adamw"
 
 
 def test_a_multiscale_network_follows_the_data_and_the_noise_schedule(tmp_path):
