@@ -26,8 +26,10 @@ from . import (
     schedulers,
     unet,
 )
+from .diffusers_schedulers import noise_schedule_of
 from .diffusion import Generators
 from .gamma_scheduler import GammaScheduler, best_timesteps_of
+from .guidance import GuidedNetwork, checked_scale
 from .multiscale import VDMMultiscale2DModel
 from .noise_schedules import NoiseSchedule
 from .typed_config import TypedConfig
@@ -252,6 +254,11 @@ class VDMPipeline(TypedConfig, DiffusionPipeline):
         """Number of steps of the current or last call."""
         return self._num_timesteps
 
+    @property
+    def guidance_scale(self) -> float:
+        """The guidance scale of the current or last call; a callback may set `_guidance_scale` for the next steps."""
+        return self._guidance_scale
+
     @torch.no_grad()
     def __call__(
         self,
@@ -267,6 +274,10 @@ class VDMPipeline(TypedConfig, DiffusionPipeline):
         callback_on_step_end: Callable[["VDMPipeline", int, Any, dict[str, Any]], dict[str, Any]] | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
         num_images_per_prompt: int = 1,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        autoguidance: torch.nn.Module | None = None,
+        guider: Any = None,
     ) -> ImagePipelineOutput | tuple:
         """Samples images with the scheduler's steps, and decodes the last latent through p(x | z_0).
 
@@ -291,6 +302,12 @@ class VDMPipeline(TypedConfig, DiffusionPipeline):
                 defaults to `["latents"]`.
             num_images_per_prompt (`int`, defaults to 1): images for each of `class_labels`; images of one label are
                 consecutive. `batch_size`, if given, is the total number of images.
+            guidance_scale (`float`, defaults to 1.0): w in ε̂ = ε̂_null + w (ε̂_c − ε̂_null); 1 is the model itself, 0 the
+                model without `class_labels`. Needs a network with a null class, or `autoguidance`.
+            guidance_interval (`tuple[float, float]`, *optional*): lowest and highest γ with guidance; all by default.
+            autoguidance (`torch.nn.Module`, *optional*): a weaker network to guide away from, instead of this one
+                without its classes; it also guides models without classes.
+            guider (`diffusers.guiders.BaseGuidance`, *optional*): combines the ε̂ instead of the arguments above.
 
         Returns: `ImagePipelineOutput` with `images`, or a tuple with them.
         Raises: `ValueError` or `TypeError`, before any work is done, for invalid arguments and for arguments that do
@@ -312,6 +329,7 @@ class VDMPipeline(TypedConfig, DiffusionPipeline):
         if latents is not None:
             latents = call_arguments.latents(latents, shape)
         self._set_timesteps(num_inference_steps, timesteps, device)
+        network = self._guided(guidance_scale, guidance_interval, autoguidance, guider, labels)
 
         if labels is not None:
             labels = labels.to(device)
@@ -329,7 +347,11 @@ class VDMPipeline(TypedConfig, DiffusionPipeline):
         with bar(total=self._num_timesteps) as progress_bar:
             for i, t in enumerate(self.scheduler.timesteps):
                 model_input = self.scheduler.scale_model_input(z_t, t).to(z_t.dtype)
-                model_output = denoiser.call_network(self.unet, model_input, t, class_labels=labels)
+                if isinstance(network, GuidedNetwork):
+                    network.guidance_scale = self._guidance_scale  # which a callback may change
+                    if guider is not None:
+                        guider.set_state(step=i, num_inference_steps=self._num_timesteps, timestep=t)
+                model_output = denoiser.call_network(network, model_input, t, class_labels=labels)
                 model_output = self._channels_for_step(model_output, z_t)
                 z_t = self.scheduler.step(model_output, t, z_t, return_dict=False, **step_kwargs)[0]
                 if callback_on_step_end is not None:
@@ -341,6 +363,19 @@ class VDMPipeline(TypedConfig, DiffusionPipeline):
         images: Any = z_t if output_type == "latent" else self._images(z_t, decode, output_type, generator)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _guided(
+        self, scale: float, interval: Any, autoguidance: torch.nn.Module | None, guider: Any, labels: Any
+    ) -> torch.nn.Module:
+        """The network, within a [`GuidedNetwork`] if there is any guidance."""
+        self._guidance_scale = checked_scale(scale)
+        if self._guidance_scale == 1.0 and interval is None and autoguidance is None and guider is None:
+            return self.unet
+        prediction_type = self.scheduler.config.get("prediction_type", "epsilon")
+        schedule = noise_schedule_of(self.scheduler)
+        guided = GuidedNetwork(self.unet, schedule, scale, interval, autoguidance, guider, prediction_type)
+        guided.check_labels(labels)
+        return guided
 
     def _channels_for_step(self, model_output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """The channels of the network's output for the scheduler's step, see denoiser.py."""

@@ -1,0 +1,236 @@
+"""Guidance: a network whose prediction is moved away from that of a weaker one.
+
+    ε̂ = ε̂_weak + w (ε̂_c − ε̂_weak)                                          [Ho & Salimans 2022, eq. 6, w = 1 + theirs]
+
+The weak prediction is that without the condition c, or that of another network [Karras et al. 2024a]. w = 1 is the
+network itself and w = 0 the weak one, both exactly. For a given z_t, x̂ and v are affine functions of ε̂. The weights
+above add up to 1, so the formula is the same for all three, and it is applied to what the network predicts.
+
+A guided network is called like the network inside it, so every sampler and the ODE take it. It is not the density of
+anything that was trained: bits/dim are those of w = 1.
+
+Papers: Ho & Salimans 2022 (arXiv 2207.12598); Karras et al. 2024a (autoguidance, arXiv 2406.02507); Kynkäänniemi et
+al. 2024 (guidance in an interval of noise levels, arXiv 2404.07724).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import denoiser, diffusion
+from .diffusion import PredictionType
+from .noise_schedules import NoiseSchedule
+
+
+class GuidedNetwork(nn.Module):
+    """A network with guidance, called as the network itself.
+
+    Args:
+        unet (`nn.Module`): the network.
+        noise_schedule ([`NoiseSchedule`]): gives γ of the timesteps; see [`noise_schedule_of`] for a scheduler's.
+        guidance_scale (`float`, defaults to 1.0): w ≥ 0.
+        guidance_interval (`tuple[float, float]`, *optional*): lowest and highest γ with guidance, all if not given; at
+            other noise levels, w is 1.
+        autoguidance (`nn.Module`, *optional*): a weaker network, such as a smaller one or an earlier average, instead
+            of the same network without its condition. It gets the same condition if it has classes.
+        guider (`diffusers.guiders.BaseGuidance`, *optional*): combines the predictions instead of `guidance_scale` and
+            `guidance_interval`. It gets ε̂, whatever the network predicts.
+        prediction_type (`str`, defaults to `"epsilon"`): what the network predicts, for `guider`.
+
+    Raises: `ValueError` or `TypeError` for arguments that do not fit each other or the networks.
+    """
+
+    keeps_float32_inputs = True  # each network casts its own [denoiser.py]
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        noise_schedule: NoiseSchedule,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        autoguidance: nn.Module | None = None,
+        guider: Any = None,
+        prediction_type: PredictionType = "epsilon",
+    ):
+        super().__init__()
+        self.unet, self.autoguidance, self.guider = unet, autoguidance, guider
+        self.noise_schedule, self.prediction_type = noise_schedule, prediction_type
+        self.guidance_scale = checked_scale(guidance_scale)
+        self.guidance_interval = checked_interval(guidance_interval)
+        if guider is not None:
+            self._check_guider()
+        if autoguidance is not None:
+            self._check_autoguidance()
+
+    @property
+    def config(self) -> Any:
+        """The config of the network."""
+        return self.unet.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the network."""
+        return getattr(self.unet, "dtype", torch.float32)
+
+    @property
+    def is_guiding(self) -> bool:
+        """Whether the prediction differs from that of the network at any noise level."""
+        return self.guider is not None or self.guidance_scale != 1.0
+
+    def check_labels(self, class_labels: torch.Tensor | None) -> None:
+        """Raises `ValueError` if there is nothing to guide away from for these labels."""
+        if not self.is_guiding or self.autoguidance is not None:
+            return
+        what = "guider" if self.guider is not None else f"guidance_scale={self.guidance_scale:g}"
+        if class_labels is None:
+            raise ValueError(f"{what} needs class_labels to guide towards, or autoguidance; got neither.")
+        if not getattr(self.unet.config, "null_class", False):
+            raise ValueError(
+                f"{what} needs a network with a null class, got null_class=False; train one with null_class=True, as "
+                "train.py --class_conditional does, or use autoguidance."
+            )
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float,
+        class_labels: torch.Tensor | None = None,
+        return_dict: bool = False,
+    ) -> tuple[torch.Tensor]:
+        """The guided prediction for z_t, in the parameterization of the network, with its channels.
+
+        Args:
+            sample (`torch.Tensor` of shape `(B, C, ...)`): z_t.
+            timestep (`torch.Tensor` of shape `()` or `(B,)`, or a number): as for the network.
+            class_labels (`torch.Tensor` of shape `(B,)`, *optional*): the condition.
+            return_dict (`bool`, defaults to `False`): must be `False`.
+
+        Returns: a tuple with a tensor of shape `(B, C, ...)`, or `(B, 2C, ...)` if the network predicts variances,
+            which are not guided.
+        """
+        if return_dict:
+            raise ValueError("return_dict must be False for a GuidedNetwork, got True.")
+        self.check_labels(class_labels)
+        timesteps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+        if self.guider is not None:
+            return (self._by_guider(sample, timesteps, class_labels),)
+        rows = self._guided_rows(timesteps)
+        if self.guidance_scale == 1.0 or not len(rows):
+            return (self._call(sample, timesteps, class_labels),)
+        if self.guidance_scale == 0.0 and len(rows) == len(sample):
+            return (self._weak(sample, timesteps, class_labels),)
+        output, weak = self._both(sample, timesteps, class_labels, rows)
+        channels = sample.shape[1]
+        strong = output[rows, :channels]
+        guided = output.clone()
+        guided[rows, :channels] = weak[:, :channels] + self.guidance_scale * (strong - weak[:, :channels])
+        return (guided,)
+
+    # ---- the calls -----------------------------------------------------------------------------------------------
+
+    def _call(self, sample, timesteps, class_labels) -> torch.Tensor:
+        return denoiser.call_network(self.unet, sample, timesteps, class_labels=class_labels)
+
+    def _weak(self, sample, timesteps, class_labels) -> torch.Tensor:
+        """The prediction to guide away from."""
+        if self.autoguidance is None:
+            return self._call(sample, timesteps, self._null(class_labels))
+        config: Any = self.autoguidance.config
+        labels = class_labels if config.num_class_embeds is not None else None
+        return denoiser.call_network(self.autoguidance, sample, timesteps, class_labels=labels)
+
+    def _both(self, sample, timesteps, class_labels, rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """The prediction of all samples, and the weak one of `rows`; one call if one network makes both."""
+        if self.autoguidance is not None:
+            labels = None if class_labels is None else class_labels[rows]
+            strong = self._call(sample, timesteps, class_labels)
+            return strong, self._weak(sample[rows], timesteps[rows], labels)
+        labels = torch.cat([class_labels, self._null(class_labels[rows])])
+        both = self._call(torch.cat([sample, sample[rows]]), torch.cat([timesteps, timesteps[rows]]), labels)
+        return both[: len(sample)], both[len(sample) :]
+
+    def _null(self, class_labels: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(class_labels, self.unet.config.num_class_embeds)
+
+    def _guided_rows(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """The indices of the samples whose noise level is within the interval."""
+        if self.guidance_interval is None:
+            return torch.arange(len(timesteps), device=timesteps.device)
+        low, high = self.guidance_interval
+        gamma_t = self.noise_schedule.gamma_of_timestep(timesteps)
+        return ((gamma_t >= low) & (gamma_t <= high)).nonzero()[:, 0].to(timesteps.device)
+
+    def _by_guider(self, sample, timesteps, class_labels) -> torch.Tensor:
+        """The prediction as combined by a guider of diffusers, which may change the network for each of its calls."""
+        gamma_t = self.noise_schedule.gamma_of_timestep(timesteps).to(sample.device)
+        labels = (class_labels, None if class_labels is None else self._null(class_labels))
+        batches, first = self.guider.prepare_inputs({"class_labels": labels}), None
+        for batch in batches:
+            self.guider.prepare_models(self.unet)
+            output = self._call(sample, timesteps, batch.class_labels)
+            self.guider.cleanup_models(self.unet)
+            first = output if first is None else first
+            prediction = denoiser.Prediction.from_output(output, sample, gamma_t, self.prediction_type)
+            batch.noise_pred = prediction.eps_hat
+        eps_hat = self.guider(batches).pred
+        guided = eps_hat
+        if self.prediction_type != "epsilon":
+            x_hat = diffusion.x_from_eps(sample, eps_hat, gamma_t)
+            is_x = self.prediction_type == "sample"
+            guided = x_hat if is_x else diffusion.velocity(x_hat, eps_hat, gamma_t)
+        channels = sample.shape[1]
+        return torch.cat([guided.to(first.dtype), first[:, channels:]], dim=1)
+
+    # ---- checks --------------------------------------------------------------------------------------------------
+
+    def _check_guider(self) -> None:
+        for name in ("prepare_inputs", "prepare_models", "cleanup_models", "set_state"):
+            if not callable(getattr(self.guider, name, None)):
+                raise TypeError(f"guider must be one of diffusers.guiders, got a {type(self.guider).__name__}.")
+        if self.guidance_scale != 1.0 or self.guidance_interval is not None or self.autoguidance is not None:
+            raise ValueError(
+                "guider replaces guidance_scale, guidance_interval and autoguidance; set its own arguments instead, "
+                f"got guidance_scale={self.guidance_scale:g}, guidance_interval={self.guidance_interval} and "
+                f"{'an' if self.autoguidance is not None else 'no'} autoguidance."
+            )
+
+    def _check_autoguidance(self) -> None:
+        config, own = getattr(self.autoguidance, "config", None), self.unet.config
+        if config is None:
+            raise TypeError(f"autoguidance must be a network, got a {type(self.autoguidance).__name__}.")
+        denoiser.check_network(self.autoguidance, self.noise_schedule, self.prediction_type)
+        for name in ("in_channels", "num_class_embeds"):
+            theirs, ours = config.get(name), own.get(name)
+            if theirs != ours and not (name == "num_class_embeds" and theirs is None):
+                raise ValueError(
+                    f"autoguidance must have the {name} of the network, {ours}, got {theirs}; use one for the "
+                    "same data."
+                )
+
+
+def checked_scale(guidance_scale: Any) -> float:
+    """`guidance_scale` as a float; raises `TypeError` or `ValueError` unless it is a finite number of at least 0."""
+    if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, int | float):
+        raise TypeError(f"guidance_scale must be a number, got a {type(guidance_scale).__name__}.")
+    if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
+        raise ValueError(f"guidance_scale must be a finite number of at least 0, got {guidance_scale}.")
+    return float(guidance_scale)
+
+
+def checked_interval(guidance_interval: Any) -> tuple[float, float] | None:
+    """`guidance_interval` as floats; raises `TypeError` or `ValueError` unless it is `None` or two increasing ones."""
+    if guidance_interval is None:
+        return None
+    try:
+        low, high = (float(end) for end in guidance_interval)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"guidance_interval must be the lowest and the highest γ with guidance, got {guidance_interval!r}."
+        ) from None
+    if not low < high:
+        raise ValueError(f"guidance_interval must be two increasing values of γ, got {low:g} and {high:g}.")
+    return low, high
