@@ -5,6 +5,7 @@
     python examples/sample.py --model runs/digits --sampler dpmsolver++ --num_inference_steps 20
     python examples/sample.py --model runs/digits --sampler UniPCMultistepScheduler --num_inference_steps 20
     python examples/sample.py --model runs/digits --sampler ode --rtol 1e-3         # adaptive steps
+    python examples/sample.py --model runs/classes --class_labels 0 1 2 --guidance_scale 2
 
 Writes a grid of the images (with --images_dir also each one as a PNG), and prints a small table. The noise of an image
 is a function of (seed, index), so it does not depend on the number of images or on the batch size.
@@ -41,6 +42,13 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--rtol", type=float, default=1e-3, help="tolerance of --sampler ode (default: 1e-3)")
     parser.add_argument("--class_labels", type=int, nargs="+", help="classes, repeated for all images")
+    parser.add_argument(
+        "--guidance_scale", type=float, default=1.0, help="1 is the model, 0 the model without classes (default: 1)"
+    )
+    parser.add_argument(
+        "--guidance_interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="values of γ with guidance"
+    )
+    parser.add_argument("--autoguidance", help="weaker model to guide away from: a folder or repository, as --model")
     parser.add_argument(
         "--decode", choices=("mode", "sample"), default="mode", help="mode of p(x | z_0), or a sample (default: mode)"
     )
@@ -114,7 +122,7 @@ def with_variance(scheduler, variance: str):
     return type(scheduler).from_config(scheduler.config, variance=variance)
 
 
-def solve_ode(pipe, generators: list, labels: list[int] | None, rtol: float, decode: str):
+def solve_ode(pipe, network, generators: list, labels: list[int] | None, rtol: float, decode: str):
     """Samples by the probability-flow ODE, with adaptive steps for each image: `(B, C, H, W)` in [0, 1]."""
     import torch
 
@@ -125,7 +133,7 @@ def solve_ode(pipe, generators: list, labels: list[int] | None, rtol: float, dec
     schedule = scheduler.noise_schedule()
     class_labels = None if labels is None else torch.tensor(labels, device=pipe.device)
     known = {"prediction_type": scheduler.config.prediction_type, "class_labels": class_labels}
-    z_0 = ode.sample(pipe.unet, schedule, z, rtol=rtol, atol=rtol, **known).z
+    z_0 = ode.sample(network, schedule, z, rtol=rtol, atol=rtol, **known).z
     gamma_0, levels = schedule.ends()[0].detach().cpu(), pipe.config.num_levels
     return diffusion.decode(z_0, gamma_0, levels, draw=decode == "sample", generator=generators).float() / (levels - 1)
 
@@ -135,7 +143,8 @@ def sample(options: argparse.Namespace) -> None:
     import torch
     from tqdm.auto import tqdm
 
-    from .. import VDMPipeline
+    from .. import VDMPipeline, noise_schedule_of
+    from ..guidance import GuidedNetwork
     from ..plots import image_grid
     from ..randomness import keyed_generator
     from ..training.metrics import last_evaluation, read_steps
@@ -153,6 +162,20 @@ def sample(options: argparse.Namespace) -> None:
     if given:
         labels = [given[i % len(given)] for i in range(options.num_images)]
 
+    weak = None
+    if options.autoguidance is not None:
+        weak = VDMPipeline.from_pretrained(options.autoguidance).to(device).unet.to(getattr(torch, options.dtype))
+    guidance = {
+        "guidance_scale": options.guidance_scale, "guidance_interval": options.guidance_interval, "autoguidance": weak
+    }  # fmt: skip
+    guided = GuidedNetwork(
+        pipe.unet,
+        noise_schedule_of(pipe.scheduler),
+        **guidance,
+        prediction_type=pipe.scheduler.config.prediction_type,
+    )
+    guided.check_labels(None if given is None else torch.tensor(given))
+
     start, images = time.perf_counter(), []
     batches = range(0, options.num_images, options.batch_size)
     for first in tqdm(batches, desc="batches", disable=len(batches) == 1):
@@ -160,12 +183,12 @@ def sample(options: argparse.Namespace) -> None:
         generators = [keyed_generator(options.seed, "sample", i) for i in index]
         some = labels and labels[index.start : index.stop]
         if options.sampler == "ode":
-            images.append(solve_ode(pipe, generators, some, options.rtol, options.decode).cpu())
+            images.append(solve_ode(pipe, guided, generators, some, options.rtol, options.decode).cpu())
             continue
         arguments = {"decode": options.decode, "output_type": "pt"}
         if options.best_timesteps:
             arguments["timesteps"] = "best"
-        output: Any = pipe(len(index), options.num_inference_steps, generators, some, **arguments)
+        output: Any = pipe(len(index), options.num_inference_steps, generators, some, **arguments, **guidance)
         images.append(output.images.cpu())
     images = torch.cat(images)
     seconds = time.perf_counter() - start
@@ -182,6 +205,7 @@ def sample(options: argparse.Namespace) -> None:
     table = [
         ("images", f"{len(images)} of {tuple(images.shape[1:])}, {pipe.config.num_levels} levels"),
         ("sampler", f"{type(pipe.scheduler).__name__}, {steps}, seed {options.seed}"),
+        *([("guidance", f"scale {options.guidance_scale:g}")] if guided.is_guiding else []),
         ("time", f"{seconds:.1f} s on {device}, {len(images) / seconds:.2f} images/s"),
         ("pixel mean ± std", f"{images.mean():.3f} ± {images.std():.3f} of [0, 1]"),
     ]

@@ -79,6 +79,32 @@ def test_labels_are_checked_for_every_sampler(sampler, tmp_path):
         assert min(grid.size) > 8
 
 
+@pytest.mark.parametrize("sampler", [None, "ode", "EulerDiscreteScheduler"])
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_every_sampler_is_guided(sampler, tmp_path, capsys):
+    pipeline(VDMScheduler(), FixedLinearGamma(), num_class_embeds=3, null_class=True).save_pretrained(
+        tmp_path / "model"
+    )
+    grid = tmp_path / "grid.png"
+    common = ["--model", str(tmp_path / "model"), "--device", "cpu", "--output", str(grid), "--class_labels", "1"]
+    common += ["--num_images", "2", "--num_inference_steps", "3", "--rtol", "0.1"]
+    common += [] if sampler is None else ["--sampler", sampler]
+
+    def drawn(*more: str) -> bytes:
+        sample.sample(sample.parse_options([*common, *more]))
+        return grid.read_bytes()
+
+    plain = drawn()
+    assert "guidance" not in capsys.readouterr().out
+    guided = drawn("--guidance_scale", "30")
+    assert "scale 30" in capsys.readouterr().out and guided != plain
+    assert drawn("--guidance_scale", "30", "--guidance_interval", "50", "60") == plain
+    # a model is no direction away from itself
+    assert drawn("--guidance_scale", "1.5", "--autoguidance", str(tmp_path / "model")) == plain
+    with pytest.raises(ValueError, match="guidance_scale must be a finite number"):
+        drawn("--guidance_scale", "nan")
+
+
 # ---- the pipeline that train.py left -----------------------------------------------------------------------------
 
 
