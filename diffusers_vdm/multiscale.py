@@ -61,7 +61,10 @@ class VDMMultiscale2DModel(WholeModelMixin, ConfigMixin, AttentionMixin):
         num_train_timesteps (`int`, defaults to 1000): scale of the timestep.
         data_variance (`float`, defaults to 0.25): E[x²]; without training, ε̂ is the best linear prediction for
             independent values of this variance.
-        augmentation_flag, num_class_embeds, null_class: as in [`VDMUNet2DModel`].
+        num_augmentation_flags (`int`, defaults to 0): inputs of the time embedding that say how an image was augmented;
+            0 for images as they are, so that augmentations do not change the learned distribution. train.py sets 1
+            input (whether) or 6 (how).
+        num_class_embeds, null_class: as in [`VDMUNet2DModel`].
     """
 
     keeps_float32_inputs = True  # in any dtype, because differences are divided by the noise [denoiser.py]
@@ -89,7 +92,7 @@ class VDMMultiscale2DModel(WholeModelMixin, ConfigMixin, AttentionMixin):
         gamma_max: float = 5.0,
         num_train_timesteps: int = 1000,
         data_variance: float = 0.25,
-        augmentation_flag: bool = False,
+        num_augmentation_flags: int = 0,
         num_class_embeds: int | None = None,
         null_class: bool = False,
     ):
@@ -104,7 +107,7 @@ class VDMMultiscale2DModel(WholeModelMixin, ConfigMixin, AttentionMixin):
         first, embedding = block_out_channels[0], 4 * block_out_channels[0]
         self.gradient_checkpointing = False
         self.time_proj = Timesteps(2 * first, flip_sin_to_cos=False, downscale_freq_shift=1)
-        self.time_embedding = TimestepEmbedding(2 * first + augmentation_flag, embedding)
+        self.time_embedding = TimestepEmbedding(2 * first + num_augmentation_flags, embedding)
         self.class_embedding = None
         if num_class_embeds is not None:
             self.class_embedding = nn.Embedding(num_class_embeds + null_class, embedding)
@@ -169,8 +172,8 @@ class VDMMultiscale2DModel(WholeModelMixin, ConfigMixin, AttentionMixin):
             sample (`torch.Tensor` of shape `(B, C, H, W)`): z_t, in float32 also for a half-precision network.
             timestep (`torch.Tensor` of shape `()` or `(B,)`, or a number): the schedule's (fractional) timestep.
             class_labels (`torch.Tensor` of shape `(B,)`, *optional*): classes; optional only with `null_class`.
-            augmentation_flags (`torch.Tensor` of shape `(B,)`, *optional*, defaults to zeros): 1 for augmented images;
-                only with `augmentation_flag`.
+            augmentation_flags (`torch.Tensor` of shape `(B, num_augmentation_flags)`, *optional*, defaults to zeros):
+                how the images were augmented; `(B,)` for a single flag.
             return_dict (`bool`, defaults to `True`): return a `UNet2DOutput` instead of a tuple.
 
         Returns: `UNet2DOutput` or a tuple with ε̂, `(B, C, H, W)`, in the dtype of `sample`.

@@ -271,6 +271,11 @@ def one_for_each(timestep: torch.Tensor | float | int, sample: torch.Tensor) -> 
     return timestep.to(sample.device).reshape(-1).expand(sample.shape[0])
 
 
+def num_augmentation_flags(config: Any) -> int:
+    """The number of inputs of a network of ours that say how an image was augmented; 0 if it has none."""
+    return int(config.get("num_augmentation_flags", config.get("augmentation_flag", 0)))
+
+
 def embed(
     network: Any,
     timesteps: torch.Tensor,
@@ -285,10 +290,11 @@ def embed(
     if config.get("time_embedding_type") == "learned":
         timesteps = timesteps.long()  # indices of a table
     t_emb = network.time_proj(timesteps).to(network.dtype)
-    if config.augmentation_flag:
+    count = num_augmentation_flags(config)
+    if count:
         if augmentation_flags is None:
-            augmentation_flags = torch.zeros_like(t_emb[:, 0])
-        t_emb = torch.cat([t_emb, augmentation_flags.to(t_emb)[:, None]], dim=1)
+            augmentation_flags = t_emb.new_zeros(len(t_emb), count)
+        t_emb = torch.cat([t_emb, augmentation_flags.to(t_emb).reshape(-1, count)], dim=1)
     emb = network.time_embedding(t_emb)
     if network.class_embedding is not None:
         if class_labels is None:
@@ -319,10 +325,18 @@ def check_inputs(
         raise ValueError("class_labels were given to a network without classes; build it with num_class_embeds.")
     if class_labels is None and network.class_embedding is not None and not config.null_class:
         raise ValueError("class_labels must be given to this network; build it with null_class=True to omit them.")
-    if augmentation_flags is not None and not config.augmentation_flag:
-        raise ValueError(
-            "augmentation_flags were given to a network without that input; build it with augmentation_flag=True."
-        )
+    if augmentation_flags is not None:
+        count = num_augmentation_flags(config)
+        if not count:
+            raise ValueError(
+                "augmentation_flags were given to a network without that input; build it with augmentation_flag=True or "
+                "(VDMMultiscale2DModel) with num_augmentation_flags."
+            )
+        allowed = [(len(sample), count)] + ([(len(sample),)] if count == 1 else [])
+        if tuple(augmentation_flags.shape) not in allowed:
+            raise ValueError(
+                f"augmentation_flags must have shape {allowed[-1]}, got {tuple(augmentation_flags.shape)}."
+            )
 
 
 def fourier_features(z: torch.Tensor, exponents: tuple[float, ...]) -> torch.Tensor:

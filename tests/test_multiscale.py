@@ -307,17 +307,31 @@ def test_wrong_inputs(shape, kwargs, message):
         tiny()(torch.zeros(shape), 1.0, **kwargs)
 
 
+def test_augmentation_flags_of_the_wrong_shape_are_refused():
+    net = tiny(num_augmentation_flags=6)
+    z_t = torch.zeros(2, 1, 8, 8)
+    for wrong in (torch.ones(2), torch.ones(2, 1), torch.ones(1, 6)):
+        with pytest.raises(ValueError, match=r"augmentation_flags must have shape \(2, 6\)"):
+            net(z_t, 1.0, augmentation_flags=wrong)
+
+
 # ---- what a component does -----------------------------------------------------------------------------------------
 
 
 def test_classes_and_flags_change_the_output():
-    net = tiny(num_class_embeds=3, null_class=True, augmentation_flag=True)
+    net = tiny(num_class_embeds=3, null_class=True, num_augmentation_flags=1)
     z_t = normal(1, 1, 8, 8, dtype=torch.float32)
     null = output(net, z_t, 600.0)
     assert torch.equal(output(net, z_t, 600.0, class_labels=torch.tensor([3])), null)
     assert torch.equal(output(net, z_t, 600.0, augmentation_flags=torch.zeros(1)), null)
     assert not torch.equal(output(net, z_t, 600.0, class_labels=torch.tensor([1])), null)
     assert not torch.equal(output(net, z_t, 600.0, augmentation_flags=torch.ones(1)), null)
+    several = tiny(num_augmentation_flags=6)
+    plain = output(several, z_t, 600.0)
+    assert torch.equal(output(several, z_t, 600.0, augmentation_flags=torch.zeros(1, 6)), plain)
+    assert all(
+        not torch.equal(output(several, z_t, 600.0, augmentation_flags=row[None]), plain) for row in torch.eye(6)
+    )
 
 
 def test_saved_pipeline_samples_the_same(tmp_path):

@@ -12,6 +12,7 @@ COMMANDS = {
     "train": "train a model on images, with the variational bound or DDPM's objective",
     "evaluate": "measure bits per dimension of a model on images",
     "calibrate": "measure what the best variance and the best timesteps of few steps need",
+    "classify": "classify images by their likelihood under each class",
     "sample": "draw images from a saved model",
     "compress": "compress images losslessly; each costs its bound in bits",
     "decompress": "write the images of a compressed file",

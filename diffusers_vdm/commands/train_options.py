@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ..training.batches import NUM_AUGMENTATION_FLAGS
 from ..training.description import RunDescription, read_description
 from ..training.options import TRAIN_OPTIONS
 from .options import check_choice, check_ranges, option_parser
@@ -191,8 +192,9 @@ def build(args: argparse.Namespace, data):
     if cls is VDMMultiscale2DModel:
         config |= {"num_levels": data.num_levels, "gamma_min": args.gamma_min, "gamma_max": args.gamma_max}
         if args.preset == "fast":
-            augments = args.random_flip or args.random_rotation
-            config |= fast_arguments(size, data.num_levels, data.num_images) | {"augmentation_flag": augments}
+            config |= fast_arguments(size, data.num_levels, data.num_images)
+            if args.random_flip or args.random_rotation or args.random_shift:
+                config["num_augmentation_flags"] = NUM_AUGMENTATION_FLAGS
         if args.width:
             levels = len(config.get("block_out_channels", (1, 2, 4)))
             channels = channels_of(args.width, levels)

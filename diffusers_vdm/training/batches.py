@@ -19,6 +19,8 @@ from ..randomness import keyed_generator
 
 # fraction of the class labels that are withheld from a class-conditional network
 LABEL_DROPOUT = 0.1
+# numbers that say how an image was augmented
+NUM_AUGMENTATION_FLAGS = 6
 
 
 def batch_indices(positions: Iterable[int], num_images: int, seed: int) -> torch.Tensor:
@@ -43,6 +45,7 @@ class KeyedBatch:
     images: torch.Tensor
     labels: torch.Tensor | None
     augmented: torch.Tensor
+    augmentations: torch.Tensor
     withheld: torch.Tensor
     t: torch.Tensor
     eps: torch.Tensor
@@ -58,12 +61,17 @@ def keyed_batch(
     random_flip: bool = False,
     random_rotation: bool = False,
     label_dropout: float = LABEL_DROPOUT,
+    random_shift: int = 0,
+    augmentation_rate: float = 1.0,
 ) -> KeyedBatch:
     """Rows `rows` of the global batch of `step`: images in keyed order, and all random draws for them.
 
     t_i = (u + i/B) mod 1 over the global batch, whichever process computes row i [VDM app. I.1]. `augmented` is 1 for
-    images that were flipped or rotated by a multiple of 90°, which the network needs to know [VDM app. B]. `withheld`
-    is true for a fraction `label_dropout` of the labels.
+    images that were flipped, rotated by a multiple of 90° or shifted, which the network needs to know [VDM app. B].
+    `augmentations` says how, in the [`NUM_AUGMENTATION_FLAGS`] columns flip, 90°, 180°, 270°, and the shifts to the
+    right and down as fractions of `random_shift` [Karras et al. 2022, app. F.2]. `withheld` is true for a fraction
+    `label_dropout` of the labels. A fraction `augmentation_rate` of the images is flipped or rotated at all, and,
+    drawn apart, the same fraction is shifted; pixels from outside of the image have level 0.
     """
     positions = [step * global_batch_size + i for i in rows]
     if isinstance(data, ImageSet):
@@ -74,21 +82,34 @@ def keyed_batch(
     shift = torch.rand((), generator=keyed_generator(seed, "t", step), dtype=torch.float64)
     t = (shift + torch.tensor(list(rows), dtype=torch.float64) / global_batch_size) % 1.0
     noise = torch.empty((len(rows), 2, *images.shape[1:]))
-    augmented, withheld = torch.zeros(len(rows)), torch.zeros(len(rows), dtype=torch.bool)
-    turned = []
+    augmentations, withheld = torch.zeros(len(rows), NUM_AUGMENTATION_FLAGS), torch.zeros(len(rows), dtype=torch.bool)
+    changed = []
     for k, i in enumerate(rows):
         generator = keyed_generator(seed, "noise", step, i)
         torch.randn(noise.shape[1:], generator=generator, out=noise[k])
-        flip, withhold, turn = torch.rand(3, generator=generator).tolist()
-        quarters = int(4 * turn) if random_rotation else 0
-        flip = random_flip and flip < 0.5
-        withheld[k], augmented[k] = withhold < label_dropout, float(flip or quarters > 0)
-        if augmented[k]:
-            image = images[k].flip(-1) if flip else images[k]
-            turned.append((k, torch.rot90(image, quarters, (-2, -1))))
-    if turned:
+        flip, withhold, turn, turns, shifts, *shift = torch.rand(7, generator=generator).tolist()
+        withheld[k] = withhold < label_dropout
+        turns, shifts = turns < augmentation_rate, random_shift > 0 and shifts < augmentation_rate
+        flips = turns and random_flip and flip < 0.5
+        quarters = int(4 * turn) if turns and random_rotation else 0
+        right, down = (int((2 * random_shift + 1) * u) - random_shift if shifts else 0 for u in shift)
+        augmentations[k, 0] = flips
+        if quarters:
+            augmentations[k, quarters] = 1.0
+        if right or down:
+            augmentations[k, 4], augmentations[k, 5] = right / random_shift, down / random_shift
+        if augmentations[k].any():
+            image = torch.rot90(images[k].flip(-1) if flips else images[k], quarters, (-2, -1))
+            changed.append((k, _shifted(image, right, down)))
+    if changed:
         images = images.clone()  # never change the data set, which may be memory-mapped
-        for k, image in turned:
+        for k, image in changed:
             images[k] = image
     eps, eps_0 = (part.contiguous() for part in noise.unbind(1))
-    return KeyedBatch(images, labels, augmented, withheld, t, eps, eps_0)
+    augmented = augmentations.ne(0).any(1).float()
+    return KeyedBatch(images, labels, augmented, augmentations, withheld, t, eps, eps_0)
+
+
+def _shifted(image: torch.Tensor, right: int, down: int) -> torch.Tensor:
+    """The image moved to the right and down; what comes in from outside is 0."""
+    return torch.nn.functional.pad(image, (right, -right, down, -down))

@@ -78,6 +78,13 @@ TRAIN_OPTIONS: dict[str, list[Option]] = {
         Option("center_crop", False, "crop the center instead of a position drawn once for each image"),
         Option("random_flip", False, "flip half of the images, and set the augmentation flag if the network has one"),
         Option("random_rotation", False, "rotate 3 of 4 images by 90, 180 or 270 degrees, and set the flag as well"),
+        Option("random_shift", 0, "shift images by up to this many pixels, and set the flag as well", range=COUNT),
+        Option(
+            "augmentation_rate",
+            1.0,
+            "fraction of the images that --random_flip and --random_rotation change, and that --random_shift changes",
+            range=(0, 1),
+        ),
         Option("cache_dir", str, "cache folder for data sets", may_change=True, in_card=False),
         Option(
             "dataloader_num_workers",

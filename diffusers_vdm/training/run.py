@@ -21,6 +21,7 @@ from ..randomness import key_to_seed
 from ..repository import read_json
 from ..threads import in_order
 from ..times import ImportanceTimes
+from ..unet import num_augmentation_flags
 from . import checkpoints
 from .averages import WeightAverages
 from .batches import keyed_batch
@@ -145,13 +146,16 @@ class Run:
             step, micro = key
             first = (micro * world + rank) * args.train_batch_size
             rows = range(first, first + args.train_batch_size)
-            augmentations = (args.random_flip, args.random_rotation, args.label_dropout)
+            augmentations = (args.random_flip, args.random_rotation, args.label_dropout, args.random_shift,
+                             args.augmentation_rate)  # fmt: skip
             batch = keyed_batch(self.data, step, rows, self.global_rows, args.seed, *augmentations)
             inputs = {"images": batch.images, "t": batch.t, "eps": batch.eps}
             if args.objective == "vdm":
                 inputs["eps_0"] = batch.eps_0
-            if (args.random_flip or args.random_rotation) and getattr(self.unet.config, "augmentation_flag", False):
-                inputs["augmentation_flags"] = batch.augmented
+            if args.random_flip or args.random_rotation or args.random_shift:
+                flags = num_augmentation_flags(self.unet.config)
+                if flags:
+                    inputs["augmentation_flags"] = batch.augmented if flags == 1 else batch.augmentations
             if self.unet.config.num_class_embeds is not None:
                 if batch.labels is None:
                     raise ValueError(f"{self.data.name} has no classes, which this class-conditional network needs.")

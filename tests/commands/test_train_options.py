@@ -117,12 +117,14 @@ def test_the_network_for_own_images_follows_their_size_number_and_levels(size, c
     unet, _ = build(o, ImageSet(torch.zeros(64, 3, *size, dtype=torch.uint8), None, 256, "images"))
     config = plain(unet.config)
     assert (config["block_out_channels"], config["layers_per_block"]) == (list(channels), list(layers))
-    assert config["dropout"] == o.dropout == 0.1 and not config["level_logits"] and not config["augmentation_flag"]
+    assert (
+        config["dropout"] == o.dropout == 0.1 and not config["level_logits"] and not config["num_augmentation_flags"]
+    )
     many = ImageSet(torch.zeros(1, 1, *size, dtype=torch.uint8).expand(10_000, -1, -1, -1), None, 17, "images")
     o = parse_options("", ["--dataset_name", "user/images", "--width", "16", "--random_flip"])
     config = plain(build(o, many)[0].config)
     assert config["block_out_channels"] == [c // 2 for c in channels] and config["dropout"] == 0.0
-    assert config["level_logits"] and config["augmentation_flag"]
+    assert config["level_logits"] and config["num_augmentation_flags"] == 6
 
 
 @pytest.mark.parametrize(

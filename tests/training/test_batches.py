@@ -1,5 +1,6 @@
 """training/batches.py: every batch is a function of the seed and the step, however it is split over processes."""
 
+import pytest
 import torch
 
 from diffusers_vdm.training.batches import batch_indices, keyed_batch
@@ -52,3 +53,37 @@ def test_the_augmentation_flag_says_which_images_are_turned(generator):
         assert bool(augmented) == (pose > 0)
     assert min(poses) > 0 and torch.equal(batch.eps, plain.eps) and torch.equal(batch.t, plain.t)
     assert torch.equal(data.images, random_image_set(64, torch.Generator().manual_seed(20210701)).images)  # untouched
+
+
+def test_the_flags_say_how_images_are_augmented(generator):
+    """The images are the originals, changed as the flags say, and nothing else of the batch changes."""
+    data = random_image_set(128, generator)
+    augmented = {"random_flip": True, "random_rotation": True, "random_shift": 2, "augmentation_rate": 0.6}
+    batch = keyed_batch(data, 3, range(128), 128, 0, **augmented)
+    plain = keyed_batch(data, 3, range(128), 128, 0)
+    side = data.images.shape[-1]
+    for flags, image, original in zip(batch.augmentations, batch.images, plain.images, strict=True):
+        flip, *quarters, right, down = flags.tolist()
+        assert sum(quarters) <= 1
+        expected = original.flip(-1) if flip else original
+        expected = torch.rot90(expected, quarters.index(1.0) + 1 if any(quarters) else 0, (-2, -1))
+        moved = torch.zeros_like(original)
+        right, down = int(2 * right), int(2 * down)
+        to, source = ([slice(max(0, k), side + min(0, k)) for k in (sign * down, sign * right)] for sign in (1, -1))
+        moved[:, to[0], to[1]] = expected[:, source[0], source[1]]
+        assert torch.equal(image, moved)
+    turned, shifted = batch.augmentations[:, :4].any(1), batch.augmentations[:, 4:].any(1)
+    assert torch.equal(batch.augmented.bool(), turned | shifted)
+    assert float(turned.float().mean()) == pytest.approx(0.6 * 7 / 8, abs=0.13)
+    assert float(shifted.float().mean()) == pytest.approx(0.6 * 24 / 25, abs=0.13)
+    assert float((turned & shifted).float().mean()) == pytest.approx(0.3, abs=0.13)  # drawn apart
+    assert {*batch.augmentations[:, 4].tolist()} == {-1.0, -0.5, 0.0, 0.5, 1.0}
+    for name in ("labels", "withheld", "t", "eps", "eps_0"):
+        assert torch.equal(getattr(batch, name), getattr(plain, name))
+
+
+def test_no_image_is_augmented_at_rate_0(generator):
+    data = random_image_set(16, generator)
+    options = {"random_flip": True, "random_rotation": True, "random_shift": 1, "augmentation_rate": 0.0}
+    batch = keyed_batch(data, 0, range(16), 16, 0, **options)
+    assert torch.equal(batch.images, keyed_batch(data, 0, range(16), 16, 0).images) and not batch.augmentations.any()
