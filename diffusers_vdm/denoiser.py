@@ -53,7 +53,8 @@ def call_network(
 def check_network(
     unet: nn.Module, timesteps: Any, prediction_type: str = "epsilon", num_levels: int | None = None
 ) -> None:
-    """Raises `ValueError` if a network that knows γ of its timesteps is used with others, or with other data.
+    """Raises `ValueError` if a network that knows γ of its timesteps is used with others, or with other data; and for
+    a guided network, which is the density of nothing that was trained.
 
     A network knows γ if its config has `gamma_min`, as that of [`VDMMultiscale2DModel`] does. Other networks pass.
 
@@ -63,6 +64,11 @@ def check_network(
         prediction_type (`str`, defaults to `"epsilon"`): what its output is used as; such a network predicts ε.
         num_levels (`int`, *optional*): levels of the data.
     """
+    if getattr(unet, "is_guiding", False):
+        raise ValueError(
+            "unet must not be guided: bits/dim are those of guidance_scale=1; pass the network inside of the "
+            f"{type(unet).__name__}."
+        )
     known = getattr(unet, "config", None) or {}
     if known.get("gamma_min") is None:
         return

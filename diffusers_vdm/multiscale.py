@@ -61,9 +61,9 @@ class VDMMultiscale2DModel(WholeModelMixin, ConfigMixin, AttentionMixin):
         num_train_timesteps (`int`, defaults to 1000): scale of the timestep.
         data_variance (`float`, defaults to 0.25): E[x²]; without training, ε̂ is the best linear prediction for
             independent values of this variance.
-        num_augmentation_flags (`int`, defaults to 0): inputs of the time embedding that say how an image was augmented;
-            0 for images as they are, so that augmentations do not change the learned distribution. train.py sets 1
-            input (whether) or 6 (how).
+        num_augmentation_flags (`int`, defaults to 0): inputs of the time embedding for how an image was augmented, so
+            that augmentations do not change the distribution of images as they are, whose inputs are 0. train.py sets
+            1 input (whether) or 6 (how).
         num_class_embeds, null_class: as in [`VDMUNet2DModel`].
     """
 
@@ -250,6 +250,17 @@ class VDMMultiscale2DModel(WholeModelMixin, ConfigMixin, AttentionMixin):
 
 MULTISCALE_PRESETS: dict[str, dict[str, Any]] = {
     "fast": {},  # train.py adds `fast_arguments` for the data
+    "digits-fast": {
+        "sample_size": 8,
+        "in_channels": 1,
+        "block_out_channels": (32, 64),
+        "layers_per_block": (1, 2),
+        "num_levels": 17,
+        "level_logits": True,
+        "gamma_min": -7.5,
+        "num_augmentation_flags": 6,
+        "dropout": 0.1,
+    },
     "cifar10-fast": {"sample_size": 32},
     "imagenet32-fast": {"sample_size": 32, "block_out_channels": (48, 96, 192)},
 }

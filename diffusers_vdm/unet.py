@@ -329,8 +329,8 @@ def check_inputs(
         count = num_augmentation_flags(config)
         if not count:
             raise ValueError(
-                "augmentation_flags were given to a network without that input; build it with augmentation_flag=True or "
-                "(VDMMultiscale2DModel) with num_augmentation_flags."
+                "augmentation_flags were given to a network without that input; build it with augmentation_flag=True, "
+                "or a VDMMultiscale2DModel with num_augmentation_flags."
             )
         allowed = [(len(sample), count)] + ([(len(sample),)] if count == 1 else [])
         if tuple(augmentation_flags.shape) not in allowed:

@@ -9,10 +9,20 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.guiders import ClassifierFreeGuidance
 from torch import nn
 
-from diffusers_vdm import FixedLinearGamma, LinearBetaScheduler, VDMPipeline, VDMScheduler, diffusion, ode
+from diffusers_vdm import (
+    FixedLinearGamma,
+    LinearBetaScheduler,
+    VariationalBound,
+    VDMPipeline,
+    VDMScheduler,
+    diffusion,
+    evaluate_ode,
+    evaluate_vlb,
+    ode,
+)
 from diffusers_vdm.guidance import GuidedNetwork
 from tests.models import curved_gamma, network, pipeline, sample
-from tests.tensors import F64, f64, normal, seeded
+from tests.tensors import F64, f64, normal, random_levels, seeded
 
 SCHEDULE = FixedLinearGamma(-9.0, 4.0)
 MEANS, VARIANCE = f64([-0.6, 0.1, 0.7]), 0.04
@@ -138,6 +148,18 @@ def test_autoguidance_needs_no_classes():
         strong, other = (each(z_t, 300.0).sample for each in (net, weak))
         found = GuidedNetwork(net, schedule, 2.0, None, weak)(z_t, 300.0)[0]
     torch.testing.assert_close(found, other + 2.0 * (strong - other))
+
+
+def test_bits_per_dim_are_never_of_a_guided_network():
+    net, images = network(1, num_class_embeds=4, null_class=True), random_levels(2, 1, 8, 8)
+    labels = torch.tensor([0, 1])
+    guided = GuidedNetwork(net, SCHEDULE, 2.0)
+    with pytest.raises(ValueError, match="unet must not be guided"):
+        VariationalBound(guided, SCHEDULE)
+    for evaluate in (evaluate_vlb, evaluate_ode):
+        source = VDMScheduler() if evaluate is evaluate_vlb else SCHEDULE
+        with pytest.raises(ValueError, match="unet must not be guided"):
+            evaluate(guided, source, images, class_labels=labels)
 
 
 # ---- the pipeline --------------------------------------------------------------------------------------------------

@@ -66,8 +66,6 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     try:
         check_shared_options(args, OPTIONS)
-        if Path(args.output).is_dir():
-            raise ValueError(f"--output must name a file, got the folder {args.output}")
     except ValueError as error:
         parser.error(str(error))
     return args

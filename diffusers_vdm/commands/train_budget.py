@@ -118,7 +118,7 @@ def budget_text(args: argparse.Namespace, unet: Any, num_images: int, shape: Seq
 
     budget = f"{args.max_hours:g} h" if args.max_hours is not None else f"{args.max_flops:.3g} FLOPs"
     text = f"{budget}: {args.max_train_steps} steps" + (f", {args.width} channels" if args.width else "")
-    if not isinstance(unet, VDMMultiscale2DModel):
+    if not isinstance(unet, VDMMultiscale2DModel) or unet.config.level_logits:
         return text
     count = sum(parameter.numel() for parameter in unet.parameters())
     expected = RULE.expected_bpd(count, num_images * _size(shape))
