@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .train_options import build, is_multiscale, resumed_description
+from .train_options import build, is_multiscale, network_of, resumed_description
 
 # seconds for which the speed of a network is measured
 MEASURED_SECONDS = 2.0
@@ -70,7 +70,7 @@ def _choose(args: argparse.Namespace, data: Any, accelerator: Any) -> tuple[int 
         return count, seconds / size / accelerator.num_processes
 
     budget = args.max_flops if args.max_flops is not None else 3600 * args.max_hours
-    if args.width is None and is_multiscale(args):
+    if args.width is None and follows_rule(args):
         width, images = best_width(budget, cost)
     else:
         width, images = args.width, budget / cost(args.width)[1]
@@ -109,6 +109,11 @@ def _seconds_per_image(args: argparse.Namespace, data: Any, unet: Any, noise_sch
         steps += 1
         synchronize(device)
     return (time.perf_counter() - start) / (steps * len(images))
+
+
+def follows_rule(args: argparse.Namespace) -> bool:
+    """Whether the scaling rule may choose the width: for networks like those that it was fitted to."""
+    return is_multiscale(args) and not network_of(args)[1].get("level_logits", False)
 
 
 def budget_text(args: argparse.Namespace, unet: Any, num_images: int, shape: Sequence[int]) -> str:

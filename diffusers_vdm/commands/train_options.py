@@ -6,12 +6,13 @@ import argparse
 import importlib.util
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..training.batches import NUM_AUGMENTATION_FLAGS
-from ..training.description import RunDescription, read_description
 from ..training.options import TRAIN_OPTIONS
 from .options import check_choice, check_ranges, option_parser
+
+if TYPE_CHECKING:
+    from ..training.description import RunDescription
 
 _DDPM = {"objective": "ddpm", "adam_beta2": 0.999, "adam_weight_decay": 0.0, "random_flip": True,
          "lr_warmup_steps": 5000}  # fmt: skip
@@ -71,12 +72,15 @@ def parse_options(description: str, arguments: list[str] | None = None) -> argpa
 
 
 def default_preset(args: argparse.Namespace) -> str | None:
-    """The preset of options that name none: `fast` for one's own data if its network can be trained, else `digits`."""
+    """The preset of options that name none: `fast` for one's own data, and `digits-fast` for the bundled digits.
+
+    It is `digits` if the options need a network that knows nothing of γ.
+    """
     if args.model_config_name_or_path:
         return None
     is_own = args.dataset_name is not None or args.train_data_dir is not None
     suits = args.objective == "vdm" and args.schedule != "linear_beta" and args.prediction_type == "epsilon"
-    return "fast" if is_own and suits else "digits"
+    return ("fast" if is_own else "digits-fast") if suits else "digits"
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -145,6 +149,8 @@ def check_options(args: argparse.Namespace) -> None:
 
 def resumed_description(args: argparse.Namespace) -> RunDescription | None:
     """What the run that `args` resume has recorded, if there is one."""
+    from ..training.description import read_description
+
     name = args.resume_from_checkpoint
     if name is None:
         return None
@@ -189,6 +195,7 @@ def build(args: argparse.Namespace, data):
     """Builds the network and γ(t)."""
     from .. import noise_schedules as S
     from ..multiscale import VDMMultiscale2DModel, channels_of, fast_arguments
+    from ..training.batches import NUM_AUGMENTATION_FLAGS
 
     size = tuple(data.shape[1:])
     cls, config = network_of(args)

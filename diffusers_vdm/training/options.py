@@ -115,7 +115,7 @@ TRAIN_OPTIONS: dict[str, list[Option]] = {
             "preset",
             str,
             "named network, options and, if public, data set, see docs/training.md; defaults to fast for your "
-            "own images, and to digits for the bundled ones",
+            "own images, and to digits-fast for the bundled ones",
         ),
         Option("model_config_name_or_path", str, "config of a network, instead of --preset"),
         Option(
@@ -152,7 +152,7 @@ TRAIN_OPTIONS: dict[str, list[Option]] = {
     "optimization": [
         Option("train_batch_size", 64, "images per batch on each process", range=POSITIVE, may_change=True),
         Option("gradient_accumulation_steps", 1, "batches per optimizer step", range=POSITIVE, may_change=True),
-        Option("max_train_steps", int, "optimizer steps; defaults to 2500 for the digits", range=POSITIVE),
+        Option("max_train_steps", int, "optimizer steps; defaults to those of the preset", range=POSITIVE),
         Option(
             "num_epochs",
             int,

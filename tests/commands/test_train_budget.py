@@ -56,8 +56,9 @@ def test_more_computation_buys_a_wider_network_and_more_steps(data):
     assert found == sorted(found) and found[0][0] < found[-1][0] and {w for w, _ in found} <= set(WIDTHS)
 
 
-def test_a_network_of_one_size_only_gets_its_steps(data):
-    args = parse_options("", ["--max_flops", "1e12"])
+@pytest.mark.parametrize("preset", [[], ["--preset", "digits"]])
+def test_a_network_of_one_size_only_gets_its_steps(data, preset):
+    args = parse_options("", ["--max_flops", "1e12", *preset])
     resolve_budget(args, data, Accelerator(cpu=True))
     assert args.width is None and "expected" not in budget_text(args, build(args, data)[0], 100, data.shape)
     each = training_cost(build(args, data)[0], data.shape).flops_per_image * args.train_batch_size
@@ -121,7 +122,7 @@ def test_a_run_with_a_budget_ends_at_it_and_resumes(config, tmp_path):
         (["--max_hours", "1", "--max_train_steps", "5"], "give --max_train_steps or --max_hours, not both"),
         (["--max_hours", "1", "--max_flops", "1e9"], "give --max_hours or --max_flops, not both"),
         (["--max_hours", "-1"], "--max_hours must be positive"),
-        (["--width", "16"], "--width needs a multiscale network"),
+        (["--preset", "digits", "--width", "16"], "--width needs a multiscale network"),
     ],
 )
 def test_budgets_that_are_refused(arguments, message, capsys):

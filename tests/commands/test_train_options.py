@@ -63,7 +63,7 @@ LARGE = ("cifar10-aug", "imagenet32", "imagenet64", "ddpm-ffhq128")  # more than
 
 
 def options_of(preset, *more):
-    own = [] if preset == "digits" or PRESET_DATA.get(preset) else ["--dataset_name", "user/images"]
+    own = [] if preset.startswith("digits") or PRESET_DATA.get(preset) else ["--dataset_name", "user/images"]
     return parse_options("", ["--preset", preset, *own, *more])
 
 
@@ -80,15 +80,16 @@ def plain(config):
 
 def test_the_table_of_this_file_has_every_preset():
     assert STATED.keys() == UNET_PRESETS.keys()
-    assert PRESET_DATA.keys() | {"digits", "fast"} == UNET_PRESETS.keys() | MULTISCALE_PRESETS.keys()
+    assert PRESET_DATA.keys() | {"digits", "digits-fast", "fast"} == UNET_PRESETS.keys() | MULTISCALE_PRESETS.keys()
     assert not UNET_PRESETS.keys() & MULTISCALE_PRESETS.keys()
 
 
 @pytest.mark.parametrize("preset", MULTISCALE_PRESETS)
 def test_a_fast_preset_is_a_multiscale_network_trained_by_muon(preset, tmp_path):
     o = options_of(preset, "--output_dir", str(tmp_path), "--logger", "none")
-    size = MULTISCALE_PRESETS[preset].get("sample_size", 32)
-    data = ImageSet(torch.zeros(64, 3, size, size, dtype=torch.uint8), None, 256, "images")
+    stated = MULTISCALE_PRESETS[preset]
+    size, channels, levels = stated.get("sample_size", 32), stated.get("in_channels", 3), stated.get("num_levels", 256)
+    data = ImageSet(torch.zeros(64, channels, size, size, dtype=torch.uint8), None, levels, "images")
     unet, noise_schedule = build(o, data)
     assert isinstance(unet, VDMMultiscale2DModel)
     same = VDMMultiscale2DModel.from_preset(preset, dropout=o.dropout, sample_size=size)
