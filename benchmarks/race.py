@@ -54,6 +54,9 @@ ENTRIES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "digits": {
         "default": {"--preset": "digits"},
+        "fast": {"--preset": "digits-fast"},
+        "fast-no-logits": {"network": {"level_logits": False}},
+        "fast-no-augmentation": {"--preset": "digits-fast", "--augmentation_rate": 0.0},
     },
 }  # fmt: skip
 # entries for the scaling rule, and their channels
@@ -102,7 +105,7 @@ def train(args: argparse.Namespace, dataset: str, name: str, seed: int) -> list[
     folder = args.runs / f"{dataset}-{name}-x{args.budget:g}-{seed}"
     options = {**COMMON, **ENTRIES[dataset][name], "--seed": seed, "--num_threads": args.num_threads}
     if "network" in options:
-        options = with_network(options, args.runs / "networks" / name)
+        options = with_network(dataset, options, args.runs / "networks" / f"{dataset}-{name}")
     if dataset == "cifar10":
         options |= {"--dataset_name": args.cifar10, "--eval_split": "test", "--max_eval_images": 1000}
         options |= {"--eval_samples": 2}
@@ -113,21 +116,26 @@ def train(args: argparse.Namespace, dataset: str, name: str, seed: int) -> list[
     options["--max_train_steps"] = steps_for(args.budget * UNIT[dataset], options)
     options["--eval_steps"] = -(-options["--max_train_steps"] // EVALUATIONS)
     command = [sys.executable, ROOT / "examples" / "train.py", "--output_dir", folder]
-    command += ["--resume_from_checkpoint", "latest", *(part for pair in options.items() for part in pair)]
+    command += ["--resume_from_checkpoint", "latest", *arguments_of(options)]
     environment = os.environ | ({"ACCELERATE_USE_CPU": "1"} if args.device == "cpu" else {})
     print(" ".join(map(str, command)), flush=True)
     subprocess.run([str(part) for part in command], check=True, env=environment)
     return rows_of(folder, dataset, name, seed, args.budget)
 
 
-def with_network(options: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The options of the preset `cifar10-fast`, for its network with other arguments."""
+def with_network(dataset: str, options: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The options of the fast preset of a data set, for its network with other arguments."""
     from diffusers_vdm import VDMMultiscale2DModel
     from diffusers_vdm.commands.train_options import PRESETS
 
-    VDMMultiscale2DModel.from_preset("cifar10-fast", **options.pop("network")).save_config(folder)
-    preset = {f"--{name}": value for name, value in PRESETS["cifar10-fast"].items()}
+    VDMMultiscale2DModel.from_preset(f"{dataset}-fast", **options.pop("network")).save_config(folder)
+    preset = {f"--{name}": value for name, value in PRESETS[f"{dataset}-fast"].items()}
     return {**preset, **options, "--model_config_name_or_path": folder}
+
+
+def arguments_of(options: dict[str, Any]) -> list[str]:
+    """The command line of these options; one that is true stands alone."""
+    return [str(part) for name, value in options.items() for part in ([name] if value is True else [name, value])]
 
 
 def steps_for(flops: float, options: dict[str, Any]) -> int:
@@ -136,7 +144,7 @@ def steps_for(flops: float, options: dict[str, Any]) -> int:
     from diffusers_vdm.commands.train_options import build, parse_options
     from diffusers_vdm.training.cost import training_cost
 
-    args = parse_options("", [str(part) for pair in options.items() for part in pair])
+    args = parse_options("", arguments_of(options))
     data, _ = load_data(args, progress_bar=False)
     cost = training_cost(build(args, data)[0], data.shape)
     return max(1, int(flops / (cost.flops_per_image * args.train_batch_size)))

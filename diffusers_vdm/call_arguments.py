@@ -30,6 +30,15 @@ def positive_integer(name: str, value: Any) -> int:
     return int(value)
 
 
+def share(name: str, value: Any) -> float:
+    """`value` as a float; `TypeError` or `ValueError` unless it is a number in (0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got a {type(value).__name__}.")
+    if not 0 < value <= 1:
+        raise ValueError(f"{name} must be within (0, 1], got {value}.")
+    return float(value)
+
+
 def one_of(name: str, value: Any, allowed: Collection[str]) -> str:
     """`value`; `ValueError` unless it is one of the strings `allowed`."""
     if not isinstance(value, str) or value not in allowed:

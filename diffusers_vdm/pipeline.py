@@ -28,8 +28,10 @@ from . import (
 )
 from .diffusers_schedulers import noise_schedule_of
 from .diffusion import Generators
+from .editing import checked_edit, noisier, noisy_image
 from .gamma_scheduler import GammaScheduler, best_timesteps_of
 from .guidance import GuidedNetwork, checked_scale
+from .image_flow import ImageFlowMixin
 from .multiscale import VDMMultiscale2DModel
 from .noise_schedules import NoiseSchedule
 from .typed_config import TypedConfig
@@ -55,7 +57,7 @@ _REFUSED: dict[str, str] = {
 }
 
 
-class VDMPipeline(TypedConfig, DiffusionPipeline):
+class VDMPipeline(ImageFlowMixin, TypedConfig, DiffusionPipeline):
     """Unconditional or class-conditional image generation with a VDM or a DDPM.
 
     Args:
@@ -278,6 +280,10 @@ class VDMPipeline(TypedConfig, DiffusionPipeline):
         guidance_interval: tuple[float, float] | None = None,
         autoguidance: torch.nn.Module | None = None,
         guider: Any = None,
+        image: Any = None,
+        strength: float | None = None,
+        mask_image: Any = None,
+        num_resamples: int = 1,
     ) -> ImagePipelineOutput | tuple:
         """Samples images with the scheduler's steps, and decodes the last latent through p(x | z_0).
 
@@ -308,12 +314,23 @@ class VDMPipeline(TypedConfig, DiffusionPipeline):
             autoguidance (`torch.nn.Module`, *optional*): a weaker network to guide away from, instead of this one
                 without its classes; it also guides models without classes.
             guider (`diffusers.guiders.BaseGuidance`, *optional*): combines the ε̂ instead of the arguments above.
+            image (*optional*): PIL images, or arrays or tensors in [0, 1], to start from; one for all or for each.
+            strength (`float`, *optional*): share of the steps that are done, starting from `image`; defaults to 0.8,
+                and to 1 with `mask_image`. The smaller it is, the more of the image stays.
+            mask_image (*optional*): what of `image` to repaint: white, or above ½. All other pixels stay the same.
+            num_resamples (`int`, defaults to 1): how often each step is done with `mask_image`; more make the new
+                pixels fit the known ones better. Needs the ancestral or ddim sampler of this package if above 1.
 
         Returns: `ImagePipelineOutput` with `images`, or a tuple with them.
         Raises: `ValueError` or `TypeError`, before any work is done, for invalid arguments and for arguments that do
             not fit each other, the network or the scheduler. NumPy integers are accepted, booleans are not.
         """
         device = self._execution_device
+        given, repainted = checked_edit(
+            image, strength, mask_image, num_resamples, self.scheduler, self.image_shape, self.config.num_levels
+        )
+        if batch_size is None and class_labels is None and given is not None and len(given) > 1:
+            batch_size = len(given)
         batch_size, labels = self._batch_and_labels(batch_size, class_labels, num_images_per_prompt)
         generator = call_arguments.generators(generator, batch_size, device)
         call_arguments.one_of("decode", decode, ("mode", "sample"))
@@ -328,6 +345,10 @@ class VDMPipeline(TypedConfig, DiffusionPipeline):
         shape = (batch_size, *self.image_shape)
         if latents is not None:
             latents = call_arguments.latents(latents, shape)
+        if given is not None and len(given) not in (1, batch_size):
+            raise ValueError(f"image must be one image or one for each of the {batch_size}, got {len(given)}.")
+        if repainted is not None and len(repainted) not in (1, batch_size):
+            raise ValueError(f"mask_image must be one mask or one for each of {batch_size}, got {len(repainted)}.")
         self._set_timesteps(num_inference_steps, timesteps, device)
         network = self._guided(guidance_scale, guidance_interval, autoguidance, guider, labels)
 
@@ -337,30 +358,50 @@ class VDMPipeline(TypedConfig, DiffusionPipeline):
             # float32 for any network dtype: half-precision latents are too coarse for the last steps
             dtype = denoiser.working_dtype(self.unet)
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        first, x = 0, None
         z_t = latents.to(device) * self.scheduler.init_noise_sigma
+        if given is not None:
+            x = diffusion.x_from_levels(given.to(device), self.config.num_levels, latents.dtype).expand(shape)
+            share = strength or (0.8 if repainted is None else 1.0)
+            first = len(self.scheduler.timesteps) - max(1, round(len(self.scheduler.timesteps) * share))
+            if first or repainted is None:
+                z_t = self.scheduler.add_noise(x, latents.to(device), self.scheduler.timesteps[first : first + 1])
+            if hasattr(self.scheduler, "set_begin_index"):
+                self.scheduler.set_begin_index(first)
         step_kwargs = {}
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             step_kwargs["generator"] = generator
 
-        self._num_timesteps = len(self.scheduler.timesteps)
+        steps = self.scheduler.timesteps[first:]
+        self._num_timesteps = len(steps)
         bar: Any = self.progress_bar  # whose annotations are those of another method in newer diffusers
         with bar(total=self._num_timesteps) as progress_bar:
-            for i, t in enumerate(self.scheduler.timesteps):
-                model_input = self.scheduler.scale_model_input(z_t, t).to(z_t.dtype)
-                if isinstance(network, GuidedNetwork):
-                    network.guidance_scale = self._guidance_scale  # which a callback may change
-                    if guider is not None:
-                        guider.set_state(step=i, num_inference_steps=self._num_timesteps, timestep=t)
-                model_output = denoiser.call_network(network, model_input, t, class_labels=labels)
-                model_output = self._channels_for_step(model_output, z_t)
-                z_t = self.scheduler.step(model_output, t, z_t, return_dict=False, **step_kwargs)[0]
+            for i, t in enumerate(steps):
+                for k in range(num_resamples):
+                    model_input = self.scheduler.scale_model_input(z_t, t).to(z_t.dtype)
+                    if isinstance(network, GuidedNetwork):
+                        network.guidance_scale = self._guidance_scale  # which a callback may change
+                        if guider is not None:
+                            guider.set_state(step=i, num_inference_steps=self._num_timesteps, timestep=t)
+                    model_output = denoiser.call_network(network, model_input, t, class_labels=labels)
+                    model_output = self._channels_for_step(model_output, z_t)
+                    z_s = self.scheduler.step(model_output, t, z_t, return_dict=False, **step_kwargs)[0]
+                    if repainted is not None:
+                        after = steps[i + 1 : i + 2]
+                        z_s = torch.where(repainted.to(device), z_s, noisy_image(self.scheduler, x, after, generator))
+                        if k + 1 < num_resamples:
+                            gamma_t, gamma_s = self.scheduler._step_gammas(t)
+                            noise = randn_tensor(shape, generator=generator, device=device, dtype=z_s.dtype)
+                            z_t = noisier(z_s, gamma_s, gamma_t, noise)
+                z_t = z_s
                 if callback_on_step_end is not None:
                     available = {"latents": z_t}
                     given = {name: available[name] for name in tensor_names}
                     z_t = self._latents_after_callback(callback_on_step_end(self, i, t, given), z_t)
                 progress_bar.update()
 
-        images: Any = z_t if output_type == "latent" else self._images(z_t, decode, output_type, generator)
+        kept = None if repainted is None else (given.to(device).expand(shape), repainted.to(device))
+        images: Any = z_t if output_type == "latent" else self._images(z_t, decode, output_type, generator, kept)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -388,16 +429,24 @@ class VDMPipeline(TypedConfig, DiffusionPipeline):
         denoiser.check_variance_values(config.variance_type, values)
         return model_output
 
-    def _images(self, latents: torch.Tensor, decode: str, output_type: str, generator: Generators):
-        """Decodes z_0 to images through p(x | z_0), at the final noise level of the scheduler."""
+    def _images(
+        self,
+        latents: torch.Tensor,
+        decode: str,
+        output_type: str,
+        generator: Generators,
+        kept: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ):
+        """Decodes z_0 to images through p(x | z_0), at the final noise level of the scheduler.
+
+        `kept` are the levels of an image, and which of them are repainted; the others stay.
+        """
         gamma = getattr(self.scheduler, "final_gamma", torch.tensor(-math.inf, dtype=torch.float64))
         num_levels = self.config.num_levels
         levels = diffusion.decode(latents, gamma, num_levels, draw=decode == "sample", generator=generator)
-        pixels = levels.to(torch.float32) / (num_levels - 1)
-        if output_type == "pt":
-            return pixels
-        array = pixels.cpu().permute(0, 2, 3, 1).numpy()
-        return self.numpy_to_pil(array) if output_type == "pil" else array
+        if kept is not None:
+            levels = torch.where(kept[1], levels, kept[0].to(levels.dtype))
+        return self._of_type(levels, output_type)
 
     def _latents_after_callback(self, returned: dict[str, Any] | None, latents: torch.Tensor) -> torch.Tensor:
         """The latents that a callback returned, or the current ones."""

@@ -23,11 +23,11 @@ def script(name):
 
 def test_a_name_of_the_race_runs_where_it_is_an_entry_and_unknown_ones_are_refused(capsys):
     race = script("race")
-    found = race.runs_of(race.parse_options(["--names", "fast", "--seeds", "0", "1"]))
-    assert found == [("cifar10", "fast", 0), ("cifar10", "fast", 1)]
+    found = race.runs_of(race.parse_options(["--names", "fast-16", "--seeds", "0", "1"]))
+    assert found == [("cifar10", "fast-16", 0), ("cifar10", "fast-16", 1)]
     assert {d for d, name, _ in race.runs_of(race.parse_options(["--names", "default"]))} == {"cifar10", "digits"}
     with pytest.raises(SystemExit):
-        race.parse_options(["--datasets", "digits", "--names", "fast"])
+        race.parse_options(["--datasets", "digits", "--names", "fast-16"])
     assert "--names must be among ['default']" in capsys.readouterr().err
 
 

@@ -1,0 +1,167 @@
+"""Editing of given images by a model that was not trained for it: parts of the pipeline.
+
+* A start in the middle: z_t ~ q(z_t | x) instead of noise [Meng et al. 2022].
+* Inpainting: after each step, the known values are replaced by a sample of q(z_s | x). With resampling, a step is
+  repeated from z_t ~ q(z_t | z_s), so that the new values fit the known ones [Lugmayr et al. 2022].
+* Interpolation on a great circle between two latents, where both look like noise.
+
+Papers: Meng et al. 2022, "SDEdit" (arXiv 2108.01073); Lugmayr et al. 2022, "RePaint" (arXiv 2201.09865).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+
+from . import call_arguments, diffusion
+from .diffusion import Generators
+from .gamma_scheduler import GammaScheduler
+
+
+def checked_edit(
+    image: Any,
+    strength: float | None,
+    mask_image: Any,
+    num_resamples: int,
+    scheduler: Any,
+    shape: tuple[int, int, int],
+    num_levels: int,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The levels of `image`, and which values of it to repaint, each `None` if not given."""
+    if strength is not None:
+        call_arguments.share("strength", strength)
+    call_arguments.positive_integer("num_resamples", num_resamples)
+    if image is None:
+        if mask_image is not None:
+            raise ValueError("mask_image needs image, whose pixels it keeps; got no image.")
+        if num_resamples > 1 or strength is not None:
+            name = "strength" if num_resamples == 1 else "num_resamples"
+            raise ValueError(f"{name} needs image; got no image.")
+        return None, None
+    levels = image_levels("image", image, shape, num_levels)
+    if mask_image is None:
+        if num_resamples > 1:
+            raise ValueError(f"num_resamples={num_resamples} needs mask_image.")
+        return levels, None
+    if num_resamples > 1 and (
+        not isinstance(scheduler, GammaScheduler) or scheduler.config.algorithm == "dpmsolver++"
+    ):
+        raise ValueError(
+            f"num_resamples={num_resamples} needs the ancestral or ddim sampler of a VDMScheduler or "
+            f"LinearBetaScheduler, got {type(scheduler).__name__}."
+        )
+    return levels, repainted_values(mask_image, shape)
+
+
+def noisy_image(scheduler: Any, x: torch.Tensor, timestep: torch.Tensor, generator: Generators) -> torch.Tensor:
+    """A sample of q(z | x) at a timestep, or at the end of the chain if it is empty."""
+    noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    if len(timestep):
+        return scheduler.add_noise(x, noise, timestep)
+    gamma = getattr(scheduler, "final_gamma", None)
+    return x if gamma is None else diffusion.q_sample(x, noise, gamma)
+
+
+def image_levels(name: str, image: Any, shape: tuple[int, int, int], num_levels: int) -> torch.Tensor:
+    """Images as integers in [0, `num_levels`).
+
+    Args:
+        name (`str`): the argument that `image` is, for errors.
+        image: a PIL image, an array `(H, W, C)` or `(B, H, W, C)`, a tensor `(C, H, W)` or `(B, C, H, W)`, with values
+            in [0, 1] or, if they are uint8, in [0, 255]; or a list of these.
+        shape (`tuple[int, int, int]`): `(C, H, W)` that they must have.
+        num_levels (`int`): levels of the model; values are rounded to k/(num_levels − 1).
+
+    Returns: int64 `torch.Tensor` of shape `(B, C, H, W)`.
+    Raises: `TypeError` for other types; `ValueError` for another shape, and for values outside of the range.
+    """
+    values = _unit_values(name, image)
+    if tuple(values.shape[1:]) != shape or not len(values):
+        raise ValueError(
+            f"{name} must have the {shape[0]} channels and the size {shape[1:]} of the model, got "
+            f"{values.shape[1]} channels and {tuple(values.shape[2:])}; convert and resize it."
+        )
+    return (values * (num_levels - 1)).round().long()
+
+
+def repainted_values(mask: Any, shape: tuple[int, int, int]) -> torch.Tensor:
+    """Which values a mask wants to be repainted: bool, `(B, 1, H, W)`. White, or above ½, is repainted.
+
+    Raises: `TypeError` and `ValueError` as [`image_levels`]; the mask has one channel.
+    """
+    values = _unit_values("mask_image", mask)
+    if values.shape[1] == 3 and bool((values == values[:, :1]).all()):  # gray, saved in color
+        values = values[:, :1]
+    if tuple(values.shape[1:]) != (1, *shape[1:]):
+        raise ValueError(
+            f"mask_image must have one channel and the size {shape[1:]} of the model, got {values.shape[1]} channels "
+            f"and {tuple(values.shape[2:])}."
+        )
+    return values > 0.5
+
+
+def great_circle(a: torch.Tensor, b: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """(sin((1 − u) φ) a + sin(u φ) b)/sin φ, φ the angle of `a` and `b` [Shoemake 1985].
+
+    Args:
+        a, b (`torch.Tensor` of shape `(C, H, W)`): latents.
+        share (`torch.Tensor` of shape `(n,)`): u; 0 is `a` and 1 is `b`.
+
+    Returns: `torch.Tensor` of shape `(n, C, H, W)`.
+    """
+    a64, b64, u = a.double(), b.double(), share.double().view(-1, 1, 1, 1)
+    cosine = (a64 * b64).sum() / (a64.norm() * b64.norm()).clamp(min=1e-30)
+    angle = torch.arccos(cosine.clamp(-1, 1))
+    if float(torch.sin(angle)) < 1e-6:  # the same direction, or opposite ones, which have no great circle
+        mixed = (1 - u) * a64 + u * b64
+    else:
+        mixed = (torch.sin((1 - u) * angle) * a64 + torch.sin(u * angle) * b64) / torch.sin(angle)
+    return mixed.to(a.dtype)
+
+
+def noisier(z_s: torch.Tensor, gamma_s: torch.Tensor, gamma_t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """A sample of q(z_t | z_s) = N(α_{t|s} z_s, σ_{t|s}²), α_{t|s} = α_t/α_s, σ_{t|s}² = σ_t² − α_{t|s}² σ_s²
+    [VDM app. A.1].
+
+    Args:
+        z_s, noise (`torch.Tensor` of shape `(B, ...)`): the latents, and standard normal values.
+        gamma_s, gamma_t (`torch.Tensor` of shape `()`): γ_s < γ_t.
+    """
+    ratio = diffusion.alpha(gamma_t) / diffusion.alpha(gamma_s)
+    # σ_t² − α_{t|s}² σ_s² = σ_t² (1 − SNR_t/SNR_s)
+    std = diffusion.sigma(gamma_t) * torch.sqrt(-torch.expm1(gamma_s - gamma_t))
+    return ratio.to(z_s) * z_s + std.to(z_s) * noise
+
+
+def _unit_values(name: str, image: Any) -> torch.Tensor:
+    """Images of any kind as float32 values in [0, 1], `(B, C, H, W)`."""
+    each = image if isinstance(image, list | tuple) else [image]
+    if not each:
+        raise ValueError(f"{name} must not be an empty list.")
+    tensors = []
+    for one in each:
+        scale = 1.0
+        if torch.is_tensor(one) or hasattr(one, "__array_interface__") and not hasattr(one, "getbands"):
+            scale = 255.0 if str(one.dtype).endswith("uint8") else 1.0
+            if scale == 1.0 and "float" not in str(one.dtype):
+                raise TypeError(f"{name} must have float or uint8 values, got {one.dtype}.")
+            if one.ndim not in (3, 4):
+                raise ValueError(f"{name} must have 3 or 4 dimensions, got shape {tuple(one.shape)}.")
+            one = one.float() if torch.is_tensor(one) else one.astype("float32")
+            one = (one if one.ndim == 4 else one[None]) / scale
+        elif not hasattr(one, "getbands"):
+            raise TypeError(f"{name} must be PIL images, arrays or tensors, got a {type(one).__name__}.")
+        else:
+            one = one if one.mode in ("L", "RGB") else one.convert("RGB" if "A" in one.getbands() else "L")
+        processor = VaeImageProcessor(vae_scale_factor=1, do_normalize=False, do_resize=False)
+        tensors.append(processor.preprocess(one))
+    if len({tuple(tensor.shape[1:]) for tensor in tensors}) > 1:
+        raise ValueError(f"{name} must be images of one size, got {sorted({tuple(t.shape[2:]) for t in tensors})}.")
+    values = torch.cat(tensors).float()
+    low, high = (float(end) for end in values.aminmax()) if values.numel() else (0.0, 0.0)
+    if not (low >= 0 and high <= 1):
+        raise ValueError(f"{name} must have values in [0, 1], got values from {low:g} to {high:g}.")
+    return values
