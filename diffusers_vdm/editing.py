@@ -10,6 +10,7 @@ Papers: Meng et al. 2022, "SDEdit" (arXiv 2108.01073); Lugmayr et al. 2022, "ReP
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,59 @@ from .diffusion import Generators
 from .gamma_scheduler import GammaScheduler
 
 
+@dataclass
+class Edit:
+    """An image that sampling starts from, and which of its values are repainted.
+
+    Attributes:
+        levels (integer `torch.Tensor` of shape `(B, C, H, W)`): the image, B is 1 or the size of the batch.
+        num_levels (`int`): levels of the model.
+        repainted (bool `torch.Tensor` of shape `(B, 1, H, W)` or `None`): where the image may change; `None` if
+            everywhere, and the start only has less noise.
+        strength (`float`): share of the steps that are done.
+        num_resamples (`int`): how often each step is done.
+    """
+
+    levels: torch.Tensor
+    num_levels: int
+    repainted: torch.Tensor | None
+    strength: float
+    num_resamples: int
+
+    def check_batch(self, batch_size: int) -> None:
+        """Raises `ValueError` unless there is one image, and one mask, for all or for each."""
+        for name, values in (("image", self.levels), ("mask_image", self.repainted)):
+            if values is not None and len(values) not in (1, batch_size):
+                raise ValueError(f"{name} must be one for all or one for each of {batch_size}, got {len(values)}.")
+
+    def first_step(self, num_steps: int) -> int:
+        """The index of the first step that is done."""
+        return num_steps - max(1, round(num_steps * self.strength))
+
+    def noisy(self, scheduler: Any, timestep: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """z = α x + σ ε at a timestep, of shape `(1,)`, or at the end of the chain if it is empty."""
+        x = diffusion.x_from_levels(self.levels.to(noise.device), self.num_levels, noise.dtype).expand_as(noise)
+        if len(timestep):
+            return scheduler.add_noise(x, noise, timestep)
+        gamma = getattr(scheduler, "final_gamma", None)
+        return x if gamma is None else diffusion.q_sample(x, noise, gamma)
+
+    def after_step(
+        self, z_s: torch.Tensor, scheduler: Any, following: torch.Tensor, generator: Generators
+    ) -> torch.Tensor:
+        """z_s with the known values replaced by a sample of q(z_s | x); `following` is the next timestep, if any."""
+        if self.repainted is None:
+            return z_s
+        noise = randn_tensor(z_s.shape, generator=generator, device=z_s.device, dtype=z_s.dtype)
+        return torch.where(self.repainted.to(z_s.device), z_s, self.noisy(scheduler, following, noise))
+
+    def keep(self, levels: torch.Tensor) -> torch.Tensor:
+        """The levels of new images, with the known values as they were."""
+        if self.repainted is None:
+            return levels
+        return torch.where(self.repainted.to(levels.device), levels, self.levels.to(levels))
+
+
 def checked_edit(
     image: Any,
     strength: float | None,
@@ -29,40 +83,35 @@ def checked_edit(
     scheduler: Any,
     shape: tuple[int, int, int],
     num_levels: int,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The levels of `image`, and which values of it to repaint, each `None` if not given."""
+) -> Edit | None:
+    """The [`Edit`] that these arguments of the pipeline want, `None` if there is no image.
+
+    Raises: `TypeError` or `ValueError` for arguments that do not fit each other, the model or the scheduler.
+    """
     if strength is not None:
         call_arguments.share("strength", strength)
-    call_arguments.positive_integer("num_resamples", num_resamples)
+    num_resamples = call_arguments.positive_integer("num_resamples", num_resamples)
     if image is None:
-        if mask_image is not None:
-            raise ValueError("mask_image needs image, whose pixels it keeps; got no image.")
-        if num_resamples > 1 or strength is not None:
-            name = "strength" if num_resamples == 1 else "num_resamples"
-            raise ValueError(f"{name} needs image; got no image.")
-        return None, None
+        for name, is_given in (
+            ("mask_image", mask_image is not None),
+            ("strength", strength is not None),
+            ("num_resamples", num_resamples > 1),
+        ):
+            if is_given:
+                raise ValueError(f"{name} needs image; got no image.")
+        return None
     levels = image_levels("image", image, shape, num_levels)
     if mask_image is None:
         if num_resamples > 1:
             raise ValueError(f"num_resamples={num_resamples} needs mask_image.")
-        return levels, None
-    if num_resamples > 1 and (
-        not isinstance(scheduler, GammaScheduler) or scheduler.config.algorithm == "dpmsolver++"
-    ):
+        return Edit(levels, num_levels, None, strength or 0.8, 1)
+    repeatable = isinstance(scheduler, GammaScheduler) and scheduler.config.get("algorithm") != "dpmsolver++"
+    if num_resamples > 1 and not repeatable:
         raise ValueError(
             f"num_resamples={num_resamples} needs the ancestral or ddim sampler of a VDMScheduler or "
             f"LinearBetaScheduler, got {type(scheduler).__name__}."
         )
-    return levels, repainted_values(mask_image, shape)
-
-
-def noisy_image(scheduler: Any, x: torch.Tensor, timestep: torch.Tensor, generator: Generators) -> torch.Tensor:
-    """A sample of q(z | x) at a timestep, or at the end of the chain if it is empty."""
-    noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-    if len(timestep):
-        return scheduler.add_noise(x, noise, timestep)
-    gamma = getattr(scheduler, "final_gamma", None)
-    return x if gamma is None else diffusion.q_sample(x, noise, gamma)
+    return Edit(levels, num_levels, repainted_values(mask_image, shape), strength or 1.0, num_resamples)
 
 
 def image_levels(name: str, image: Any, shape: tuple[int, int, int], num_levels: int) -> torch.Tensor:

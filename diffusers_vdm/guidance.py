@@ -58,13 +58,14 @@ class GuidedNetwork(nn.Module):
     ):
         super().__init__()
         self.unet, self.autoguidance, self.guider = unet, autoguidance, guider
-        self.noise_schedule, self.prediction_type = noise_schedule, prediction_type
+        self.noise_schedule = noise_schedule
+        self.prediction_type: PredictionType = prediction_type
         self.guidance_scale = checked_scale(guidance_scale)
         self.guidance_interval = checked_interval(guidance_interval)
         if guider is not None:
             self._check_guider()
         if autoguidance is not None:
-            self._check_autoguidance()
+            self._check_autoguidance(autoguidance)
 
     @property
     def config(self) -> Any:
@@ -154,7 +155,7 @@ class GuidedNetwork(nn.Module):
         return both[: len(sample)], both[len(sample) :]
 
     def _null(self, class_labels: torch.Tensor) -> torch.Tensor:
-        return torch.full_like(class_labels, self.unet.config.num_class_embeds)
+        return torch.full_like(class_labels, self.config.num_class_embeds)
 
     def _guided_rows(self, timesteps: torch.Tensor) -> torch.Tensor:
         """The indices of the samples whose noise level is within the interval."""
@@ -168,13 +169,12 @@ class GuidedNetwork(nn.Module):
         """The prediction as combined by a guider of diffusers, which may change the network for each of its calls."""
         gamma_t = self.noise_schedule.gamma_of_timestep(timesteps).to(sample.device)
         labels = (class_labels, None if class_labels is None else self._null(class_labels))
-        batches, first = self.guider.prepare_inputs({"class_labels": labels}), None
+        batches, outputs = self.guider.prepare_inputs({"class_labels": labels}), []
         for batch in batches:
             self.guider.prepare_models(self.unet)
-            output = self._call(sample, timesteps, batch.class_labels)
+            outputs.append(self._call(sample, timesteps, batch.class_labels))
             self.guider.cleanup_models(self.unet)
-            first = output if first is None else first
-            prediction = denoiser.Prediction.from_output(output, sample, gamma_t, self.prediction_type)
+            prediction = denoiser.Prediction.from_output(outputs[-1], sample, gamma_t, self.prediction_type)
             batch.noise_pred = prediction.eps_hat
         eps_hat = self.guider(batches).pred
         guided = eps_hat
@@ -183,7 +183,7 @@ class GuidedNetwork(nn.Module):
             is_x = self.prediction_type == "sample"
             guided = x_hat if is_x else diffusion.velocity(x_hat, eps_hat, gamma_t)
         channels = sample.shape[1]
-        return torch.cat([guided.to(first.dtype), first[:, channels:]], dim=1)
+        return torch.cat([guided.to(outputs[0].dtype), outputs[0][:, channels:]], dim=1)
 
     # ---- checks --------------------------------------------------------------------------------------------------
 
@@ -198,11 +198,12 @@ class GuidedNetwork(nn.Module):
                 f"{'an' if self.autoguidance is not None else 'no'} autoguidance."
             )
 
-    def _check_autoguidance(self) -> None:
-        config, own = getattr(self.autoguidance, "config", None), self.unet.config
+    def _check_autoguidance(self, weak: nn.Module) -> None:
+        config: Any = getattr(weak, "config", None)
+        own: Any = self.config
         if config is None:
-            raise TypeError(f"autoguidance must be a network, got a {type(self.autoguidance).__name__}.")
-        denoiser.check_network(self.autoguidance, self.noise_schedule, self.prediction_type)
+            raise TypeError(f"autoguidance must be a network, got a {type(weak).__name__}.")
+        denoiser.check_network(weak, self.noise_schedule, self.prediction_type)
         for name in ("in_channels", "num_class_embeds"):
             theirs, ours = config.get(name), own.get(name)
             if theirs != ours and not (name == "num_class_embeds" and theirs is None):

@@ -16,17 +16,9 @@ from .editing import great_circle, image_levels
 class ImageFlowMixin:
     """`encode`, `decode` and `interpolate` of a pipeline with a `unet` and a `scheduler`."""
 
-    unet: Any
-    scheduler: Any
-    config: Any
-    device: Any
-    image_shape: Any
-    numpy_to_pil: Any
-    _batch_and_labels: Any
-
     @torch.no_grad()
     def encode(
-        self,
+        self: Any,
         image: Any,
         class_labels: int | list[int] | torch.Tensor | None = None,
         tolerance: float = 1e-5,
@@ -55,7 +47,7 @@ class ImageFlowMixin:
 
     @torch.no_grad()
     def decode(
-        self,
+        self: Any,
         latents: torch.Tensor,
         class_labels: int | list[int] | torch.Tensor | None = None,
         tolerance: float = 1e-5,
@@ -77,7 +69,7 @@ class ImageFlowMixin:
         return self._of_type(levels, output_type)
 
     def interpolate(
-        self,
+        self: Any,
         image: Any,
         num_images: int = 8,
         class_labels: int | list[int] | torch.Tensor | None = None,
@@ -102,7 +94,7 @@ class ImageFlowMixin:
         path = great_circle(latents[0], latents[1], torch.linspace(0, 1, num_images, device=latents.device))
         return self.decode(path, class_labels, tolerance, output_type)
 
-    def _flow(self, count: int, class_labels: Any) -> tuple[float, float, ode.EpsModel]:
+    def _flow(self: Any, count: int, class_labels: Any) -> tuple[float, float, ode.EpsModel]:
         """The ends of γ, and ε̂ for the ODE, for `count` images."""
         _, labels = self._batch_and_labels(count, class_labels, 1)
         schedule = noise_schedule_of(self.scheduler)
@@ -111,7 +103,7 @@ class ImageFlowMixin:
         labels = None if labels is None else labels.to(self.device)
         return gamma_0, gamma_1, ode.eps_model(self.unet, schedule, prediction_type, labels)
 
-    def _of_type(self, levels: torch.Tensor, output_type: str) -> Any:
+    def _of_type(self: Any, levels: torch.Tensor, output_type: str) -> Any:
         """Levels as PIL images, or as an array or a tensor in [0, 1]."""
         pixels = levels.to(torch.float32) / (self.config.num_levels - 1)
         if output_type == "pt":

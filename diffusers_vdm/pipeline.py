@@ -28,7 +28,7 @@ from . import (
 )
 from .diffusers_schedulers import noise_schedule_of
 from .diffusion import Generators
-from .editing import checked_edit, noisier, noisy_image
+from .editing import Edit, checked_edit, noisier
 from .gamma_scheduler import GammaScheduler, best_timesteps_of
 from .guidance import GuidedNetwork, checked_scale
 from .image_flow import ImageFlowMixin
@@ -326,11 +326,11 @@ class VDMPipeline(ImageFlowMixin, TypedConfig, DiffusionPipeline):
             not fit each other, the network or the scheduler. NumPy integers are accepted, booleans are not.
         """
         device = self._execution_device
-        given, repainted = checked_edit(
+        edit = checked_edit(
             image, strength, mask_image, num_resamples, self.scheduler, self.image_shape, self.config.num_levels
         )
-        if batch_size is None and class_labels is None and given is not None and len(given) > 1:
-            batch_size = len(given)
+        if batch_size is None and class_labels is None and edit is not None:
+            batch_size = len(edit.levels)
         batch_size, labels = self._batch_and_labels(batch_size, class_labels, num_images_per_prompt)
         generator = call_arguments.generators(generator, batch_size, device)
         call_arguments.one_of("decode", decode, ("mode", "sample"))
@@ -345,10 +345,8 @@ class VDMPipeline(ImageFlowMixin, TypedConfig, DiffusionPipeline):
         shape = (batch_size, *self.image_shape)
         if latents is not None:
             latents = call_arguments.latents(latents, shape)
-        if given is not None and len(given) not in (1, batch_size):
-            raise ValueError(f"image must be one image or one for each of the {batch_size}, got {len(given)}.")
-        if repainted is not None and len(repainted) not in (1, batch_size):
-            raise ValueError(f"mask_image must be one mask or one for each of {batch_size}, got {len(repainted)}.")
+        if edit is not None:
+            edit.check_batch(batch_size)
         self._set_timesteps(num_inference_steps, timesteps, device)
         network = self._guided(guidance_scale, guidance_interval, autoguidance, guider, labels)
 
@@ -358,26 +356,24 @@ class VDMPipeline(ImageFlowMixin, TypedConfig, DiffusionPipeline):
             # float32 for any network dtype: half-precision latents are too coarse for the last steps
             dtype = denoiser.working_dtype(self.unet)
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        first, x = 0, None
+        steps = self.scheduler.timesteps
         z_t = latents.to(device) * self.scheduler.init_noise_sigma
-        if given is not None:
-            x = diffusion.x_from_levels(given.to(device), self.config.num_levels, latents.dtype).expand(shape)
-            share = strength or (0.8 if repainted is None else 1.0)
-            first = len(self.scheduler.timesteps) - max(1, round(len(self.scheduler.timesteps) * share))
-            if first or repainted is None:
-                z_t = self.scheduler.add_noise(x, latents.to(device), self.scheduler.timesteps[first : first + 1])
+        if edit is not None:
+            first = edit.first_step(len(steps))
+            steps = steps[first:]
+            if first or edit.repainted is None:
+                z_t = edit.noisy(self.scheduler, steps[:1], latents.to(device))
             if hasattr(self.scheduler, "set_begin_index"):
                 self.scheduler.set_begin_index(first)
         step_kwargs = {}
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             step_kwargs["generator"] = generator
 
-        steps = self.scheduler.timesteps[first:]
         self._num_timesteps = len(steps)
         bar: Any = self.progress_bar  # whose annotations are those of another method in newer diffusers
         with bar(total=self._num_timesteps) as progress_bar:
             for i, t in enumerate(steps):
-                for k in range(num_resamples):
+                for repeats in reversed(range(1 if edit is None else edit.num_resamples)):
                     model_input = self.scheduler.scale_model_input(z_t, t).to(z_t.dtype)
                     if isinstance(network, GuidedNetwork):
                         network.guidance_scale = self._guidance_scale  # which a callback may change
@@ -385,23 +381,20 @@ class VDMPipeline(ImageFlowMixin, TypedConfig, DiffusionPipeline):
                             guider.set_state(step=i, num_inference_steps=self._num_timesteps, timestep=t)
                     model_output = denoiser.call_network(network, model_input, t, class_labels=labels)
                     model_output = self._channels_for_step(model_output, z_t)
-                    z_s = self.scheduler.step(model_output, t, z_t, return_dict=False, **step_kwargs)[0]
-                    if repainted is not None:
-                        after = steps[i + 1 : i + 2]
-                        z_s = torch.where(repainted.to(device), z_s, noisy_image(self.scheduler, x, after, generator))
-                        if k + 1 < num_resamples:
-                            gamma_t, gamma_s = self.scheduler._step_gammas(t)
-                            noise = randn_tensor(shape, generator=generator, device=device, dtype=z_s.dtype)
-                            z_t = noisier(z_s, gamma_s, gamma_t, noise)
-                z_t = z_s
+                    z_t = self.scheduler.step(model_output, t, z_t, return_dict=False, **step_kwargs)[0]
+                    if edit is not None:
+                        z_t = edit.after_step(z_t, self.scheduler, steps[i + 1 : i + 2], generator)
+                    if repeats:  # back to the noise level of this step
+                        gamma_t, gamma_s = self.scheduler._step_gammas(t)
+                        noise = randn_tensor(shape, generator=generator, device=device, dtype=z_t.dtype)
+                        z_t = noisier(z_t, gamma_s, gamma_t, noise)
                 if callback_on_step_end is not None:
                     available = {"latents": z_t}
                     given = {name: available[name] for name in tensor_names}
                     z_t = self._latents_after_callback(callback_on_step_end(self, i, t, given), z_t)
                 progress_bar.update()
 
-        kept = None if repainted is None else (given.to(device).expand(shape), repainted.to(device))
-        images: Any = z_t if output_type == "latent" else self._images(z_t, decode, output_type, generator, kept)
+        images: Any = z_t if output_type == "latent" else self._images(z_t, decode, output_type, generator, edit)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -435,17 +428,17 @@ class VDMPipeline(ImageFlowMixin, TypedConfig, DiffusionPipeline):
         decode: str,
         output_type: str,
         generator: Generators,
-        kept: tuple[torch.Tensor, torch.Tensor] | None = None,
+        edit: Edit | None = None,
     ):
         """Decodes z_0 to images through p(x | z_0), at the final noise level of the scheduler.
 
-        `kept` are the levels of an image, and which of them are repainted; the others stay.
+        What `edit` keeps is as it was.
         """
         gamma = getattr(self.scheduler, "final_gamma", torch.tensor(-math.inf, dtype=torch.float64))
         num_levels = self.config.num_levels
         levels = diffusion.decode(latents, gamma, num_levels, draw=decode == "sample", generator=generator)
-        if kept is not None:
-            levels = torch.where(kept[1], levels, kept[0].to(levels.dtype))
+        if edit is not None:
+            levels = edit.keep(levels)
         return self._of_type(levels, output_type)
 
     def _latents_after_callback(self, returned: dict[str, Any] | None, latents: torch.Tensor) -> torch.Tensor:

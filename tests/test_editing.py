@@ -293,11 +293,15 @@ IMAGE, MASK = torch.zeros(3, 8, 8), torch.ones(1, 8, 8)
         ({"image": IMAGE, "strength": math.nan}, ValueError, r"strength must be within \(0, 1\]"),
         ({"image": IMAGE, "strength": "1"}, TypeError, "strength must be a number"),
         ({"image": IMAGE, "mask_image": MASK[:, :4]}, ValueError, "mask_image must have one channel and the size"),
-        ({"image": IMAGE.expand(2, 3, 8, 8), "batch_size": 3}, ValueError, "image must be one image or one for each"),
+        (
+            {"image": IMAGE.expand(2, 3, 8, 8), "batch_size": 3},
+            ValueError,
+            "image must be one for all or one for each",
+        ),
         (
             {"image": IMAGE, "mask_image": MASK.expand(2, 1, 8, 8), "batch_size": 3},
             ValueError,
-            "mask_image must be one mask or one for each",
+            "mask_image must be one for all or one for each",
         ),
     ],
 )

@@ -30,7 +30,7 @@ def resolve_precision(args: argparse.Namespace) -> None:
     recorded = None if description is None else description.options.get("mixed_precision")
     speedup = None
     if recorded is None:
-        speedup = broadcast_object_list([bf16_speedup(state.device)])[0]
+        speedup = broadcast_object_list([bf16_speedup(torch.device(state.device or "cpu"))])[0]
     args.mixed_precision = recorded or ("bf16" if speedup is not None and speedup >= MIN_SPEEDUP else "no")
     why = "as recorded" if speedup is None else f"bf16 takes 1/{speedup:.2f} of the time of float32 here"
     if state.is_main_process:

@@ -168,12 +168,9 @@ def sample(options: argparse.Namespace) -> None:
     guidance = {
         "guidance_scale": options.guidance_scale, "guidance_interval": options.guidance_interval, "autoguidance": weak
     }  # fmt: skip
-    guided = GuidedNetwork(
-        pipe.unet,
-        noise_schedule_of(pipe.scheduler),
-        **guidance,
-        prediction_type=pipe.scheduler.config.prediction_type,
-    )
+    scheduler: Any = pipe.scheduler
+    schedule, prediction_type = noise_schedule_of(scheduler), scheduler.config.prediction_type
+    guided = GuidedNetwork(pipe.unet, schedule, **guidance, prediction_type=prediction_type)
     guided.check_labels(None if given is None else torch.tensor(given))
 
     start, images = time.perf_counter(), []

@@ -53,7 +53,7 @@ def parse_options(description: str, arguments: list[str] | None = None) -> argpa
     parser = option_parser("%(prog)s [options], see --help", description, TRAIN_OPTIONS)
     given = parser.parse_args(arguments)
     name = given.preset or default_preset(given)
-    preset, data = PRESETS.get(name, {}), PRESET_DATA.get(name, {})
+    preset, data = PRESETS.get(name or "", {}), PRESET_DATA.get(name or "", {})
     if given.train_data_dir is None and given.dataset_name in (None, data.get("dataset_name")):
         preset = preset | data
     has_end = given.num_epochs or given.max_hours or given.max_flops
