@@ -13,8 +13,10 @@ if TYPE_CHECKING:  # what `__getattr__` imports on first use
     from .diffusers_schedulers import noise_schedule_of
     from .evaluation.all_terms import best_timesteps, evaluate_bpd, evaluate_vlb
     from .evaluation.calibrate import calibrate
+    from .evaluation.classes import evaluate_classes
     from .evaluation.monte_carlo import evaluate_bound, evaluate_mc
     from .evaluation.ode_density import evaluate_ode
+    from .guidance import GuidedNetwork
     from .multiscale import MULTISCALE_PRESETS, VDMMultiscale2DModel
     from .noise_schedules import (
         BetaGamma,
@@ -45,6 +47,8 @@ _MODULE_OF = {
     "evaluate_ode": "evaluation.ode_density",
     "best_timesteps": "evaluation.all_terms",
     "calibrate": "evaluation.calibrate",
+    "evaluate_classes": "evaluation.classes",
+    "GuidedNetwork": "guidance",
     "Calibration": "calibration",
     "noise_schedule_of": "diffusers_schedulers",
     "VDMPipeline": "pipeline",

@@ -69,7 +69,7 @@ def test_every_block_is_of_a_kind_that_a_test_reads():
     # the pages whose code is run by a test below
     assert {b.page for b in BLOCKS if b.language == "python" and b.mark is None} == {
         "README.md", "docs/training.md", "docs/measuring.md", "docs/samplers.md", "docs/few_steps.md",
-        "docs/compressing.md",
+        "docs/compressing.md", "docs/conditions.md",
     }  # fmt: skip
 
 
@@ -145,6 +145,24 @@ def test_the_code_about_training_and_samplers_runs(tmp_path, monkeypatch, genera
     assert scope["images"][0].size == (32, 32)
 
 
+def test_the_conditions_of_the_page_run():
+    schedule = diffusers_vdm.FixedLinearGamma(-7.5, 5.0)
+    classes = {"num_class_embeds": 10, "null_class": True}
+    pipe = diffusers_vdm.VDMPipeline(
+        tiny_preset(**classes), diffusers_vdm.VDMScheduler.from_noise_schedule(schedule), None, 17
+    )
+    pipe.set_progress_bar_config(disable=True)
+    guided, measured = python_of("docs/conditions.md")
+    scope = {"pipe": pipe, "earlier_unet": tiny_preset(seed=1, **classes)}
+    exec(guided.replace("scale=2.0", "scale=2.0, num_inference_steps=2"), scope)
+    assert len(scope["images"]) == 4
+    labels = torch.tensor([3, 5])
+    scope |= {"bound": diffusers_vdm.VariationalBound(pipe.unet, schedule, num_levels=17), "labels": labels}
+    scope["images"] = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+    exec(measured.replace("64", "4"), scope)
+    assert scope["result"].class_bits.shape == (2, 10)
+
+
 # ---- commands ----------------------------------------------------------------------------------------------------
 
 
@@ -165,6 +183,7 @@ def run_parser(name: str, arguments: list[str]) -> None:
     from diffusers_vdm.commands import (
         calibrate,
         card,
+        classify,
         compress,
         convert,
         decompress,
@@ -182,8 +201,8 @@ def run_parser(name: str, arguments: list[str]) -> None:
         calibrate.parse_options(
             [*arguments, "--output", "c.json"]
         )  # else the folder, which is the reader's, must exist
-    elif name in ("sample", "compress"):
-        {"sample": sample, "compress": compress}[name].parse_options(arguments)
+    elif name in ("sample", "compress", "classify"):
+        {"sample": sample, "compress": compress, "classify": classify}[name].parse_options(arguments)
     elif name in ("decompress", "inspect"):
         file = arguments[arguments.index("--input") + 1] if name == "decompress" else arguments[0]
         Path(file).touch()  # the reader's
@@ -193,6 +212,8 @@ def run_parser(name: str, arguments: list[str]) -> None:
     elif name == "card":
         with pytest.raises(SystemExit, match=r"diffusers-vdm card: folder must contain a saved pipeline"):
             card.main(arguments)  # the folder is the reader's
+    elif name == "edit_images":
+        assert arguments[0] == "--model" and len(arguments) == 2
     else:
         assert name == "env" and not arguments
 

@@ -11,11 +11,13 @@ import torch
 from PIL import Image
 
 import diffusers_vdm
-from diffusers_vdm import VDMPipeline, VDMScheduler
+from diffusers_vdm import FixedLinearGamma, VDMPipeline, VDMScheduler
+from tests.models import tiny_preset
 from tests.paths import EXAMPLES
 from tests.running import run_example
 
-NAMES = ("toy_2d", "train_minimal", "likelihood_of_a_diffusers_checkpoint", "own_noise_schedule")
+NAMES = ("toy_2d", "train_minimal", "likelihood_of_a_diffusers_checkpoint", "own_noise_schedule",
+         "edit_images")  # fmt: skip
 MAX_LINES = 120
 
 
@@ -195,3 +197,24 @@ def test_the_custom_schedule_increases_for_any_parameters(seed, monkeypatch):
     ends = gamma.detach()[[0, -1]].tolist()
     assert ends[0] == -9.0 and ends[1] == pytest.approx(4.0, abs=1e-12)  # a T-step bound needs γ(0) to the bit
     torch.testing.assert_close(slope, torch.autograd.grad(gamma.sum(), t)[0])
+
+
+# ---- edit_images -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [None, 10])
+def test_images_are_edited_with_and_without_classes(tmp_path, classes):
+    arguments = {} if classes is None else {"num_class_embeds": classes, "null_class": True}
+    schedule = FixedLinearGamma(-9.0, 4.0)
+    pipe = VDMPipeline(tiny_preset(**arguments), VDMScheduler.from_noise_schedule(schedule), num_levels=17)
+    with torch.no_grad():
+        pipe.unet.conv_out.weight.mul_(0.02)  # so that the ODE is smooth
+    pipe.save_pretrained(tmp_path / "model")
+    out = tmp_path / "edits"
+    printed = run("edit_images", "--model", tmp_path / "model", "--output_dir", out, "--num_inference_steps", "4")
+    names = {path.name for path in out.iterdir()}
+    expected = {"strength.png", "inpainting.png", "interpolation.png"} | ({"classes.png"} if classes else set())
+    assert names == expected and all(min(size_of(out / name)) > 8 for name in names)
+    assert numbers(line_of(printed, "inpainting.png")) == [0.0]
+    assert numbers(line_of(printed, "interpolation.png")) == [0.0]
+    assert (out / "strength.png").stat().st_size > 500

@@ -36,7 +36,14 @@ def test_report_has_accuracy_calibration_and_information(model, tmp_path, capsys
     folder = model(num_class_embeds=10, null_class=True)
     report = run(tmp_path, folder, "--mutual_information", "--neighbors", "train", "--no-rejection")
     printed = capsys.readouterr().out
-    for name in ("accuracy", "expected calibration error", "nearest neighbor", "I(x; c), bits/dim", "temperature"):
+    for name in (
+        "accuracy",
+        "expected calibration error",
+        "nearest neighbor",
+        "I(x; c), bits/dim, at least",
+        "by the null class",
+        "temperature",
+    ):
         assert name in printed
     labels = load_digits_split()[1].labels[:12].tolist()
     rows = report["images"]
@@ -48,6 +55,7 @@ def test_report_has_accuracy_calibration_and_information(model, tmp_path, capsys
     information = sum(row["null_bits"] - row["class_bits"][row["label"]] for row in rows) / 12
     assert report["mutual_information_bits"] == pytest.approx(information)
     assert report["mutual_information_bpd"] == pytest.approx(information / 64)
+    assert report["information_bound_bits"] < report["class_entropy_bits"]
     assert report["num_calls_per_image"] == report["num_calls_without_rejection"] == 44
     assert report["nearest_neighbor_accuracy"] > 0.8 and len(report["temperatures"]) == 2
 

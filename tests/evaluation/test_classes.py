@@ -13,6 +13,7 @@ from diffusers_vdm.evaluation.classes import (
     class_probabilities,
     evaluate_classes,
     fit_temperature,
+    information_bound,
 )
 from tests.models import network
 from tests.oracles import GaussianMixture, gamma_of_timestep
@@ -183,6 +184,21 @@ def test_calibration_error_is_the_gap_of_confidence_and_accuracy():
     labels = torch.tensor([0] * 9 + [1] + [1] * 3 + [0] * 7)
     assert calibration_error(probabilities, labels) == pytest.approx(0.5 * 0.3)
     assert calibration_error(probabilities, labels, num_bins=1) == pytest.approx(abs(12 / 20 - 0.75))
+
+
+def test_information_bound_is_below_the_information_and_equal_for_the_true_posterior():
+    log_joint = 2 * normal(50_000, 4, seed=3)
+    posterior = torch.softmax(log_joint, 1)
+    labels = torch.multinomial(posterior, 1, generator=seeded(12))[:, 0]
+    prior = posterior.mean(0)
+    information = float((posterior * (posterior.log2() - prior.log2())).sum(1).mean())
+    found, error = information_bound(posterior, labels, prior)
+    assert abs(found - information) < 4 * error < 0.05
+    for temperature in (0.5, 2.0):
+        worse = torch.softmax(log_joint / temperature, 1)
+        assert information_bound(worse, labels, prior)[0] < found - 0.01
+    perfect = torch.nn.functional.one_hot(labels, 4).double()
+    assert information_bound(perfect, labels)[0] == pytest.approx(2)
 
 
 def test_prior_moves_probabilities_as_bayes_says():
