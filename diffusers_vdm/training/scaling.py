@@ -40,7 +40,7 @@ class ScalingRule:
         return self.limit_bpd + of_parameters + self.of_images_bpd * (num_images / 1e6) ** -self.image_exponent
 
 
-RULE = ScalingRule(0.05068, 3.28, 0.03116, 0.02793, 0.5487, 0.012)
+RULE = ScalingRule(0.0, 3.327, 0.02996, 0.03144, 0.5277, 0.011)
 
 
 def best_width(budget: float, cost: Callable[[int], tuple[int, float]]) -> tuple[int, float]:
