@@ -41,15 +41,27 @@ class Edit:
     strength: float
     num_resamples: int
 
+    @property
+    def batch_size(self) -> int:
+        """Number of images and masks."""
+        return max(len(self.levels), 1 if self.repainted is None else len(self.repainted))
+
     def check_batch(self, batch_size: int) -> None:
         """Raises `ValueError` unless there is one image, and one mask, for all or for each."""
         for name, values in (("image", self.levels), ("mask_image", self.repainted)):
             if values is not None and len(values) not in (1, batch_size):
                 raise ValueError(f"{name} must be one for all or one for each of {batch_size}, got {len(values)}.")
 
-    def first_step(self, num_steps: int) -> int:
-        """The index of the first step that is done."""
-        return num_steps - max(1, round(num_steps * self.strength))
+    def first_step(self, scheduler: Any) -> int:
+        """The index in `scheduler.timesteps` of the first step that is done.
+
+        Raises: `ValueError` for a scheduler that cannot start in the middle.
+        """
+        num_steps, calls = len(scheduler.timesteps), getattr(scheduler, "order", 1)
+        first = num_steps - max(1, round(num_steps * self.strength))
+        if first and type(scheduler).__name__ == "PNDMScheduler":
+            raise ValueError("strength must be 1 for a PNDMScheduler, whose first steps prepare the others.")
+        return first - first % calls  # never between the calls of one step
 
     def noisy(self, scheduler: Any, timestep: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """z = α x + σ ε at a timestep, of shape `(1,)`, or at the end of the chain if it is empty."""
@@ -107,9 +119,10 @@ def checked_edit(
         return Edit(levels, num_levels, None, strength or 0.8, 1)
     repeatable = isinstance(scheduler, GammaScheduler) and scheduler.config.get("algorithm") != "dpmsolver++"
     if num_resamples > 1 and not repeatable:
+        algorithm = scheduler.config.get("algorithm", "of diffusers")
         raise ValueError(
             f"num_resamples={num_resamples} needs the ancestral or ddim sampler of a VDMScheduler or "
-            f"LinearBetaScheduler, got {type(scheduler).__name__}."
+            f"LinearBetaScheduler, got {type(scheduler).__name__}, {algorithm}."
         )
     return Edit(levels, num_levels, repainted_values(mask_image, shape), strength or 1.0, num_resamples)
 
@@ -137,11 +150,12 @@ def image_levels(name: str, image: Any, shape: tuple[int, int, int], num_levels:
 
 
 def repainted_values(mask: Any, shape: tuple[int, int, int]) -> torch.Tensor:
-    """Which values a mask wants to be repainted: bool, `(B, 1, H, W)`. White, or above ½, is repainted.
+    """Which values a mask wants to be repainted: bool, `(B, 1, H, W)`. White, above ½, or true is repainted.
 
     Raises: `TypeError` and `ValueError` as [`image_levels`]; the mask has one channel.
     """
-    values = _unit_values("mask_image", mask)
+    values = _unit_values("mask_image", [_zeros_and_ones(each) for each in mask] if isinstance(mask, list | tuple)
+                          else _zeros_and_ones(mask))  # fmt: skip
     if values.shape[1] == 3 and bool((values == values[:, :1]).all()):  # gray, saved in color
         values = values[:, :1]
     if tuple(values.shape[1:]) != (1, *shape[1:]):
@@ -150,6 +164,15 @@ def repainted_values(mask: Any, shape: tuple[int, int, int]) -> torch.Tensor:
             f"and {tuple(values.shape[2:])}."
         )
     return values > 0.5
+
+
+def _zeros_and_ones(mask: Any) -> Any:
+    """A mask of booleans, or of integers 0 and 1, as floats; any other one as it is."""
+    if torch.is_tensor(mask) or (hasattr(mask, "__array_interface__") and not hasattr(mask, "getbands")):
+        if "float" not in str(mask.dtype) and (mask.size if not torch.is_tensor(mask) else mask.numel()):
+            if "bool" in str(mask.dtype) or (int(mask.min()) >= 0 and int(mask.max()) <= 1):
+                return mask.float() if torch.is_tensor(mask) else mask.astype("float32")
+    return mask
 
 
 def great_circle(a: torch.Tensor, b: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
@@ -197,12 +220,16 @@ def _unit_values(name: str, image: Any) -> torch.Tensor:
             scale = 255.0 if str(one.dtype).endswith("uint8") else 1.0
             if scale == 1.0 and "float" not in str(one.dtype):
                 raise TypeError(f"{name} must have float or uint8 values, got {one.dtype}.")
+            if one.ndim == 2:  # gray
+                one = one[None] if torch.is_tensor(one) else one[..., None]
             if one.ndim not in (3, 4):
-                raise ValueError(f"{name} must have 3 or 4 dimensions, got shape {tuple(one.shape)}.")
+                raise ValueError(f"{name} must have 2 to 4 dimensions, got shape {tuple(one.shape)}.")
             one = one.float() if torch.is_tensor(one) else one.astype("float32")
             one = (one if one.ndim == 4 else one[None]) / scale
         elif not hasattr(one, "getbands"):
             raise TypeError(f"{name} must be PIL images, arrays or tensors, got a {type(one).__name__}.")
+        elif one.mode[0] in "IF":
+            raise ValueError(f"{name} must be a PIL image of 8 bits per channel, got the mode {one.mode}; convert it.")
         else:
             one = one if one.mode in ("L", "RGB") else one.convert("RGB" if "A" in one.getbands() else "L")
         processor = VaeImageProcessor(vae_scale_factor=1, do_normalize=False, do_resize=False)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import denoiser, diffusion
+from . import call_arguments, denoiser, diffusion
 from .diffusion import PredictionType
 from .noise_schedules import NoiseSchedule
 
@@ -188,6 +188,8 @@ class GuidedNetwork(nn.Module):
     # ---- checks --------------------------------------------------------------------------------------------------
 
     def _check_guider(self) -> None:
+        if isinstance(self.guider, type):
+            raise TypeError(f"guider must be an object, got the class {self.guider.__name__}; create one of it.")
         for name in ("prepare_inputs", "prepare_models", "cleanup_models", "set_state"):
             if not callable(getattr(self.guider, name, None)):
                 raise TypeError(f"guider must be one of diffusers.guiders, got a {type(self.guider).__name__}.")
@@ -215,11 +217,10 @@ class GuidedNetwork(nn.Module):
 
 def checked_scale(guidance_scale: Any) -> float:
     """`guidance_scale` as a float; raises `TypeError` or `ValueError` unless it is a finite number of at least 0."""
-    if isinstance(guidance_scale, bool) or not isinstance(guidance_scale, int | float):
-        raise TypeError(f"guidance_scale must be a number, got a {type(guidance_scale).__name__}.")
-    if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
+    scale = call_arguments.number("guidance_scale", guidance_scale)
+    if not (math.isfinite(scale) and scale >= 0):
         raise ValueError(f"guidance_scale must be a finite number of at least 0, got {guidance_scale}.")
-    return float(guidance_scale)
+    return scale
 
 
 def checked_interval(guidance_interval: Any) -> tuple[float, float] | None:

@@ -329,8 +329,9 @@ class VDMPipeline(ImageFlowMixin, TypedConfig, DiffusionPipeline):
         edit = checked_edit(
             image, strength, mask_image, num_resamples, self.scheduler, self.image_shape, self.config.num_levels
         )
-        if batch_size is None and class_labels is None and edit is not None:
-            batch_size = len(edit.levels)
+        has_list = class_labels is not None and not call_arguments.is_integer(class_labels)
+        if batch_size is None and edit is not None and not has_list and num_images_per_prompt == 1:
+            batch_size = edit.batch_size
         batch_size, labels = self._batch_and_labels(batch_size, class_labels, num_images_per_prompt)
         generator = call_arguments.generators(generator, batch_size, device)
         call_arguments.one_of("decode", decode, ("mode", "sample"))
@@ -348,7 +349,8 @@ class VDMPipeline(ImageFlowMixin, TypedConfig, DiffusionPipeline):
         if edit is not None:
             edit.check_batch(batch_size)
         self._set_timesteps(num_inference_steps, timesteps, device)
-        network = self._guided(guidance_scale, guidance_interval, autoguidance, guider, labels)
+        may_change = callback_on_step_end is not None
+        network = self._guided(guidance_scale, guidance_interval, autoguidance, guider, labels, may_change)
 
         if labels is not None:
             labels = labels.to(device)
@@ -359,7 +361,7 @@ class VDMPipeline(ImageFlowMixin, TypedConfig, DiffusionPipeline):
         steps = self.scheduler.timesteps
         z_t = latents.to(device) * self.scheduler.init_noise_sigma
         if edit is not None:
-            first = edit.first_step(len(steps))
+            first = edit.first_step(self.scheduler)
             steps = steps[first:]
             if first or edit.repainted is None:
                 z_t = edit.noisy(self.scheduler, steps[:1], latents.to(device))
@@ -376,7 +378,7 @@ class VDMPipeline(ImageFlowMixin, TypedConfig, DiffusionPipeline):
                 for repeats in reversed(range(1 if edit is None else edit.num_resamples)):
                     model_input = self.scheduler.scale_model_input(z_t, t).to(z_t.dtype)
                     if isinstance(network, GuidedNetwork):
-                        network.guidance_scale = self._guidance_scale  # which a callback may change
+                        network.guidance_scale = checked_scale(self._guidance_scale)  # which a callback may change
                         if guider is not None:
                             guider.set_state(step=i, num_inference_steps=self._num_timesteps, timestep=t)
                     model_output = denoiser.call_network(network, model_input, t, class_labels=labels)
@@ -399,15 +401,28 @@ class VDMPipeline(ImageFlowMixin, TypedConfig, DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _guided(
-        self, scale: float, interval: Any, autoguidance: torch.nn.Module | None, guider: Any, labels: Any
+        self,
+        scale: float,
+        interval: Any,
+        autoguidance: torch.nn.Module | None,
+        guider: Any,
+        labels: Any,
+        may_change: bool,
     ) -> torch.nn.Module:
-        """The network, within a [`GuidedNetwork`] if there is any guidance."""
+        """The network, within a [`GuidedNetwork`] if there is any guidance, or a callback may begin it."""
         self._guidance_scale = checked_scale(scale)
-        if self._guidance_scale == 1.0 and interval is None and autoguidance is None and guider is None:
+        is_given = interval is not None or autoguidance is not None or guider is not None
+        can_begin = may_change and labels is not None and getattr(self.unet.config, "null_class", False)
+        if self._guidance_scale == 1.0 and not is_given and not can_begin:
             return self.unet
         prediction_type = self.scheduler.config.get("prediction_type", "epsilon")
         schedule = noise_schedule_of(self.scheduler)
         guided = GuidedNetwork(self.unet, schedule, scale, interval, autoguidance, guider, prediction_type)
+        if guider is None and is_given and self._guidance_scale == 1.0 and not may_change:
+            name = "guidance_interval" if interval is not None else "autoguidance"
+            raise ValueError(f"{name} has no effect with guidance_scale=1; set guidance_scale as well.")
+        if autoguidance is not None and autoguidance.training:
+            raise ValueError("autoguidance must not be in training mode, whose dropout is random; call its eval().")
         guided.check_labels(labels)
         return guided
 

@@ -5,7 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    PNDMScheduler,
+)
 from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 from torch import nn
@@ -15,7 +21,10 @@ from diffusers_vdm.editing import great_circle, image_levels, noisier, repainted
 from tests.models import curved_gamma, pipeline, quiet_unet, sample
 from tests.tensors import F64, f64, normal, random_levels, seeded
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of EulerDiscrete
+pytestmark = [  # of diffusers' schedulers
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning"),
+]
 
 # ---- images of any kind --------------------------------------------------------------------------------------------
 
@@ -47,7 +56,10 @@ def test_every_kind_of_image_gives_the_levels_that_the_pipeline_made(num_levels)
         (torch.full((3, 8, 8), 1.5), ValueError, r"image must have values in \[0, 1\]"),
         (torch.full((3, 8, 8), math.nan), ValueError, r"image must have values in \[0, 1\]"),
         (torch.zeros(3, 8, 8, dtype=torch.int64), TypeError, "image must have float or uint8 values"),
-        (torch.zeros(8, 8), ValueError, "image must have 3 or 4 dimensions"),
+        (torch.zeros(8), ValueError, "image must have 2 to 4 dimensions"),
+        (torch.zeros(8, 8), ValueError, "image must have the 3 channels"),
+        (Image.new("F", (8, 8)), ValueError, "image must be a PIL image of 8 bits per channel, got the mode F"),
+        (Image.new("I;16", (8, 8)), ValueError, "got the mode I;16"),
         ([], ValueError, "image must not be an empty list"),
         (np.zeros((8, 8, 4), np.float32), ValueError, "image must have the 3 channels"),
         ([Image.new("RGB", (8, 8)), Image.new("RGB", (9, 8))], ValueError, "image must be images of one size"),
@@ -65,6 +77,9 @@ def test_mask_is_white_where_it_repaints():
     expected = torch.zeros(1, 1, 6, 8, dtype=torch.bool)
     expected[0, 0, 2, 3] = True
     for kind in (mask, mask.convert("RGB"), np.asarray(mask)[..., None] / 255, torch.tensor(np.asarray(mask))[None]):
+        assert torch.equal(repainted_values(kind, (3, 6, 8)), expected)
+    array = np.asarray(mask) > 127
+    for kind in (array, array.astype(np.uint8), torch.tensor(array), [array.astype(np.int64)], array.astype(float)):
         assert torch.equal(repainted_values(kind, (3, 6, 8)), expected)
     with pytest.raises(ValueError, match=r"mask_image must have one channel and the size \(6, 8\)"):
         repainted_values(Image.new("L", (8, 8)), (3, 6, 8))
@@ -110,6 +125,38 @@ def test_less_strength_stays_nearer_to_the_image(pipe, sampler):
     assert seen == [1, 5, 10]
     assert distances[0] < distances[1] < distances[2]
     assert distances[0] < 0.2
+
+
+@pytest.mark.parametrize("scheduler", [HeunDiscreteScheduler, KDPM2AncestralDiscreteScheduler])
+@pytest.mark.parametrize("strength", [0.2, 0.3, 0.5, 0.6])
+def test_steps_of_two_calls_are_never_cut(pipe, scheduler, strength):
+    """All samplers end near each other, from the same start."""
+    image = random_levels(1, 3, 8, 8).float() / 255
+    options = {"num_inference_steps": 20, "image": image, "strength": strength, "output_type": "pt"}
+    expected = pipe(**options, generator=seeded(0)).images
+    pipe.scheduler = pipe.scheduler.to_diffusers(scheduler)
+    counted: list[int] = []
+    options["callback_on_step_end"] = lambda pipe, i, t, tensors: counted.append(i)
+    found = pipe(**options, generator=seeded(0)).images
+    assert len(counted) % 2 == 1  # the last step is a single call
+    assert float((found - expected).abs().mean()) < 0.15
+
+
+def test_a_sampler_that_cannot_start_in_the_middle_is_refused(pipe):
+    pipe.scheduler = pipe.scheduler.to_diffusers(PNDMScheduler)
+    with pytest.raises(ValueError, match="strength must be 1 for a PNDMScheduler"):
+        pipe(image=IMAGE, strength=0.5, num_inference_steps=4)
+    mask = torch.zeros(1, 8, 8)
+    found = pipe(image=IMAGE, mask_image=mask, num_inference_steps=4, output_type="pt").images
+    assert torch.equal(found[0], IMAGE)
+
+
+def test_number_of_images_follows_the_images_and_masks():
+    pipe = pipeline(VDMScheduler.from_noise_schedule(curved_gamma()), num_class_embeds=4)
+    two, masks = IMAGE.expand(2, 3, 8, 8), torch.ones(3, 1, 8, 8)
+    assert sample(pipe, image=two, class_labels=3).shape[0] == 2
+    assert sample(pipe, image=IMAGE, mask_image=masks, class_labels=np.int64(1)).shape[0] == 3
+    assert sample(pipe, image=two, class_labels=[1, 2], strength=np.float32(0.5)).shape[0] == 2
 
 
 def test_start_has_the_noise_of_its_step(pipe):

@@ -3,6 +3,7 @@
 import inspect
 import math
 
+import numpy as np
 import pytest
 import torch
 from diffusers.configuration_utils import FrozenDict
@@ -243,6 +244,31 @@ def test_callback_sees_and_changes_the_scale(pipe):
     torch.testing.assert_close(changed, sample(pipe, **given, guidance_scale=4.0, guidance_interval=first))
 
 
+def test_callback_can_begin_guidance_and_its_scale_is_checked(pipe):
+    given = {"class_labels": [2], "num_inference_steps": 3}
+
+    def begin(pipe, i, t, tensors):
+        pipe._guidance_scale = 4.0
+
+    begun, plain = sample(pipe, **given, callback_on_step_end=begin), sample(pipe, **given)
+    assert float((begun - plain).abs().max()) > 1e-3
+    seen = sample(pipe, **given, callback_on_step_end=lambda *_: None)
+    assert torch.equal(seen, plain)
+
+    def fail(pipe, i, t, tensors):
+        pipe._guidance_scale = math.nan
+
+    with pytest.raises(ValueError, match="guidance_scale must be a finite number"):
+        sample(pipe, **given, callback_on_step_end=fail)
+
+
+def test_numbers_of_numpy_are_numbers(pipe):
+    given = {"class_labels": [2]}
+    expected = sample(pipe, **given, guidance_scale=2.0)
+    for two in (np.float32(2), np.int64(2)):
+        assert torch.equal(sample(pipe, **given, guidance_scale=two), expected)
+
+
 def test_guidance_in_half_precision(pipe):
     exact = sample(pipe, class_labels=[0, 1], guidance_scale=2.0)
     half = sample(pipe.to(torch.bfloat16), class_labels=[0, 1], guidance_scale=2.0)
@@ -280,14 +306,25 @@ def test_guidance_in_half_precision(pipe):
         ),
         ({"autoguidance": "weak", "class_labels": 1}, TypeError, "autoguidance must be a network"),
         ({"autoguidance": network(1), "guidance_scale": 2.0}, ValueError, "autoguidance must have the in_channels"),
+        (
+            {"autoguidance": network(3).train(), "guidance_scale": 2.0},
+            ValueError,
+            "autoguidance must not be in training",
+        ),
+        ({"guider": ClassifierFreeGuidance, "class_labels": 1}, TypeError, "guider must be an object, got the class"),
+        ({"guidance_scale": 10**400, "class_labels": 1}, ValueError, "guidance_scale must be a finite number"),
     ],
 )
 def test_wrong_guidance_is_refused_before_any_step(pipe, arguments, error, message):
-    def no_step(*_):
-        raise AssertionError("a step was taken")
-
+    pipe.scheduler.step = None  # no step can be taken
     with pytest.raises(error, match=message):
-        pipe(**{"num_inference_steps": 3, "callback_on_step_end": no_step} | arguments)
+        pipe(**{"num_inference_steps": 3} | arguments)
+
+
+@pytest.mark.parametrize("arguments", [{"guidance_interval": (-1.0, 1.0)}, {"autoguidance": network(3)}])
+def test_arguments_without_effect_are_refused(pipe, arguments):
+    with pytest.raises(ValueError, match=f"{next(iter(arguments))} has no effect with guidance_scale=1"):
+        sample(pipe, class_labels=[1], **arguments)
 
 
 def test_guidance_needs_a_null_class():

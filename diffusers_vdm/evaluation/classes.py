@@ -65,6 +65,8 @@ class ClassEvaluation:
         """
         if self.null_bits is None:
             raise ValueError("null_bits must be known, got None; evaluate with with_null=True.")
+        if not torch.is_tensor(class_labels) or class_labels.shape != self.null_bits.shape:
+            raise ValueError(f"class_labels must be a tensor of the classes of all {len(self.null_bits)} images.")
         own = self.class_bits.gather(1, class_labels.long().view(-1, 1))[:, 0]
         difference = self.null_bits - own
         error = float(difference.std() / math.sqrt(len(difference))) if len(difference) > 1 else math.nan
@@ -122,6 +124,8 @@ def evaluate_classes(
     check_images(images, bound.num_levels, bound.unet)
     if class_labels is not None:
         check_class_labels(class_labels, images, bound.unet)
+        if len(class_labels) and int(class_labels.max()) >= num_classes:
+            raise ValueError(f"class_labels must be within [0, {num_classes}), got {int(class_labels.max())}.")
     device = device_of(bound) if device is None else torch.device(device)
     n, dims = len(images), images[0].numel()
     shifts = torch.stack([torch.rand((), generator=keyed_generator(seed, "classes", i)).double() for i in range(n)])

@@ -221,6 +221,11 @@ def test_prior_moves_probabilities_as_bayes_says():
         ({"num_class_embeds": 3}, {"images": torch.zeros(0, 1, 8, 8, dtype=torch.uint8)}, "images must not be empty"),
         ({"num_class_embeds": 3}, {"num_samples": 0}, "num_samples and batch_size must be at least 1"),
         ({"num_class_embeds": 3}, {"class_labels": torch.tensor([0, 3])}, r"class_labels must be within \[0, 3\)"),
+        (
+            {"num_class_embeds": 3, "null_class": True},
+            {"class_labels": torch.tensor([0, 3])},
+            r"class_labels must be within \[0, 3\)",
+        ),
         ({"num_class_embeds": 3}, {"class_labels": torch.tensor([0])}, r"class_labels must have shape \(2,\)"),
     ],
 )
@@ -243,5 +248,8 @@ def test_image_for_which_the_network_fails_is_named():
 
 def test_mutual_information_needs_the_null_class():
     mixture, images, labels = classes_of_pixels(spread=0.1, num=4)
+    known = evaluated(Classes(mixture), images, num_samples=4, with_null=True)
+    with pytest.raises(ValueError, match="class_labels must be a tensor of the classes of all 4 images"):
+        known.mutual_information(labels[:1])
     with pytest.raises(ValueError, match="null_bits must be known"):
         evaluated(Classes(mixture), images, num_samples=4).mutual_information(labels)
