@@ -63,7 +63,7 @@ class VDMMultiscale2DModel(WholeModelMixin, ConfigMixin, AttentionMixin):
             independent values of this variance.
         num_augmentation_flags (`int`, defaults to 0): inputs of the time embedding for how an image was augmented, so
             that augmentations do not change the distribution of images as they are, whose inputs are 0. train.py sets
-            1 input (whether) or 11 (how).
+            1 input (whether) or 6 (how).
         num_class_embeds, null_class: as in [`VDMUNet2DModel`].
     """
 
@@ -258,7 +258,8 @@ MULTISCALE_PRESETS: dict[str, dict[str, Any]] = {
         "num_levels": 17,
         "level_logits": True,
         "gamma_min": -7.5,
-        "num_augmentation_flags": 11,
+        "num_augmentation_flags": 6,
+        "dropout": 0.1,
     },
     "cifar10-fast": {"sample_size": 32},
     "imagenet32-fast": {"sample_size": 32, "block_out_channels": (48, 96, 192)},

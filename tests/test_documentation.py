@@ -153,7 +153,7 @@ def test_the_conditions_of_the_page_run():
     )
     pipe.set_progress_bar_config(disable=True)
     guided, measured = python_of("docs/conditions.md")
-    scope = {"pipe": pipe, "earlier_unet": tiny_preset(seed=1, **classes)}
+    scope = {"pipe": pipe, "earlier_unet": tiny_preset(seed=1, **classes).eval()}
     exec(guided.replace("scale=2.0", "scale=2.0, num_inference_steps=2"), scope)
     assert len(scope["images"]) == 4
     labels = torch.tensor([3, 5])

@@ -28,7 +28,7 @@ PRESETS: dict[str, dict] = {
     # 1,500 images are learned by heart unless most of them are augmented
     "digits-fast": _FAST | {"max_train_steps": 11_500, "ema_max_decay": 0.9999, "lr_warmup_steps": 1000,
                             "random_flip": True, "random_rotation": True, "random_shift": 1,
-                            "random_affine": 0.7, "augmentation_rate": 0.5, "mixed_precision": "no"},
+                            "augmentation_rate": 0.5, "mixed_precision": "no"},
     "cifar10-fast": _FAST | {"max_train_steps": 14_117, "train_batch_size": 16},
     "cifar10": _LONG | {"max_train_steps": 10_000_000},
     "cifar10-aug": _LONG | {"max_train_steps": 10_000_000, "random_flip": True, "random_rotation": True},
@@ -204,7 +204,7 @@ def build(args: argparse.Namespace, data):
         config |= {"num_levels": data.num_levels, "gamma_min": args.gamma_min, "gamma_max": args.gamma_max}
         if args.preset == "fast":
             config |= fast_arguments(size, data.num_levels, data.num_images)
-            if args.random_flip or args.random_rotation or args.random_shift or args.random_affine:
+            if args.random_flip or args.random_rotation or args.random_shift:
                 config["num_augmentation_flags"] = NUM_AUGMENTATION_FLAGS
         if args.width:
             levels = len(config.get("block_out_channels", (1, 2, 4)))

@@ -8,12 +8,10 @@ masks of dropout, which are drawn for each batch of each process.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from ..data.image_stream import ImageStream
 from ..data.images import ImageSet
@@ -22,9 +20,7 @@ from ..randomness import keyed_generator
 # fraction of the class labels that are withheld from a class-conditional network
 LABEL_DROPOUT = 0.1
 # numbers that say how an image was augmented
-NUM_AUGMENTATION_FLAGS = 11
-# largest angle in radians, log of the scale, shear, and shift in half-widths, at --random_affine 1
-_AFFINE_RANGES = (0.2, 0.15, 0.2, 0.15, 0.15)
+NUM_AUGMENTATION_FLAGS = 6
 
 
 def batch_indices(positions: Iterable[int], num_images: int, seed: int) -> torch.Tensor:
@@ -66,18 +62,16 @@ def keyed_batch(
     random_rotation: bool = False,
     label_dropout: float = LABEL_DROPOUT,
     random_shift: int = 0,
-    random_affine: float = 0.0,
     augmentation_rate: float = 1.0,
 ) -> KeyedBatch:
     """Rows `rows` of the global batch of `step`: images in keyed order, and all random draws for them.
 
     t_i = (u + i/B) mod 1 over the global batch, whichever process computes row i [VDM app. I.1]. `augmented` is 1 for
-    images that were flipped, rotated, shifted or distorted, which the network needs to know [VDM app. B].
-    `augmentations` says how, in [`NUM_AUGMENTATION_FLAGS`] columns: flip, 90°, 180°, 270°, the shifts to the right and
-    down as fractions of `random_shift`, and the five numbers of a random affine map as fractions of their largest
-    values [Karras et al. 2022, app. F.2]. `withheld` is true for a fraction `label_dropout` of the labels. A fraction
-    `augmentation_rate` of the images is flipped or rotated at all, and, drawn apart, the same fraction is shifted and
-    distorted; pixels from outside of the image have level 0.
+    images that were flipped, rotated by a multiple of 90° or shifted, which the network needs to know [VDM app. B].
+    `augmentations` says how, in the [`NUM_AUGMENTATION_FLAGS`] columns flip, 90°, 180°, 270°, and the shifts to the
+    right and down as fractions of `random_shift` [Karras et al. 2022, app. F.2]. `withheld` is true for a fraction
+    `label_dropout` of the labels. A fraction `augmentation_rate` of the images is flipped or rotated at all, and,
+    drawn apart, the same fraction is shifted; pixels from outside of the image have level 0.
     """
     positions = [step * global_batch_size + i for i in rows]
     if isinstance(data, ImageSet):
@@ -93,23 +87,20 @@ def keyed_batch(
     for k, i in enumerate(rows):
         generator = keyed_generator(seed, "noise", step, i)
         torch.randn(noise.shape[1:], generator=generator, out=noise[k])
-        flip, withhold, turn, turns, shifts, across, along, bends, *bent = torch.rand(13, generator=generator).tolist()
+        flip, withhold, turn, turns, shifts, *shift = torch.rand(7, generator=generator).tolist()
         withheld[k] = withhold < label_dropout
         turns, shifts = turns < augmentation_rate, random_shift > 0 and shifts < augmentation_rate
         flips = turns and random_flip and flip < 0.5
         quarters = int(4 * turn) if turns and random_rotation else 0
-        right, down = (int((2 * random_shift + 1) * u) - random_shift if shifts else 0 for u in (across, along))
+        right, down = (int((2 * random_shift + 1) * u) - random_shift if shifts else 0 for u in shift)
         augmentations[k, 0] = flips
         if quarters:
             augmentations[k, quarters] = 1.0
         if right or down:
             augmentations[k, 4], augmentations[k, 5] = right / random_shift, down / random_shift
-        if random_affine > 0 and bends < augmentation_rate:
-            augmentations[k, 6:] = 2 * torch.tensor(bent) - 1
         if augmentations[k].any():
             image = torch.rot90(images[k].flip(-1) if flips else images[k], quarters, (-2, -1))
-            image = _shifted(image, right, down)
-            changed.append((k, _distorted(image, random_affine * augmentations[k, 6:])))
+            changed.append((k, _shifted(image, right, down)))
     if changed:
         images = images.clone()  # never change the data set, which may be memory-mapped
         for k, image in changed:
@@ -121,17 +112,4 @@ def keyed_batch(
 
 def _shifted(image: torch.Tensor, right: int, down: int) -> torch.Tensor:
     """The image moved to the right and down; what comes in from outside is 0."""
-    return F.pad(image, (right, -right, down, -down))
-
-
-def _distorted(image: torch.Tensor, strengths: torch.Tensor) -> torch.Tensor:
-    """The image under an affine map, interpolated and rounded to levels; what comes in from outside is 0."""
-    if not bool(strengths.any()):
-        return image
-    angle, log_scale, shear, right, down = (strengths * torch.tensor(_AFFINE_RANGES)).tolist()
-    cosine, sine, scale = math.cos(angle), math.sin(angle), math.exp(log_scale)
-    turn = torch.tensor([[cosine, -sine], [sine, cosine]]) * scale @ torch.tensor([[1.0, shear], [0.0, 1.0]])
-    theta = torch.cat([turn, torch.tensor([[right], [down]])], dim=1)[None]
-    grid = F.affine_grid(theta, [1, *image.shape], align_corners=False)
-    moved = F.grid_sample(image[None].float(), grid, padding_mode="zeros", align_corners=False)[0]
-    return moved.round().to(image.dtype)
+    return torch.nn.functional.pad(image, (right, -right, down, -down))

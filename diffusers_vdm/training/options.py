@@ -80,16 +80,9 @@ TRAIN_OPTIONS: dict[str, list[Option]] = {
         Option("random_rotation", False, "rotate 3 of 4 images by 90, 180 or 270 degrees, and set the flag as well"),
         Option("random_shift", 0, "shift images by up to this many pixels, and set the flag as well", range=COUNT),
         Option(
-            "random_affine",
-            0.0,
-            "turn, scale, shear and move images a little, at 1 by up to 11 degrees and 15 percent, and set the flag",
-            range=(0, 3),
-        ),
-        Option(
             "augmentation_rate",
             1.0,
-            "fraction of the images that --random_flip and --random_rotation change, and that --random_shift and "
-            "--random_affine change",
+            "fraction of the images that --random_flip and --random_rotation change, and that --random_shift changes",
             range=(0, 1),
         ),
         Option("cache_dir", str, "cache folder for data sets", may_change=True, in_card=False),

@@ -147,12 +147,12 @@ class Run:
             first = (micro * world + rank) * args.train_batch_size
             rows = range(first, first + args.train_batch_size)
             augmentations = (args.random_flip, args.random_rotation, args.label_dropout, args.random_shift,
-                             args.random_affine, args.augmentation_rate)  # fmt: skip
+                             args.augmentation_rate)  # fmt: skip
             batch = keyed_batch(self.data, step, rows, self.global_rows, args.seed, *augmentations)
             inputs = {"images": batch.images, "t": batch.t, "eps": batch.eps}
             if args.objective == "vdm":
                 inputs["eps_0"] = batch.eps_0
-            if args.random_flip or args.random_rotation or args.random_shift or args.random_affine:
+            if args.random_flip or args.random_rotation or args.random_shift:
                 flags = num_augmentation_flags(self.unet.config)
                 if flags:
                     inputs["augmentation_flags"] = batch.augmented if flags == 1 else batch.augmentations

@@ -125,7 +125,7 @@ def test_the_network_for_own_images_follows_their_size_number_and_levels(size, c
     o = parse_options("", ["--dataset_name", "user/images", "--width", "16", "--random_flip"])
     config = plain(build(o, many)[0].config)
     assert config["block_out_channels"] == [c // 2 for c in channels] and config["dropout"] == 0.0
-    assert config["level_logits"] and config["num_augmentation_flags"] == 11
+    assert config["level_logits"] and config["num_augmentation_flags"] == 6
 
 
 @pytest.mark.parametrize(

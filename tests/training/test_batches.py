@@ -1,11 +1,8 @@
 """training/batches.py: every batch is a function of the seed and the step, however it is split over processes."""
 
-import math
-
 import pytest
 import torch
 
-from diffusers_vdm.data.images import ImageSet
 from diffusers_vdm.training.batches import batch_indices, keyed_batch
 from tests.pictures import random_image_set
 
@@ -66,7 +63,7 @@ def test_the_flags_say_how_images_are_augmented(generator):
     plain = keyed_batch(data, 3, range(128), 128, 0)
     side = data.images.shape[-1]
     for flags, image, original in zip(batch.augmentations, batch.images, plain.images, strict=True):
-        flip, *quarters, right, down = flags[:6].tolist()
+        flip, *quarters, right, down = flags.tolist()
         assert sum(quarters) <= 1
         expected = original.flip(-1) if flip else original
         expected = torch.rot90(expected, quarters.index(1.0) + 1 if any(quarters) else 0, (-2, -1))
@@ -75,7 +72,7 @@ def test_the_flags_say_how_images_are_augmented(generator):
         to, source = ([slice(max(0, k), side + min(0, k)) for k in (sign * down, sign * right)] for sign in (1, -1))
         moved[:, to[0], to[1]] = expected[:, source[0], source[1]]
         assert torch.equal(image, moved)
-    turned, shifted = batch.augmentations[:, :4].any(1), batch.augmentations[:, 4:6].any(1)
+    turned, shifted = batch.augmentations[:, :4].any(1), batch.augmentations[:, 4:].any(1)
     assert torch.equal(batch.augmented.bool(), turned | shifted)
     assert float(turned.float().mean()) == pytest.approx(0.6 * 7 / 8, abs=0.13)
     assert float(shifted.float().mean()) == pytest.approx(0.6 * 24 / 25, abs=0.13)
@@ -90,26 +87,3 @@ def test_no_image_is_augmented_at_rate_0(generator):
     options = {"random_flip": True, "random_rotation": True, "random_shift": 1, "augmentation_rate": 0.0}
     batch = keyed_batch(data, 0, range(16), 16, 0, **options)
     assert torch.equal(batch.images, keyed_batch(data, 0, range(16), 16, 0).images) and not batch.augmentations.any()
-
-
-def test_affine_maps_move_images_as_their_numbers_say(generator):
-    """A bright spot goes where the map sends it, the levels stay in their range, and nothing else changes."""
-    side = 21
-    spot = torch.zeros(1, side, side, dtype=torch.uint8)
-    spot[0, 8:11, 12:15] = 16
-    images = ImageSet(spot.expand(64, -1, -1, -1).contiguous(), None, 17, "spots")
-    batch = keyed_batch(images, 0, range(64), 64, 0, random_affine=1.0, augmentation_rate=0.8)
-    distorted = batch.augmentations[:, 6:].any(1)
-    assert float(distorted.float().mean()) == pytest.approx(0.8, abs=0.15)
-    assert torch.equal(batch.images[~distorted], images.images[~distorted])
-    assert torch.equal(batch.augmented.bool(), distorted) and not batch.augmentations[:, :6].any()
-    assert int(batch.images.max()) <= 16 and batch.augmentations.abs().max() <= 1
-    position = (torch.arange(side) + 0.5) * 2 / side - 1
-    for flags, image in zip(batch.augmentations[distorted], batch.images[distorted], strict=True):
-        angle, log_scale, shear, right, down = (flags[6:] * torch.tensor([0.2, 0.15, 0.2, 0.15, 0.15])).tolist()
-        weight = image[0].double() / image.sum()
-        y, x = float((weight.sum(1) * position).sum()), float((weight.sum(0) * position).sum())
-        # the center of the spot, found through the map from new to old positions
-        old_x = math.exp(log_scale) * (math.cos(angle) * (x + shear * y) - math.sin(angle) * y) + right
-        old_y = math.exp(log_scale) * (math.sin(angle) * (x + shear * y) + math.cos(angle) * y) + down
-        assert (old_x, old_y) == pytest.approx((float(position[13]), float(position[9])), abs=0.03)
