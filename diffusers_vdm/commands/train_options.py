@@ -25,7 +25,7 @@ _FAST = {"optimizer": "muon", "muon_learning_rate": 0.03, "learning_rate": 4e-3,
          "ema_max_decay": 0.999, "mixed_precision": "auto"}  # fmt: skip
 PRESETS: dict[str, dict] = {
     "fast": _FAST | {"train_batch_size": 16},
-    # 1,500 images are learned by heart unless most of them are augmented; a second thread makes layers this small slower
+    # 1,500 images are learned by heart unless most are augmented, and a second thread makes such small layers slower
     "digits-fast": _FAST | {"max_train_steps": 11_500, "ema_max_decay": 0.9999, "lr_warmup_steps": 1000,
                             "random_flip": True, "random_rotation": True, "random_shift": 1,
                             "augmentation_rate": 0.5, "mixed_precision": "no", "num_threads": 1},
