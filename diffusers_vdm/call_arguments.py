@@ -32,13 +32,13 @@ def positive_integer(name: str, value: Any) -> int:
 
 def share(name: str, value: Any) -> float:
     """`value` as a float; `TypeError` or `ValueError` unless it is a number in (0, 1]."""
-    found = number(name, value)
+    found = real_number(name, value)
     if not 0 < found <= 1:
         raise ValueError(f"{name} must be within (0, 1], got {value}.")
     return found
 
 
-def number(name: str, value: Any) -> float:
+def real_number(name: str, value: Any) -> float:
     """`value`, a number of Python or NumPy, as a float; `TypeError` for others and for booleans."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise TypeError(f"{name} must be a number, got a {type(value).__name__}.")

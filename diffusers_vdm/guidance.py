@@ -217,7 +217,7 @@ class GuidedNetwork(nn.Module):
 
 def checked_scale(guidance_scale: Any) -> float:
     """`guidance_scale` as a float; raises `TypeError` or `ValueError` unless it is a finite number of at least 0."""
-    scale = call_arguments.number("guidance_scale", guidance_scale)
+    scale = call_arguments.real_number("guidance_scale", guidance_scale)
     if not (math.isfinite(scale) and scale >= 0):
         raise ValueError(f"guidance_scale must be a finite number of at least 0, got {guidance_scale}.")
     return scale
