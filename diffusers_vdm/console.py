@@ -6,6 +6,8 @@ import codecs
 import re
 import sys
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _HANDLER = "diffusers_vdm.transliterate"
 # non-ASCII symbols in the commands' output; Greek letters are spelled out and accents are dropped by rule
@@ -27,6 +29,16 @@ def tolerate_any_encoding() -> None:
         reconfigure = getattr(stream, "reconfigure", None)  # a replaced stream may lack it
         if reconfigure is not None:
             reconfigure(errors=_HANDLER)
+
+
+@contextmanager
+def errors_in_one_line(program: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Exits with a message of one line, and no traceback, for errors of `kinds`, by default in arguments and files."""
+    caught = kinds or (ValueError, TypeError, OSError)
+    try:
+        yield
+    except caught as error:
+        raise SystemExit(f"{program}: {error}") from error
 
 
 def _transliterate(error: UnicodeError) -> tuple[str, int]:

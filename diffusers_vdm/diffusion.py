@@ -36,6 +36,11 @@ def to_high_precision(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
 
 
+def high_precision_on(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`tensor` of the CPU on `device`, in the precision of [`to_high_precision`] there."""
+    return tensor.to(torch.float32 if device.type == "mps" else torch.float64).to(device)
+
+
 def alpha(gamma: torch.Tensor) -> torch.Tensor:
     """Scale of the data in z_t: α = √sigmoid(−γ) [VDM §3.2]. Shape of `gamma`."""
     return torch.sigmoid(-gamma).sqrt()
@@ -115,6 +120,17 @@ def q_sample(x: torch.Tensor, eps: torch.Tensor, gamma_t: torch.Tensor) -> torch
         gamma_t (`torch.Tensor` of shape `()` or `(B,)`): noise level.
     """
     return expand_like(alpha(gamma_t), x) * x + expand_like(sigma(gamma_t), eps) * eps
+
+
+def forward_step(z_s: torch.Tensor, eps: torch.Tensor, gamma_s: torch.Tensor, gamma_t: torch.Tensor) -> torch.Tensor:
+    """A sample of q(z_t | z_s): z_t = (α_t/α_s) z_s + σ_{t|s} ε, σ_{t|s}² = 1 − α_t²/α_s² [VDM app. A.1].
+
+    Args:
+        z_s, eps (`torch.Tensor` of shape `(B, ...)`): the less noisy latents, and standard normal noise.
+        gamma_s, gamma_t (`torch.Tensor` of shape `()` or `(B,)`): noise levels, γ_s < γ_t.
+    """
+    std = torch.exp(0.5 * forward_log_variance(gamma_s, gamma_t))
+    return expand_like(_alpha_ratio(gamma_t, gamma_s), z_s) * z_s + expand_like(std, z_s) * eps
 
 
 def velocity(x: torch.Tensor, eps: torch.Tensor, gamma_t: torch.Tensor) -> torch.Tensor:

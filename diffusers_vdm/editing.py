@@ -13,9 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
 
 from . import call_arguments, diffusion
 from .diffusion import Generators
@@ -154,8 +156,7 @@ def repainted_values(mask: Any, shape: tuple[int, int, int]) -> torch.Tensor:
 
     Raises: `TypeError` and `ValueError` as [`image_levels`]; the mask has one channel.
     """
-    values = _unit_values("mask_image", [_zeros_and_ones(each) for each in mask] if isinstance(mask, list | tuple)
-                          else _zeros_and_ones(mask))  # fmt: skip
+    values = _unit_values("mask_image", mask, is_mask=True)
     if values.shape[1] == 3 and bool((values == values[:, :1]).all()):  # gray, saved in color
         values = values[:, :1]
     if tuple(values.shape[1:]) != (1, *shape[1:]):
@@ -164,15 +165,6 @@ def repainted_values(mask: Any, shape: tuple[int, int, int]) -> torch.Tensor:
             f"and {tuple(values.shape[2:])}."
         )
     return values > 0.5
-
-
-def _zeros_and_ones(mask: Any) -> Any:
-    """A mask of booleans, or of integers 0 and 1, as floats; any other one as it is."""
-    if torch.is_tensor(mask) or (hasattr(mask, "__array_interface__") and not hasattr(mask, "getbands")):
-        if "float" not in str(mask.dtype) and (mask.size if not torch.is_tensor(mask) else mask.numel()):
-            if "bool" in str(mask.dtype) or (int(mask.min()) >= 0 and int(mask.max()) <= 1):
-                return mask.float() if torch.is_tensor(mask) else mask.astype("float32")
-    return mask
 
 
 def great_circle(a: torch.Tensor, b: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
@@ -194,46 +186,13 @@ def great_circle(a: torch.Tensor, b: torch.Tensor, share: torch.Tensor) -> torch
     return mixed.to(a.dtype)
 
 
-def noisier(z_s: torch.Tensor, gamma_s: torch.Tensor, gamma_t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """A sample of q(z_t | z_s) = N(α_{t|s} z_s, σ_{t|s}²), α_{t|s} = α_t/α_s, σ_{t|s}² = σ_t² − α_{t|s}² σ_s²
-    [VDM app. A.1].
-
-    Args:
-        z_s, noise (`torch.Tensor` of shape `(B, ...)`): the latents, and standard normal values.
-        gamma_s, gamma_t (`torch.Tensor` of shape `()`): γ_s < γ_t.
-    """
-    ratio = diffusion.alpha(gamma_t) / diffusion.alpha(gamma_s)
-    # σ_t² − α_{t|s}² σ_s² = σ_t² (1 − SNR_t/SNR_s)
-    std = diffusion.sigma(gamma_t) * torch.sqrt(-torch.expm1(gamma_s - gamma_t))
-    return ratio.to(z_s) * z_s + std.to(z_s) * noise
-
-
-def _unit_values(name: str, image: Any) -> torch.Tensor:
+def _unit_values(name: str, image: Any, is_mask: bool = False) -> torch.Tensor:
     """Images of any kind as float32 values in [0, 1], `(B, C, H, W)`."""
     each = image if isinstance(image, list | tuple) else [image]
     if not each:
         raise ValueError(f"{name} must not be an empty list.")
-    tensors = []
-    for one in each:
-        scale = 1.0
-        if torch.is_tensor(one) or hasattr(one, "__array_interface__") and not hasattr(one, "getbands"):
-            scale = 255.0 if str(one.dtype).endswith("uint8") else 1.0
-            if scale == 1.0 and "float" not in str(one.dtype):
-                raise TypeError(f"{name} must have float or uint8 values, got {one.dtype}.")
-            if one.ndim == 2:  # gray
-                one = one[None] if torch.is_tensor(one) else one[..., None]
-            if one.ndim not in (3, 4):
-                raise ValueError(f"{name} must have 2 to 4 dimensions, got shape {tuple(one.shape)}.")
-            one = one.float() if torch.is_tensor(one) else one.astype("float32")
-            one = (one if one.ndim == 4 else one[None]) / scale
-        elif not hasattr(one, "getbands"):
-            raise TypeError(f"{name} must be PIL images, arrays or tensors, got a {type(one).__name__}.")
-        elif one.mode[0] in "IF":
-            raise ValueError(f"{name} must be a PIL image of 8 bits per channel, got the mode {one.mode}; convert it.")
-        else:
-            one = one if one.mode in ("L", "RGB") else one.convert("RGB" if "A" in one.getbands() else "L")
-        processor = VaeImageProcessor(vae_scale_factor=1, do_normalize=False, do_resize=False)
-        tensors.append(processor.preprocess(one))
+    processor = VaeImageProcessor(vae_scale_factor=1, do_normalize=False, do_resize=False)
+    tensors = [processor.preprocess(_readable(name, one, is_mask)) for one in each]
     if len({tuple(tensor.shape[1:]) for tensor in tensors}) > 1:
         raise ValueError(f"{name} must be images of one size, got {sorted({tuple(t.shape[2:]) for t in tensors})}.")
     values = torch.cat(tensors).float()
@@ -241,3 +200,27 @@ def _unit_values(name: str, image: Any) -> torch.Tensor:
     if not (low >= 0 and high <= 1):
         raise ValueError(f"{name} must have values in [0, 1], got values from {low:g} to {high:g}.")
     return values
+
+
+def _readable(name: str, one: Any, is_mask: bool) -> Any:
+    """One image as the image processor of diffusers reads it: a gray or RGB picture, or floats of four dimensions."""
+    if isinstance(one, Image.Image):
+        if one.mode[0] in "IF":
+            raise ValueError(f"{name} must be a PIL image of 8 bits per channel, got the mode {one.mode}; convert it.")
+        return one if one.mode in ("L", "RGB") else one.convert("RGB" if "A" in one.getbands() else "L")
+    is_tensor = torch.is_tensor(one)
+    if not is_tensor and not isinstance(one, np.ndarray):
+        raise TypeError(f"{name} must be PIL images, arrays or tensors, got a {type(one).__name__}.")
+    kind, scale = str(one.dtype).removeprefix("torch."), 1.0
+    if not kind.startswith("float"):
+        is_binary = kind == "bool" or (one.min() >= 0 and one.max() <= 1)
+        if not (is_mask and is_binary):
+            if kind != "uint8":
+                raise TypeError(f"{name} must have float or uint8 values, got {one.dtype}.")
+            scale = 255.0
+    if one.ndim == 2:  # gray
+        one = one[None] if is_tensor else one[..., None]
+    if one.ndim not in (3, 4):
+        raise ValueError(f"{name} must have 2 to 4 dimensions, got shape {tuple(one.shape)}.")
+    floats: Any = one.float() if torch.is_tensor(one) else one.astype(np.float32)
+    return (floats if floats.ndim == 4 else floats[None]) / scale

@@ -22,8 +22,10 @@ import torch
 from torch import nn
 
 from . import call_arguments, denoiser, diffusion
+from .diffusers_schedulers import noise_schedule_of
 from .diffusion import PredictionType
 from .noise_schedules import NoiseSchedule
+from .unet import one_for_each
 
 
 class GuidedNetwork(nn.Module):
@@ -116,7 +118,7 @@ class GuidedNetwork(nn.Module):
         if return_dict:
             raise ValueError("return_dict must be False for a GuidedNetwork, got True.")
         self.check_labels(class_labels)
-        timesteps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+        timesteps = one_for_each(timestep, sample)
         if self.guider is not None:
             return (self._by_guider(sample, timesteps, class_labels),)
         rows = self._guided_rows(timesteps)
@@ -213,6 +215,38 @@ class GuidedNetwork(nn.Module):
                     f"autoguidance must have the {name} of the network, {ours}, got {theirs}; use one for the "
                     "same data."
                 )
+
+
+def guided_network(
+    unet: nn.Module,
+    scheduler: Any,
+    class_labels: torch.Tensor | None,
+    guidance_scale: float = 1.0,
+    guidance_interval: tuple[float, float] | None = None,
+    autoguidance: nn.Module | None = None,
+    guider: Any = None,
+    may_change: bool = False,
+) -> nn.Module:
+    """`unet`, within a [`GuidedNetwork`] if these arguments guide it, or if they `may_change` during the steps.
+
+    Raises: `ValueError` or `TypeError` as [`GuidedNetwork`], for arguments without effect, and for networks, labels
+        and schedulers that cannot be guided.
+    """
+    scale = checked_scale(guidance_scale)
+    is_given = guidance_interval is not None or autoguidance is not None or guider is not None
+    can_begin = may_change and class_labels is not None and getattr(unet.config, "null_class", False)
+    if scale == 1.0 and not is_given and not can_begin:
+        return unet
+    prediction_type = scheduler.config.get("prediction_type", "epsilon")
+    schedule = noise_schedule_of(scheduler)
+    guided = GuidedNetwork(unet, schedule, scale, guidance_interval, autoguidance, guider, prediction_type)
+    if is_given and not guided.is_guiding and not may_change:
+        name = "guidance_interval" if guidance_interval is not None else "autoguidance"
+        raise ValueError(f"{name} has no effect with guidance_scale=1; set guidance_scale as well.")
+    if autoguidance is not None and autoguidance.training:
+        raise ValueError("autoguidance must not be in training mode, whose dropout is random; call its eval().")
+    guided.check_labels(class_labels)
+    return guided
 
 
 def checked_scale(guidance_scale: Any) -> float:

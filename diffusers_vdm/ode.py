@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from . import denoiser, diffusion
-from .diffusion import PredictionType, to_high_precision
+from .diffusion import PredictionType, high_precision_on, to_high_precision
 from .noise_schedules import NoiseSchedule
 
 # (z of shape (b, ...), γ of shape (b,), indices of these samples in the batch, shape (b,)) → ε̂
@@ -239,7 +239,7 @@ def _integrate(
         left = end - gamma[rows]
         last = step[rows].abs() >= left.abs()
         h = torch.where(last, left, step[rows])
-        h_device = to_high_precision(h.float() if y.device.type == "mps" else h).to(y.device)[:, None]
+        h_device = high_precision_on(h, y.device)[:, None]
         y_k = y_0 = y[here]
         stages = [slope[here]]
         for node, weights in zip(_NODES[1:], _STAGES[1:], strict=True):

@@ -26,11 +26,10 @@ from . import (
     schedulers,
     unet,
 )
-from .diffusers_schedulers import noise_schedule_of
 from .diffusion import Generators
-from .editing import Edit, checked_edit, noisier
+from .editing import Edit, checked_edit
 from .gamma_scheduler import GammaScheduler, best_timesteps_of
-from .guidance import GuidedNetwork, checked_scale
+from .guidance import GuidedNetwork, checked_scale, guided_network
 from .image_flow import ImageFlowMixin
 from .multiscale import VDMMultiscale2DModel
 from .noise_schedules import NoiseSchedule
@@ -349,8 +348,10 @@ class VDMPipeline(ImageFlowMixin, TypedConfig, DiffusionPipeline):
         if edit is not None:
             edit.check_batch(batch_size)
         self._set_timesteps(num_inference_steps, timesteps, device)
+        guidance = (guidance_scale, guidance_interval, autoguidance, guider)
         may_change = callback_on_step_end is not None
-        network = self._guided(guidance_scale, guidance_interval, autoguidance, guider, labels, may_change)
+        network = guided_network(self.unet, self.scheduler, labels, *guidance, may_change=may_change)
+        self._guidance_scale = checked_scale(guidance_scale)
 
         if labels is not None:
             labels = labels.to(device)
@@ -389,7 +390,7 @@ class VDMPipeline(ImageFlowMixin, TypedConfig, DiffusionPipeline):
                     if repeats:  # back to the noise level of this step
                         gamma_t, gamma_s = self.scheduler._step_gammas(t)
                         noise = randn_tensor(shape, generator=generator, device=device, dtype=z_t.dtype)
-                        z_t = noisier(z_t, gamma_s, gamma_t, noise)
+                        z_t = diffusion.forward_step(z_t, noise, gamma_s, gamma_t)
                 if callback_on_step_end is not None:
                     available = {"latents": z_t}
                     given = {name: available[name] for name in tensor_names}
@@ -399,32 +400,6 @@ class VDMPipeline(ImageFlowMixin, TypedConfig, DiffusionPipeline):
         images: Any = z_t if output_type == "latent" else self._images(z_t, decode, output_type, generator, edit)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def _guided(
-        self,
-        scale: float,
-        interval: Any,
-        autoguidance: torch.nn.Module | None,
-        guider: Any,
-        labels: Any,
-        may_change: bool,
-    ) -> torch.nn.Module:
-        """The network, within a [`GuidedNetwork`] if there is any guidance, or a callback may begin it."""
-        self._guidance_scale = checked_scale(scale)
-        is_given = interval is not None or autoguidance is not None or guider is not None
-        can_begin = may_change and labels is not None and getattr(self.unet.config, "null_class", False)
-        if self._guidance_scale == 1.0 and not is_given and not can_begin:
-            return self.unet
-        prediction_type = self.scheduler.config.get("prediction_type", "epsilon")
-        schedule = noise_schedule_of(self.scheduler)
-        guided = GuidedNetwork(self.unet, schedule, scale, interval, autoguidance, guider, prediction_type)
-        if guider is None and is_given and self._guidance_scale == 1.0 and not may_change:
-            name = "guidance_interval" if interval is not None else "autoguidance"
-            raise ValueError(f"{name} has no effect with guidance_scale=1; set guidance_scale as well.")
-        if autoguidance is not None and autoguidance.training:
-            raise ValueError("autoguidance must not be in training mode, whose dropout is random; call its eval().")
-        guided.check_labels(labels)
-        return guided
 
     def _channels_for_step(self, model_output: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """The channels of the network's output for the scheduler's step, see denoiser.py."""

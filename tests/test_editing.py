@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 from diffusers_vdm import FixedLinearGamma, LinearBetaScheduler, VDMPipeline, VDMScheduler, diffusion
-from diffusers_vdm.editing import great_circle, image_levels, noisier, repainted_values
+from diffusers_vdm.editing import great_circle, image_levels, repainted_values
 from tests.models import curved_gamma, pipeline, quiet_unet, sample
 from tests.tensors import F64, f64, normal, random_levels, seeded
 
@@ -260,10 +260,10 @@ def test_noisier_latents_have_the_moments_of_the_forward_process():
     x = f64([0.7])
     noise_s, noise_t = normal(100_000), normal(100_000, seed=1)
     z_s = diffusion.q_sample(x, noise_s, gamma_s)
-    z_t = noisier(z_s, gamma_s, gamma_t, noise_t)
+    z_t = diffusion.forward_step(z_s, noise_t, gamma_s, gamma_t)
     assert float(z_t.mean()) == pytest.approx(float(diffusion.alpha(gamma_t) * 0.7), abs=0.01)
     assert float(z_t.std()) == pytest.approx(float(diffusion.sigma(gamma_t)), rel=0.01)
-    exact = noisier(z_s, gamma_s, gamma_t, torch.zeros_like(z_s))
+    exact = diffusion.forward_step(z_s, torch.zeros_like(z_s), gamma_s, gamma_t)
     torch.testing.assert_close(exact, z_s * diffusion.alpha(gamma_t) / diffusion.alpha(gamma_s))
 
 

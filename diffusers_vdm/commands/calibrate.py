@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..console import tolerate_any_encoding
+from ..console import errors_in_one_line, tolerate_any_encoding
 from ..training.options import POSITIVE, Option, train_option
 from .evaluate_options import (
     BATCH_SIZE,
@@ -25,11 +25,10 @@ from .evaluate_options import (
     IMAGE_OPTIONS,
     MACHINE_OPTIONS,
     MODEL,
-    check_shared_options,
     load_data,
     load_model,
+    parse_checked,
 )
-from .options import option_parser
 from .processes import evaluation_accelerator
 
 OPTIONS: dict[str, list[Option]] = {
@@ -61,21 +60,20 @@ OPTIONS: dict[str, list[Option]] = {
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parses and checks the command line; wrong arguments end the program before any work starts."""
-    parser = option_parser("%(prog)s --model MODEL [options], see --help", __doc__ or "", OPTIONS)
-    args = parser.parse_args(arguments)
-    try:
-        check_shared_options(args, OPTIONS)
-        if args.output is None and not Path(args.model, "scheduler", "scheduler_config.json").is_file():
-            raise ValueError(
-                f"--model must be a folder that VDMPipeline saved, whose scheduler will hold the table, got "
-                f"{args.model}; or write a file by --output calibration.json"
-            )
-        if args.output is not None and args.variance is not None:
-            raise ValueError("--variance changes the scheduler of the model, which --output leaves as it is")
-    except ValueError as error:
-        parser.error(str(error))
+    args = parse_checked(__doc__ or "", OPTIONS, arguments, check_output)
     args.allow_shared = True  # training images may be in any split
     return args
+
+
+def check_output(args: argparse.Namespace) -> None:
+    """Raises `ValueError` unless the table has a place: the scheduler of the model, or a file."""
+    if args.output is None and not Path(args.model, "scheduler", "scheduler_config.json").is_file():
+        raise ValueError(
+            f"--model must be a folder that VDMPipeline saved, whose scheduler will hold the table, got "
+            f"{args.model}; or write a file by --output calibration.json"
+        )
+    if args.output is not None and args.variance is not None:
+        raise ValueError("--variance changes the scheduler of the model, which --output leaves as it is")
 
 
 def calibrate_model(args: argparse.Namespace) -> None:
@@ -157,10 +155,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command with the command line or with `arguments`; `SystemExit` names an error in one line."""
     tolerate_any_encoding()
     args = parse_options(arguments)
-    try:
+    with errors_in_one_line("diffusers-vdm calibrate"):
         calibrate_model(args)
-    except (ValueError, TypeError, OSError) as error:
-        raise SystemExit(f"diffusers-vdm calibrate: {error}") from error
 
 
 if __name__ == "__main__":

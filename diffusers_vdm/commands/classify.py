@@ -20,19 +20,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..console import tolerate_any_encoding
+from ..console import errors_in_one_line, tolerate_any_encoding
 from ..training.options import POSITIVE, Option, train_option
 from .evaluate_options import (
+    ALLOW_SHARED,
     BATCH_SIZE,
     DATA_SET_OPTIONS,
     IMAGE_OPTIONS,
     MACHINE_OPTIONS,
     MODEL,
-    check_shared_options,
     load_data,
     load_model,
+    parse_checked,
 )
-from .options import option_parser
 from .processes import evaluation_accelerator
 
 OPTIONS: dict[str, list[Option]] = {
@@ -49,9 +49,7 @@ OPTIONS: dict[str, list[Option]] = {
         *DATA_SET_OPTIONS,
         Option("split", "test", "split to classify; slices such as test[:500] are allowed"),
         *IMAGE_OPTIONS,
-        Option(
-            "allow_shared", False, "continue even if images of the split are also in another split of the data set"
-        ),
+        ALLOW_SHARED,
     ],
     "work": [
         BATCH_SIZE,
@@ -63,13 +61,7 @@ OPTIONS: dict[str, list[Option]] = {
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parses and checks the command line; wrong arguments end the program before any work starts."""
-    parser = option_parser("%(prog)s --model MODEL [options], see --help", __doc__ or "", OPTIONS)
-    args = parser.parse_args(arguments)
-    try:
-        check_shared_options(args, OPTIONS)
-    except ValueError as error:
-        parser.error(str(error))
-    return args
+    return parse_checked(__doc__ or "", OPTIONS, arguments)
 
 
 def classify(args: argparse.Namespace) -> None:
@@ -243,10 +235,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the command with the command line or with `arguments`; `SystemExit` names an error in one line."""
     tolerate_any_encoding()
     args = parse_options(arguments)
-    try:
+    with errors_in_one_line("diffusers-vdm classify"):
         classify(args)
-    except (ValueError, TypeError, OSError) as error:
-        raise SystemExit(f"diffusers-vdm classify: {error}") from error
 
 
 if __name__ == "__main__":

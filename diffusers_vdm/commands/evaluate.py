@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..console import tolerate_any_encoding
+from ..console import errors_in_one_line, tolerate_any_encoding
 from .evaluate_options import load_data, load_model, parse_options
 from .evaluate_report import check_partial, curve, draw, partial_folder, print_report
 from .processes import evaluation_accelerator, only_run
@@ -225,14 +225,12 @@ def evaluate(args: argparse.Namespace) -> None:
         signal.signal(name, lambda number, _: sys.exit(128 + number))  # the exception saves intermediate results
     output = Path(args.output)
     taken = f"another run is writing to --output {output}; wait for its end, or use another file"
-    try:
-        with (
-            evaluation_accelerator(args) as accelerator,
-            only_run(accelerator, output.with_name(f".{output.stem}.lock"), taken, lambda: check_partial(args)),
-        ):
-            run_evaluation(args, accelerator)
-    except (ValueError, TypeError, OSError) as error:
-        raise SystemExit(f"evaluate.py: {error}") from error
+    with (
+        errors_in_one_line("evaluate.py"),
+        evaluation_accelerator(args) as accelerator,
+        only_run(accelerator, output.with_name(f".{output.stem}.lock"), taken, lambda: check_partial(args)),
+    ):
+        run_evaluation(args, accelerator)
 
 
 def run_evaluation(args: argparse.Namespace, accelerator) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from ..training.options import POSITIVE, Option, train_option
 from .options import check_ranges, image_arguments, option_parser
 
-# rows that calibrate shares
+# rows that calibrate and classify share
 MODEL = Option("model", str, "folder or Hub repository of a VDMPipeline or of a pixel-space pipeline of diffusers")
 DATA_SET_OPTIONS = [
     Option("dataset_name", str, "data set on the Hub, or a local copy; defaults to the bundled digits"),
@@ -25,6 +25,9 @@ IMAGE_OPTIONS = [
     Option("center_crop", False, "crop the center instead of a position drawn for each image"),
     train_option("cache_dir"),
 ]
+ALLOW_SHARED = Option(
+    "allow_shared", False, "continue even if images of the split are also in another split of the data set"
+)
 BATCH_SIZE = Option("batch_size", 128, "images per batch; no result depends on it", range=POSITIVE)
 MACHINE_OPTIONS = [
     Option("num_threads", int, "CPU threads per process; defaults to an equal share of the cores", range=POSITIVE),
@@ -72,9 +75,7 @@ OPTIONS: dict[str, list[Option]] = {
         *DATA_SET_OPTIONS,
         Option("split", "test", "split to measure; slices such as test[:500] are allowed"),
         *IMAGE_OPTIONS,
-        Option(
-            "allow_shared", False, "continue even if images of the split are also in another split of the data set"
-        ),
+        ALLOW_SHARED,
     ],
     "work": [
         BATCH_SIZE,
@@ -139,6 +140,23 @@ def parse_options(description: str, arguments: list[str] | None = None) -> argpa
     except ValueError as error:
         parser.error(str(error))
     args.num_samples = args.num_samples or {"mc": 20, "vlb": 1, "ode": 1}[args.method]
+    return args
+
+
+def parse_checked(
+    description: str,
+    groups: dict[str, list[Option]],
+    arguments: list[str] | None,
+    check: Callable[[argparse.Namespace], None] = lambda args: None,
+) -> argparse.Namespace:
+    """Parses and checks the options of a command on a model and images; exits before any work if one is wrong."""
+    parser = option_parser("%(prog)s --model MODEL [options], see --help", description, groups)
+    args = parser.parse_args(arguments)
+    try:
+        check_shared_options(args, groups)
+        check(args)
+    except ValueError as error:
+        parser.error(str(error))
     return args
 
 

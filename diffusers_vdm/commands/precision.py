@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import time
 from typing import Any
 
 import torch
 
-from ..training.cost import synchronize
+from ..training.cost import best_seconds
 from .train_options import resumed_description
 
 # how much faster half precision must be, to be worth its rounding
@@ -45,13 +44,10 @@ def bf16_speedup(device: torch.device) -> float:
 def _seconds(device: torch.device, in_bf16: bool) -> float:
     inputs = torch.full((8, 64, 32, 32), 0.5, device=device)
     weight = torch.full((64, 64, 3, 3), 0.01, device=device, requires_grad=True)
-    best = float("inf")
-    for _ in range(4):  # the first warms up
-        synchronize(device)
-        start = time.perf_counter()
+
+    def work() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=in_bf16):
             output: Any = torch.nn.functional.conv2d(inputs, weight, padding=1)
         torch.autograd.grad(output.float().sum(), weight)
-        synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return best
+
+    return best_seconds(work, device)

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..console import tolerate_any_encoding
+from ..console import errors_in_one_line, tolerate_any_encoding
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -143,8 +143,8 @@ def sample(options: argparse.Namespace) -> None:
     import torch
     from tqdm.auto import tqdm
 
-    from .. import VDMPipeline, noise_schedule_of
-    from ..guidance import GuidedNetwork
+    from .. import VDMPipeline
+    from ..guidance import guided_network
     from ..plots import image_grid
     from ..randomness import keyed_generator
     from ..training.metrics import last_evaluation, read_steps
@@ -168,10 +168,7 @@ def sample(options: argparse.Namespace) -> None:
     guidance = {
         "guidance_scale": options.guidance_scale, "guidance_interval": options.guidance_interval, "autoguidance": weak
     }  # fmt: skip
-    scheduler: Any = pipe.scheduler
-    schedule, prediction_type = noise_schedule_of(scheduler), scheduler.config.prediction_type
-    guided = GuidedNetwork(pipe.unet, schedule, **guidance, prediction_type=prediction_type)
-    guided.check_labels(None if given is None else torch.tensor(given))
+    network = guided_network(pipe.unet, pipe.scheduler, None if given is None else torch.tensor(given), **guidance)
 
     start, images = time.perf_counter(), []
     batches = range(0, options.num_images, options.batch_size)
@@ -180,7 +177,7 @@ def sample(options: argparse.Namespace) -> None:
         generators = [keyed_generator(options.seed, "sample", i) for i in index]
         some = labels and labels[index.start : index.stop]
         if options.sampler == "ode":
-            images.append(solve_ode(pipe, guided, generators, some, options.rtol, options.decode).cpu())
+            images.append(solve_ode(pipe, network, generators, some, options.rtol, options.decode).cpu())
             continue
         arguments = {"decode": options.decode, "output_type": "pt"}
         if options.best_timesteps:
@@ -202,7 +199,7 @@ def sample(options: argparse.Namespace) -> None:
     table = [
         ("images", f"{len(images)} of {tuple(images.shape[1:])}, {pipe.config.num_levels} levels"),
         ("sampler", f"{type(pipe.scheduler).__name__}, {steps}, seed {options.seed}"),
-        *([("guidance", f"scale {options.guidance_scale:g}")] if guided.is_guiding else []),
+        *([("guidance", f"scale {options.guidance_scale:g}")] if network is not pipe.unet else []),
         ("time", f"{seconds:.1f} s on {device}, {len(images) / seconds:.2f} images/s"),
         ("pixel mean ± std", f"{images.mean():.3f} ± {images.std():.3f} of [0, 1]"),
     ]
@@ -220,10 +217,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Samples for the command line, or `arguments`; exits with an error message of one line."""
     tolerate_any_encoding()
     options = parse_options(arguments)
-    try:
+    with errors_in_one_line("sample.py", ValueError, TypeError, OSError, RuntimeError):
         sample(options)
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        raise SystemExit(f"sample.py: {error}") from error
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
+from ..console import errors_in_one_line
 from ..randomness import key_to_seed
 from ..training import checkpoints
 from ..training.metrics import append_metrics, truncate_metrics
@@ -22,15 +23,6 @@ from .train_data import load_data
 from .train_hub import Sharing
 from .train_options import build, check_output_dir
 from .train_report import draw, evaluation_metrics, finish, is_finished, plan, remove_results, save_pipelines
-
-
-@contextmanager
-def errors_in_one_line():
-    """Exits with a message of one line, and no traceback, for errors in files and arguments."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"train.py: {error}") from error
 
 
 def set_up(args: argparse.Namespace):
@@ -57,7 +49,7 @@ def train(args: argparse.Namespace) -> None:
     accelerator = set_up(args)
     taken = f"another run is writing to --output_dir {args.output_dir}; wait for its end, or use another folder"
     lock = only_run(accelerator, Path(args.output_dir) / ".lock", taken, lambda: check_output_dir(args))
-    with errors_in_one_line(), nullcontext() if args.dry_run else lock:
+    with errors_in_one_line("train.py", ValueError, OSError), nullcontext() if args.dry_run else lock:
         run_training(args, accelerator)
 
 

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from .. import denoiser, diffusion
 from ..calibration import Calibration, Variance
 from ..diffusers_schedulers import noise_schedule_of
-from ..diffusion import to_high_precision
+from ..diffusion import high_precision_on, to_high_precision
 from ..gamma_scheduler import best_timesteps_of
 from ..randomness import keyed_noise
 from ..step_selection import best_levels
@@ -281,9 +281,7 @@ def _evaluate_chain(unet, chain: Chain, images, labels, index, seed: int, rows: 
     x = x_of_levels(images, chain.convention, chain.num_levels, dtype)
     nats_per_bpd = x[0].numel() * math.log(2)
     # moved to the device once: copying a coefficient from the CPU at each step would synchronize
-    on_device = {
-        name: to_high_precision(_mps_float(getattr(chain, name), device)).to(device) for name in ("gammas", "gamma_0")
-    }
+    on_device = {name: high_precision_on(getattr(chain, name), device) for name in ("gammas", "gamma_0")}
     if chain.log_variances is not None:
         on_device["log_variances"] = _mps_float(chain.log_variances, device).to(device)
     chain = replace(chain, **on_device, timesteps=_mps_float(chain.timesteps, device).to(device))

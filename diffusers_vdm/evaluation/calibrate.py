@@ -97,7 +97,7 @@ def calibrate(
             x = x_of_levels(images[index].to(device), convention, num_levels, dtype)
             labels = None if class_labels is None else class_labels[index].to(device)
             for k, (gamma, timestep) in enumerate(zip(gammas, timesteps, strict=True)):
-                gamma_t = diffusion.to_high_precision(gamma.float() if x.device.type == "mps" else gamma).to(device)
+                gamma_t = diffusion.high_precision_on(gamma, x.device)
                 t = timestep.to(device) if timestep.dtype == torch.long else timestep.to(device, x.dtype)
                 for draw in range(num_draws):
                     eps = keyed_noise([(seed, "calibration", k, draw, int(i)) for i in index], x.shape[1:], x)

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..diffusion import to_high_precision
+from ..diffusion import high_precision_on
 from ..objectives import VariationalBound
 from ..randomness import keyed_generator, keyed_noise
 from ..times import importance_warp, lattice_times, loss_level, second_moments
-from .rows import check_class_labels, check_images, device_of, evaluation_mode
+from .rows import check_class_labels, check_images, check_rows_finite, device_of, evaluation_mode
 
 # draws of all classes before any class is dropped, and bits behind the best one at which it is
 _MIN_DRAWS, _HOPELESS_BITS, _STDERRS = 4, 5.0, 3.0
@@ -136,10 +136,7 @@ def evaluate_classes(
     kept[:, num_classes:] = True
     if class_labels is not None:
         kept[torch.arange(n), class_labels.long().cpu()] = True
-    times, densities = (
-        torch.zeros(num_samples, n, dtype=torch.float64),
-        torch.ones(num_samples, n, dtype=torch.float64),
-    )
+    times = torch.zeros(num_samples, n, dtype=torch.float64)
     pilot, warp = max(1, round(_PILOT_SHARE * num_samples)), None
     bar_class = progress_bar if callable(progress_bar) else tqdm
     calls = 0
@@ -153,18 +150,15 @@ def evaluate_classes(
             if draw == pilot:
                 warp = _warp_of_differences(times[:draw], bits[:draw, :, :num_classes])
             u = lattice_times(torch.full((n,), draw), shifts)
-            times[draw], densities[draw] = (u, torch.ones_like(u)) if warp is None else warp(u)
+            times[draw], density = (u, torch.ones_like(u)) if warp is None else warp(u)
             for pairs in active.nonzero().split(batch_size):
                 index, labels = pairs.unbind(1)
-                out = _bound_of_pairs(bound, images, index, labels, times[draw], densities[draw], (seed, draw), device)
-                bits[draw, index, labels] = dims * out["diffusion"].double().cpu()
-                shared[draw, index] = dims * (out["prior"] + out["reconstruction"]).double().cpu()
+                out = _bound_of_pairs(bound, images, index, labels, times[draw], density, (seed, draw), device)
+                terms = [out["diffusion"], out["prior"] + out["reconstruction"]]
+                terms = check_rows_finite(dims * torch.stack(terms, dim=1).double().cpu(), index)
+                bits[draw, index, labels], shared[draw, index] = terms.unbind(1)
             calls += int(active.sum())
             bar.update(active.numel())
-            bad = (~bits[draw][active].isfinite()).nonzero()
-            if len(bad):
-                i = int(active.nonzero()[bad[0, 0], 0])
-                raise ValueError(f"the bound of image {i} is not finite: the network returned NaN or infinity.")
             if rejection and draw + 1 >= _MIN_DRAWS and draw + 1 >= pilot:
                 active &= kept | ~_hopeless(bits[: draw + 1, :, :num_classes], active)
                 alone = (active[:, :num_classes].sum(1) == 1) & ~kept.any(1)
@@ -259,11 +253,10 @@ def _bound_of_pairs(bound, images, index, labels, t, density, key, device) -> An
     used, which = index.unique(return_inverse=True)
     noise = keyed_noise([(*key, i) for i in used.tolist()], (2, *images.shape[1:]), torch.empty(0, device=device))
     noise = noise[which.to(noise.device)]
-    times = to_high_precision(t[index] if device.type != "mps" else t[index].float()).to(device)
     return bound(
         images[index].to(device),
         class_labels=labels.to(device),
-        t=times,
+        t=high_precision_on(t[index], device),
         t_density=density[index].to(device),
         eps=noise[:, 0],
         eps_0=noise[:, 1],

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..diffusion import to_high_precision
+from ..diffusion import high_precision_on
 from ..objectives import VariationalBound
 from ..randomness import keyed_generator, keyed_noise
 from ..times import importance_warp, lattice_times, loss_level, second_moments
@@ -200,7 +200,7 @@ def _evaluate_rows(bound, images, class_labels, repeat, index, seed, warp, devic
     x = torch.empty(0, device=device)
     noise = keyed_noise([(seed, repeat, i) for i in index.tolist()], (2, *images.shape[1:]), x)
     labels = None if class_labels is None else class_labels[index].to(device)
-    t_device = to_high_precision(t if x.device.type != "mps" else t.float()).to(device)
+    t_device = high_precision_on(t, x.device)
     out = bound(images[index].to(device), class_labels=labels, t=t_device, eps=noise[:, 0], eps_0=noise[:, 1])
     columns = [out[name].cpu().double() for name in _COLUMNS[:5]]
     columns[2] = columns[2] / density

@@ -44,12 +44,16 @@ class KeyedBatch:
 
     images: torch.Tensor
     labels: torch.Tensor | None
-    augmented: torch.Tensor
     augmentations: torch.Tensor
     withheld: torch.Tensor
     t: torch.Tensor
     eps: torch.Tensor
     eps_0: torch.Tensor
+
+    @property
+    def augmented(self) -> torch.Tensor:
+        """1 for images that were changed, 0 for others."""
+        return self.augmentations.ne(0).any(1).float()
 
 
 def keyed_batch(
@@ -106,8 +110,7 @@ def keyed_batch(
         for k, image in changed:
             images[k] = image
     eps, eps_0 = (part.contiguous() for part in noise.unbind(1))
-    augmented = augmentations.ne(0).any(1).float()
-    return KeyedBatch(images, labels, augmented, augmentations, withheld, t, eps, eps_0)
+    return KeyedBatch(images, labels, augmentations, withheld, t, eps, eps_0)
 
 
 def _shifted(image: torch.Tensor, right: int, down: int) -> torch.Tensor:

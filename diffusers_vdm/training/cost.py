@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -87,13 +89,18 @@ def matmul_flops_per_second(device: torch.device | str, dtype: torch.dtype = tor
     device = torch.device(device)
     size = 8192 if device.type == "cuda" else 2048
     a = torch.full((size, size), 0.5, device=device, dtype=dtype)
-    best = 0.0
-    for _ in range(4):  # the first iteration warms up
+    return 2 * size**3 / best_seconds(lambda: torch.matmul(a, a), device)
+
+
+def best_seconds(work: Callable[[], Any], device: torch.device) -> float:
+    """The shortest time of four runs of `work` on `device`; the first run warms up."""
+    best = math.inf
+    for _ in range(4):
         synchronize(device)
-        clock = time.perf_counter()
-        torch.matmul(a, a)
+        start = time.perf_counter()
+        work()
         synchronize(device)
-        best = max(best, 2 * size**3 / (time.perf_counter() - clock))
+        best = min(best, time.perf_counter() - start)
     return best
 
 

@@ -103,6 +103,8 @@ def test_every_sampler_is_guided(sampler, tmp_path, capsys):
     assert drawn("--guidance_scale", "1.5", "--autoguidance", str(tmp_path / "model")) == plain
     with pytest.raises(ValueError, match="guidance_scale must be a finite number"):
         drawn("--guidance_scale", "nan")
+    with pytest.raises(ValueError, match="guidance_interval has no effect with guidance_scale=1"):
+        drawn("--guidance_interval", "-1", "1")
 
 
 # ---- the pipeline that train.py left -----------------------------------------------------------------------------
