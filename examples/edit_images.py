@@ -86,22 +86,25 @@ def main() -> None:
     pipe = VDMPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(leave=False)
     processor = VaeImageProcessor(vae_scale_factor=1, do_normalize=False, do_resize=False)
-    images = processor.preprocess([Image.open(path) for path in args.images]) if args.images else held_out_digits()
+    channels, *size = pipe.image_shape
+    files = [Image.open(path).convert("L" if channels == 1 else "RGB") for path in args.images or ()]
+    images = processor.preprocess(files) if len({file.size for file in files}) == 1 else held_out_digits()
+    if (args.images and len(files) != len(images)) or len(images) < 2 or [*images.shape[2:]] != size:
+        parser.error(f"--images must be two or more files of {size[1]}×{size[0]} pixels for this model")
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
     def write(name: str, pictures: torch.Tensor, columns: int, text: str) -> None:
-        scale = max(1, 64 // pictures.shape[-1])
+        scale = max(1, 64 // size[1])
         each = [picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
                 for picture in pipe.numpy_to_pil(pictures.permute(0, 2, 3, 1).numpy())]  # fmt: skip
         make_image_grid(each, rows=len(each) // columns, cols=columns).save(args.output_dir / name)
         print(f"{name:<18} {text}")
 
-    null = None
-    if pipe.unet.config.num_class_embeds is not None:
+    null = pipe.unet.config.num_class_embeds  # the null class, for what needs no class
+    if null is not None:
         pictures = classes(pipe, args.num_inference_steps)
         write("classes.png", pictures, len(pictures) // len(SCALES), "one class per column, guidance_scale "
               f"{', '.join(f'{scale:g}' for scale in SCALES)} per row")  # fmt: skip
-        null = pipe.unet.config.num_class_embeds  # the null class: what follows needs no class
     pictures = strengths(pipe, images[:1], args.num_inference_steps)
     write("strength.png", pictures, 5, f"an image, then four samples each with strength {str(STRENGTHS)[1:-1]}")
     pictures, change = inpaint(pipe, images, args.num_inference_steps)

@@ -218,3 +218,15 @@ def test_images_are_edited_with_and_without_classes(tmp_path, classes):
     assert numbers(line_of(printed, "inpainting.png")) == [0.0]
     assert numbers(line_of(printed, "interpolation.png")) == [0.0]
     assert (out / "strength.png").stat().st_size > 500
+
+
+@pytest.mark.parametrize("sizes", [[(8, 8)], [(8, 8), (9, 8)], [(9, 9), (9, 9)]])
+def test_images_that_a_model_cannot_edit_are_an_error_in_one_line(tmp_path, sizes):
+    pipe = VDMPipeline(tiny_preset(), VDMScheduler.from_noise_schedule(FixedLinearGamma(-9.0, 4.0)), num_levels=17)
+    pipe.save_pretrained(tmp_path / "model")
+    files = []
+    for i, size in enumerate(sizes):
+        files.append(tmp_path / f"{i}.png")
+        Image.new("RGB", size).save(files[-1])
+    done = run_example("edit_images.py", "--model", tmp_path / "model", "--images", *files, check=False)
+    assert done.returncode == 2 and "two or more files of 8×8 pixels" in done.stderr and "Traceback" not in done.stderr

@@ -198,6 +198,8 @@ def nearest_neighbors(args: argparse.Namespace, data: Any, num_levels: int, num_
 
 def print_report(report: dict[str, Any], path: Path) -> None:
     """Prints what is measured."""
+    from ..evaluation.classes import TEMPERATURES
+
     print(f"\n{report['model']} on {report['data']}: {report['num_images']} images, {report['num_classes']} classes")
     rows = [
         ("network calls for each image", f"{report['num_calls_per_image']:.1f}"),
@@ -206,6 +208,9 @@ def print_report(report: dict[str, Any], path: Path) -> None:
     ]
     if "accuracy" in report:
         temperatures = " and ".join(f"{value:.3g}" for value in report["temperatures"])
+        low, high = TEMPERATURES
+        if not all(1.01 * low < value < 0.99 * high for value in report["temperatures"]):
+            temperatures += " (limit)"
         rows += [
             ("accuracy", f"{report['accuracy']:.4f} ± {report['accuracy_stderr']:.4f}"),
             ("expected calibration error", f"{report['calibration_error']:.4f}"),

@@ -14,6 +14,11 @@ def load_data(args: argparse.Namespace, progress_bar: bool):
     _, height, width = train.shape or (0, 0, 0)
     if args.random_rotation and height != width:
         raise ValueError(f"--random_rotation needs square images, got {train.shape}; set --resolution")
+    if args.random_shift >= min(height, width):
+        raise ValueError(
+            f"--random_shift must be below the size of the images, {height}×{width}, got {args.random_shift}; use a "
+            "few pixels"
+        )
     if args.class_conditional:
         check_classes(train, test)
     if not args.allow_shared:

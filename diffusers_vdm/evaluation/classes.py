@@ -30,6 +30,9 @@ _MIN_DRAWS, _HOPELESS_BITS, _STDERRS = 4, 5.0, 3.0
 # share of the draws with uniform t, which measure where classes differ
 _PILOT_SHARE = 0.25
 
+# limits of a fitted temperature
+TEMPERATURES = (0.01, 1e4)
+
 
 @dataclass
 class ClassEvaluation:
@@ -216,7 +219,7 @@ def fit_temperature(class_bits: torch.Tensor, class_labels: torch.Tensor, prior:
         class_labels (`torch.Tensor` of shape `(N,)`): the true classes.
         prior (`torch.Tensor` of shape `(K,)`, *optional*): p(c).
 
-    Returns: a `float` within [0.01, 10000].
+    Returns: a `float` within `TEMPERATURES`, [0.01, 10000]; labels that are all right, or none, have no best one.
     """
     rows = torch.arange(len(class_bits))
 
@@ -224,7 +227,7 @@ def fit_temperature(class_bits: torch.Tensor, class_labels: torch.Tensor, prior:
         p = class_probabilities(class_bits, prior, math.exp(log_temperature))
         return -float(p[rows, class_labels.long()].clamp(min=1e-300).log().mean())
 
-    low, high = math.log(0.01), math.log(1e4)  # the loss is convex in 1/temperature, so it has one minimum
+    low, high = map(math.log, TEMPERATURES)  # the loss is convex in 1/temperature, so it has one minimum
     ratio = (math.sqrt(5) - 1) / 2
     for _ in range(60):
         left, right = high - ratio * (high - low), low + ratio * (high - low)

@@ -57,6 +57,16 @@ def test_a_class_that_was_not_trained_is_refused_before_the_first_step(tmp_path,
     assert train.num_classes is None and test.labels is None
 
 
+@pytest.mark.parametrize("streaming", [[], ["--streaming"]])
+def test_a_shift_by_more_than_the_image_is_refused_before_the_first_step(tmp_path, config, streaming):
+    path = write_images(tmp_path / "data", *CLASSES)
+    train, _ = options(tmp_path, config, "--train_data_dir", path, *streaming)
+    size = min(train.shape[1:])
+    with pytest.raises(ValueError, match=rf"--random_shift must be below the size of the images, .* got {size}"):
+        options(tmp_path, config, "--train_data_dir", path, "--random_shift", size, *streaming)
+    options(tmp_path, config, "--train_data_dir", path, "--random_shift", size - 1, *streaming)
+
+
 def test_a_slice_of_a_split_has_all_classes_of_the_data_set(tmp_path, config):
     path = write_images(tmp_path / "data", *CLASSES)
     sliced = ["--train_data_dir", path, "--class_conditional", "--train_split", "train[:2]"]
