@@ -142,7 +142,7 @@ def image_levels(name: str, image: Any, shape: tuple[int, int, int], num_levels:
     Returns: int64 `torch.Tensor` of shape `(B, C, H, W)`.
     Raises: `TypeError` for other types; `ValueError` for another shape, and for values outside of the range.
     """
-    values = _unit_values(name, image)
+    values = unit_values(name, image)
     if tuple(values.shape[1:]) != shape or not len(values):
         raise ValueError(
             f"{name} must have the {shape[0]} channels and the size {shape[1:]} of the model, got "
@@ -156,7 +156,7 @@ def repainted_values(mask: Any, shape: tuple[int, int, int]) -> torch.Tensor:
 
     Raises: `TypeError` and `ValueError` as [`image_levels`]; the mask has one channel.
     """
-    values = _unit_values("mask_image", mask, is_mask=True)
+    values = unit_values("mask_image", mask, is_mask=True)
     if values.shape[1] == 3 and bool((values == values[:, :1]).all()):  # gray, saved in color
         values = values[:, :1]
     if tuple(values.shape[1:]) != (1, *shape[1:]):
@@ -186,7 +186,7 @@ def great_circle(a: torch.Tensor, b: torch.Tensor, share: torch.Tensor) -> torch
     return mixed.to(a.dtype)
 
 
-def _unit_values(name: str, image: Any, is_mask: bool = False) -> torch.Tensor:
+def unit_values(name: str, image: Any, is_mask: bool = False) -> torch.Tensor:
     """Images of any kind as float32 values in [0, 1], `(B, C, H, W)`."""
     each = image if isinstance(image, list | tuple) else [image]
     if not each:

@@ -2,7 +2,8 @@
 
     ε̂ = ε̂_weak + w (ε̂_c − ε̂_weak)                                          [Ho & Salimans 2022, eq. 6, w = 1 + theirs]
 
-The weak prediction is that without the condition c, or that of another network [Karras et al. 2024a]. w = 1 is the
+The weak prediction is that without the condition c, or with a negative one such as another text, or that of another
+network [Karras et al. 2024a]. w = 1 is the
 network itself and w = 0 the weak one, both exactly. For a given z_t, x̂ and v are affine functions of ε̂. The weights
 above add up to 1, so the formula is the same for all three, and it is applied to what the network predicts.
 
@@ -16,16 +17,18 @@ al. 2024 (guidance in an interval of noise levels, arXiv 2404.07724).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from . import call_arguments, denoiser, diffusion
+from .conditions import SIZES, conditions_taken, given_conditions, null_conditions, rows_of_conditions
 from .diffusers_schedulers import noise_schedule_of
 from .diffusion import PredictionType
+from .network_inputs import one_for_each
 from .noise_schedules import NoiseSchedule
-from .unet import one_for_each
 
 
 class GuidedNetwork(nn.Module):
@@ -38,10 +41,12 @@ class GuidedNetwork(nn.Module):
         guidance_interval (`tuple[float, float]`, *optional*): lowest and highest γ with guidance, all if not given; at
             other noise levels, w is 1.
         autoguidance (`nn.Module`, *optional*): a weaker network, such as a smaller one or an earlier average, instead
-            of the same network without its condition. It gets the same condition if it has classes.
+            of the same network without its condition. It gets those of the conditions that it takes.
         guider (`diffusers.guiders.BaseGuidance`, *optional*): combines the predictions instead of `guidance_scale` and
             `guidance_interval`. It gets ε̂, whatever the network predicts.
         prediction_type (`str`, defaults to `"epsilon"`): what the network predicts, for `guider`.
+        negative_conditions (`dict[str, torch.Tensor]`, *optional*): conditions of the weak prediction, with a row for
+            each sample, instead of the null ones; a text has no other null, see conditions.py.
 
     Raises: `ValueError` or `TypeError` for arguments that do not fit each other or the networks.
     """
@@ -57,8 +62,10 @@ class GuidedNetwork(nn.Module):
         autoguidance: nn.Module | None = None,
         guider: Any = None,
         prediction_type: PredictionType = "epsilon",
+        negative_conditions: Mapping[str, torch.Tensor] | None = None,
     ):
         super().__init__()
+        self.negative_conditions = given_conditions(negative_conditions or {})
         self.unet, self.autoguidance, self.guider = unet, autoguidance, guider
         self.noise_schedule = noise_schedule
         self.prediction_type: PredictionType = prediction_type
@@ -84,49 +91,60 @@ class GuidedNetwork(nn.Module):
         """Whether the prediction differs from that of the network at any noise level."""
         return self.guider is not None or self.guidance_scale != 1.0
 
-    def check_labels(self, class_labels: torch.Tensor | None) -> None:
-        """Raises `ValueError` if there is nothing to guide away from for these labels."""
+    def check_guidable(self, conditions: Mapping[str, torch.Tensor | None]) -> None:
+        """Raises `ValueError` if there is nothing to guide away from for these conditions."""
         if not self.is_guiding or self.autoguidance is not None:
             return
         what = "guider" if self.guider is not None else f"guidance_scale={self.guidance_scale:g}"
-        if class_labels is None:
-            raise ValueError(f"{what} needs class_labels to guide towards, or autoguidance; got neither.")
-        if not getattr(self.unet.config, "null_class", False):
+        given = given_conditions(conditions)
+        if not given:
             raise ValueError(
-                f"{what} needs a network with a null class, got null_class=False; train one with null_class=True, as "
-                "train.py --class_conditional does, or use autoguidance."
+                f"{what} needs a condition to guide towards, such as class_labels, or autoguidance; got neither."
             )
+        if not can_guide(self.unet, given, self.negative_conditions):
+            raise ValueError(
+                f"{what} needs a network with the null of a condition; this one has none of {', '.join(given)}. "
+                "Train one with null_class, null_vectors or null_images=True, as train.py does, pass a negative "
+                "text, or use autoguidance."
+            )
+        for name, value in self.negative_conditions.items():
+            if name not in given or value.shape != given[name].shape:
+                expected = tuple(given[name].shape) if name in given else "missing"
+                raise ValueError(
+                    f"negative {name} must have the shape of {name}, {expected}, got {tuple(value.shape)}."
+                )
 
     def forward(
         self,
         sample: torch.Tensor,
         timestep: torch.Tensor | float,
-        class_labels: torch.Tensor | None = None,
         return_dict: bool = False,
+        **conditions: torch.Tensor | None,
     ) -> tuple[torch.Tensor]:
         """The guided prediction for z_t, in the parameterization of the network, with its channels.
 
         Args:
             sample (`torch.Tensor` of shape `(B, C, ...)`): z_t.
             timestep (`torch.Tensor` of shape `()` or `(B,)`, or a number): as for the network.
-            class_labels (`torch.Tensor` of shape `(B,)`, *optional*): the condition.
             return_dict (`bool`, defaults to `False`): must be `False`.
+            conditions: as for the network.
 
         Returns: a tuple with a tensor of shape `(B, C, ...)`, or `(B, 2C, ...)` if the network predicts variances,
             which are not guided.
         """
         if return_dict:
             raise ValueError("return_dict must be False for a GuidedNetwork, got True.")
-        self.check_labels(class_labels)
+        self.check_guidable(conditions)
+        given = given_conditions(conditions)
         timesteps = one_for_each(timestep, sample)
         if self.guider is not None:
-            return (self._by_guider(sample, timesteps, class_labels),)
+            return (self._by_guider(sample, timesteps, given),)
         rows = self._guided_rows(timesteps)
         if self.guidance_scale == 1.0 or not len(rows):
-            return (self._call(sample, timesteps, class_labels),)
+            return (self._call(sample, timesteps, given),)
         if self.guidance_scale == 0.0 and len(rows) == len(sample):
-            return (self._weak(sample, timesteps, class_labels),)
-        output, weak = self._both(sample, timesteps, class_labels, rows)
+            return (self._weak(sample, timesteps, given, rows),)
+        output, weak = self._both(sample, timesteps, given, rows)
         channels = sample.shape[1]
         strong = output[rows, :channels]
         guided = output.clone()
@@ -135,29 +153,33 @@ class GuidedNetwork(nn.Module):
 
     # ---- the calls -----------------------------------------------------------------------------------------------
 
-    def _call(self, sample, timesteps, class_labels) -> torch.Tensor:
-        return denoiser.call_network(self.unet, sample, timesteps, class_labels=class_labels)
+    def _call(self, sample, timesteps, conditions) -> torch.Tensor:
+        return denoiser.call_network(self.unet, sample, timesteps, **conditions)
 
-    def _weak(self, sample, timesteps, class_labels) -> torch.Tensor:
-        """The prediction to guide away from."""
+    def _weak(self, sample, timesteps, conditions, rows) -> torch.Tensor:
+        """The prediction of `rows` to guide away from."""
+        sample, timesteps = sample[rows], timesteps[rows]
         if self.autoguidance is None:
-            return self._call(sample, timesteps, self._null(class_labels))
-        config: Any = self.autoguidance.config
-        labels = class_labels if config.num_class_embeds is not None else None
-        return denoiser.call_network(self.autoguidance, sample, timesteps, class_labels=labels)
+            return self._call(sample, timesteps, self._negative(conditions, rows))
+        taken = conditions_taken(self.autoguidance)
+        given = {name: value for name, value in conditions.items() if name in taken or name not in SIZES}
+        if "encoder_hidden_states" not in taken:
+            given.pop("encoder_attention_mask", None)
+        return denoiser.call_network(self.autoguidance, sample, timesteps, **rows_of_conditions(given, rows))
 
-    def _both(self, sample, timesteps, class_labels, rows) -> tuple[torch.Tensor, torch.Tensor]:
+    def _both(self, sample, timesteps, conditions, rows) -> tuple[torch.Tensor, torch.Tensor]:
         """The prediction of all samples, and the weak one of `rows`; one call if one network makes both."""
         if self.autoguidance is not None:
-            labels = None if class_labels is None else class_labels[rows]
-            strong = self._call(sample, timesteps, class_labels)
-            return strong, self._weak(sample[rows], timesteps[rows], labels)
-        labels = torch.cat([class_labels, self._null(class_labels[rows])])
-        both = self._call(torch.cat([sample, sample[rows]]), torch.cat([timesteps, timesteps[rows]]), labels)
+            return self._call(sample, timesteps, conditions), self._weak(sample, timesteps, conditions, rows)
+        weak = self._negative(conditions, rows)
+        together = {name: torch.cat([value, weak[name]]) for name, value in conditions.items()}
+        both = self._call(torch.cat([sample, sample[rows]]), torch.cat([timesteps, timesteps[rows]]), together)
         return both[: len(sample)], both[len(sample) :]
 
-    def _null(self, class_labels: torch.Tensor) -> torch.Tensor:
-        return torch.full_like(class_labels, self.config.num_class_embeds)
+    def _negative(self, conditions, rows) -> dict[str, torch.Tensor]:
+        """The conditions of the weak prediction of `rows`."""
+        negative = {name: value.to(conditions[name]) for name, value in self.negative_conditions.items()}
+        return rows_of_conditions(null_conditions(self.unet, conditions) | negative, rows)
 
     def _guided_rows(self, timesteps: torch.Tensor) -> torch.Tensor:
         """The indices of the samples whose noise level is within the interval."""
@@ -167,14 +189,16 @@ class GuidedNetwork(nn.Module):
         gamma_t = self.noise_schedule.gamma_of_timestep(timesteps)
         return ((gamma_t >= low) & (gamma_t <= high)).nonzero()[:, 0].to(timesteps.device)
 
-    def _by_guider(self, sample, timesteps, class_labels) -> torch.Tensor:
+    def _by_guider(self, sample, timesteps, conditions) -> torch.Tensor:
         """The prediction as combined by a guider of diffusers, which may change the network for each of its calls."""
         gamma_t = self.noise_schedule.gamma_of_timestep(timesteps).to(sample.device)
-        labels = (class_labels, None if class_labels is None else self._null(class_labels))
-        batches, outputs = self.guider.prepare_inputs({"class_labels": labels}), []
+        every = torch.arange(len(sample), device=sample.device)
+        negative = self._negative(conditions, every)
+        pairs = {name: (value, negative[name]) for name, value in conditions.items()}
+        batches, outputs = self.guider.prepare_inputs(pairs or {"class_labels": (None, None)}), []
         for batch in batches:
             self.guider.prepare_models(self.unet)
-            outputs.append(self._call(sample, timesteps, batch.class_labels))
+            outputs.append(self._call(sample, timesteps, {name: getattr(batch, name) for name in conditions}))
             self.guider.cleanup_models(self.unet)
             prediction = denoiser.Prediction.from_output(outputs[-1], sample, gamma_t, self.prediction_type)
             batch.noise_pred = prediction.eps_hat
@@ -208,9 +232,9 @@ class GuidedNetwork(nn.Module):
         if config is None:
             raise TypeError(f"autoguidance must be a network, got a {type(weak).__name__}.")
         denoiser.check_network(weak, self.noise_schedule, self.prediction_type)
-        for name in ("in_channels", "num_class_embeds"):
+        for name in ("in_channels", *SIZES.values()):
             theirs, ours = config.get(name), own.get(name)
-            if theirs != ours and not (name == "num_class_embeds" and theirs is None):
+            if theirs != ours and not (name != "in_channels" and theirs is None):
                 raise ValueError(
                     f"autoguidance must have the {name} of the network, {ours}, got {theirs}; use one for the "
                     "same data."
@@ -220,33 +244,44 @@ class GuidedNetwork(nn.Module):
 def guided_network(
     unet: nn.Module,
     scheduler: Any,
-    class_labels: torch.Tensor | None,
+    conditions: Mapping[str, torch.Tensor | None],
     guidance_scale: float = 1.0,
     guidance_interval: tuple[float, float] | None = None,
     autoguidance: nn.Module | None = None,
     guider: Any = None,
     may_change: bool = False,
+    negative_conditions: Mapping[str, torch.Tensor] | None = None,
 ) -> nn.Module:
     """`unet`, within a [`GuidedNetwork`] if these arguments guide it, or if they `may_change` during the steps.
 
-    Raises: `ValueError` or `TypeError` as [`GuidedNetwork`], for arguments without effect, and for networks, labels
-        and schedulers that cannot be guided.
+    Raises: `ValueError` or `TypeError` as [`GuidedNetwork`], for arguments without effect, and for networks,
+        conditions and schedulers that cannot be guided.
     """
     scale = checked_scale(guidance_scale)
     is_given = guidance_interval is not None or autoguidance is not None or guider is not None
-    can_begin = may_change and class_labels is not None and getattr(unet.config, "null_class", False)
+    can_begin = may_change and can_guide(unet, given_conditions(conditions), negative_conditions or {})
     if scale == 1.0 and not is_given and not can_begin:
         return unet
     prediction_type = scheduler.config.get("prediction_type", "epsilon")
     schedule = noise_schedule_of(scheduler)
-    guided = GuidedNetwork(unet, schedule, scale, guidance_interval, autoguidance, guider, prediction_type)
+    guided = GuidedNetwork(
+        unet, schedule, scale, guidance_interval, autoguidance, guider, prediction_type, negative_conditions
+    )
     if is_given and not guided.is_guiding and not may_change:
         name = "guidance_interval" if guidance_interval is not None else "autoguidance"
         raise ValueError(f"{name} has no effect with guidance_scale=1; set guidance_scale as well.")
     if autoguidance is not None and autoguidance.training:
         raise ValueError("autoguidance must not be in training mode, whose dropout is random; call its eval().")
-    guided.check_labels(class_labels)
+    guided.check_guidable(conditions)
     return guided
+
+
+def can_guide(
+    unet: nn.Module, conditions: Mapping[str, torch.Tensor], negative_conditions: Mapping[str, torch.Tensor]
+) -> bool:
+    """Whether the network has another prediction without these conditions, or with the negative ones."""
+    known = conditions_taken(unet)
+    return bool(negative_conditions) or any(known.get(name, False) for name in conditions)
 
 
 def checked_scale(guidance_scale: Any) -> float:

@@ -8,6 +8,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from . import call_arguments, denoiser, diffusion, ode
+from .condition_arguments import batch_of_conditions, conditions_of_call
 from .diffusers_schedulers import noise_schedule_of
 from .diffusion import Generators
 from .editing import great_circle, image_levels
@@ -96,12 +97,13 @@ class ImageFlowMixin:
 
     def _flow(self: Any, count: int, class_labels: Any) -> tuple[float, float, ode.EpsModel]:
         """The ends of γ, and ε̂ for the ODE, for `count` images."""
-        _, labels = self._batch_and_labels(count, class_labels, 1)
+        given, single = conditions_of_call(self.unet, self.config.num_levels, class_labels)
+        _, conditions = batch_of_conditions(self.unet, count, 1, given, single)
         schedule = noise_schedule_of(self.scheduler)
         gamma_0, gamma_1 = (float(end.detach()) for end in schedule.ends())
         prediction_type = self.scheduler.config.get("prediction_type", "epsilon")
-        labels = None if labels is None else labels.to(self.device)
-        return gamma_0, gamma_1, ode.eps_model(self.unet, schedule, prediction_type, labels)
+        conditions = {name: value.to(self.device) for name, value in conditions.items()}
+        return gamma_0, gamma_1, ode.eps_model(self.unet, schedule, prediction_type, **conditions)
 
     def _of_type(self: Any, levels: torch.Tensor, output_type: str) -> Any:
         """Levels as PIL images, or as an array or a tensor in [0, 1]."""

@@ -31,8 +31,17 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
 from . import diffusion
+from .network_inputs import (
+    add_vector_embedding,
+    check_condition_arguments,
+    check_inputs,
+    condition_channels,
+    condition_features,
+    embed,
+    one_for_each,
+)
 from .noise_schedules import check_ends, check_num_train_timesteps
-from .unet import ImageAttnProcessor, check_groups, check_inputs, check_preset, check_size, embed, one_for_each
+from .unet import ImageAttnProcessor, check_groups, check_preset, check_size
 from .whole_models import WholeModelMixin
 
 
@@ -64,12 +73,13 @@ class VDMMultiscale2DModel(WholeModelMixin, ConfigMixin, AttentionMixin):
         num_augmentation_flags (`int`, defaults to 0): inputs of the time embedding for how an image was augmented, so
             that augmentations do not change the distribution of images as they are, whose inputs are 0. train.py sets
             1 input (whether) or 6 (how).
-        num_class_embeds, null_class: as in [`VDMUNet2DModel`].
+        num_class_embeds, null_class, cond_dim, cond_mean, cond_std, null_vectors, cond_channels, null_images: as in
+            [`VDMUNet2DModel`].
     """
 
     keeps_float32_inputs = True  # in any dtype, because differences are divided by the noise [denoiser.py]
     _supports_gradient_checkpointing = True
-    _skip_layerwise_casting_patterns = ["norm", "time_embedding", "conv_in"]
+    _skip_layerwise_casting_patterns = ["norm", "time_embedding", "cond_embedding", "conv_in"]
     _no_split_modules = ["ResnetBlock2D", "Attention"]
     _repeated_blocks = ["ResnetBlock2D", "Attention"]
 
@@ -95,8 +105,15 @@ class VDMMultiscale2DModel(WholeModelMixin, ConfigMixin, AttentionMixin):
         num_augmentation_flags: int = 0,
         num_class_embeds: int | None = None,
         null_class: bool = False,
+        cond_dim: int | None = None,
+        cond_mean: tuple[float, ...] | None = None,
+        cond_std: tuple[float, ...] | None = None,
+        null_vectors: bool = False,
+        cond_channels: int | None = None,
+        null_images: bool = False,
     ):
         super().__init__()
+        check_condition_arguments(cond_dim, cond_mean, cond_std, null_vectors, cond_channels, null_images)
         check_ends(gamma_min, gamma_max)
         check_num_train_timesteps(num_train_timesteps)
         layers = _layers(layers_per_block, len(block_out_channels))
@@ -111,11 +128,13 @@ class VDMMultiscale2DModel(WholeModelMixin, ConfigMixin, AttentionMixin):
         self.class_embedding = None
         if num_class_embeds is not None:
             self.class_embedding = nn.Embedding(num_class_embeds + null_class, embedding)
+        add_vector_embedding(self, cond_dim, null_vectors, embedding)
         if num_difference_filters:
             self.difference_filters = nn.Parameter(torch.empty(num_difference_filters, in_channels, 3, 3))
             # normalized when used, so this norm only sets how fast they turn: from a larger one, they hardly learn
             nn.init.kaiming_uniform_(self.difference_filters, a=math.sqrt(5))
-        self.conv_in = nn.Conv2d(in_channels + num_difference_filters, first, kernel_size=3, padding=1)
+        features = in_channels + num_difference_filters + condition_channels(cond_channels, null_images)
+        self.conv_in = nn.Conv2d(features, first, kernel_size=3, padding=1)
 
         def block(channels: int) -> ResnetBlock2D:
             return ResnetBlock2D(
@@ -165,6 +184,8 @@ class VDMMultiscale2DModel(WholeModelMixin, ConfigMixin, AttentionMixin):
         class_labels: torch.Tensor | None = None,
         augmentation_flags: torch.Tensor | None = None,
         return_dict: bool = True,
+        cond_vectors: torch.Tensor | None = None,
+        cond_images: torch.Tensor | None = None,
     ) -> UNet2DOutput | tuple[torch.Tensor]:
         """ε̂ for noisy images.
 
@@ -175,17 +196,20 @@ class VDMMultiscale2DModel(WholeModelMixin, ConfigMixin, AttentionMixin):
             augmentation_flags (`torch.Tensor` of shape `(B, num_augmentation_flags)`, *optional*, defaults to zeros):
                 how the images were augmented; `(B,)` for a single flag.
             return_dict (`bool`, defaults to `True`): return a `UNet2DOutput` instead of a tuple.
+            cond_vectors, cond_images: as in [`VDMUNet2DModel.forward`].
 
         Returns: `UNet2DOutput` or a tuple with ε̂, `(B, C, H, W)`, in the dtype of `sample`.
-        Raises: `ValueError` for sizes that cannot be halved at each level, and for unsupported labels or flags.
+        Raises: `ValueError` for sizes that cannot be halved at each level, and for unsupported conditions or flags.
         """
-        check_inputs(self, sample, class_labels, augmentation_flags)
+        check_inputs(self, sample, class_labels, augmentation_flags, cond_vectors, cond_images)
         timesteps = one_for_each(timestep, sample)
         z_t = sample.to(torch.promote_types(sample.dtype, torch.float32))
         gamma_t = self.gamma_of_timestep(timesteps)
-        emb = embed(self, timesteps, class_labels, augmentation_flags)
+        emb = embed(self, timesteps, class_labels, augmentation_flags, cond_vectors)
 
         features = [z_t, self._differences(z_t, gamma_t)] if self.config.num_difference_filters else [z_t]
+        if self.config.cond_channels:
+            features.append(condition_features(self.config, z_t, cond_images))
         hidden = self.conv_in(torch.cat(features, dim=1).to(self.dtype))
         streams = []
         for blocks, downsampler in zip(self.down_blocks, self.downsamplers, strict=True):

@@ -17,6 +17,7 @@ from diffusers.utils import BaseOutput
 from torch import nn
 
 from . import denoiser, diffusion
+from .conditions import given_conditions
 from .diffusion import PredictionType, to_high_precision
 from .noise_schedules import LinearBetaGamma, NoiseSchedule
 from .times import stratified_times
@@ -163,19 +164,19 @@ class VariationalBound(Objective):
         self,
         images: torch.Tensor,
         *,
-        class_labels: torch.Tensor | None = None,
         augmentation_flags: torch.Tensor | None = None,
         t: torch.Tensor | None = None,
         t_density: torch.Tensor | None = None,
         eps: torch.Tensor | None = None,
         eps_0: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
+        **conditions: torch.Tensor | None,
     ) -> VariationalBoundOutput:
         """An unbiased estimate of the bound for each image, from one t, one ε and one ε_0 per image.
 
         Args:
             images (integer `torch.Tensor` of shape `(B, ...)`): data in [0, num_levels), usually uint8.
-            class_labels, augmentation_flags (`torch.Tensor` of shape `(B,)`, *optional*): passed to the network.
+            augmentation_flags (`torch.Tensor` of shape `(B,)`, *optional*): passed to the network.
             t (`torch.Tensor` of shape `(B,)`, *optional*): times in [0, 1], defaults to [`stratified_times`]. With
                 `num_timesteps` they are rounded up to a multiple of 1/T.
             t_density (`torch.Tensor` of shape `(B,)`, *optional*): density from which `t` was drawn, uniform if not
@@ -183,6 +184,7 @@ class VariationalBound(Objective):
             eps, eps_0 (`torch.Tensor` of shape `(B, ...)`, *optional*): noise of z_t and of z_0.
             generator (`torch.Generator`, *optional*): for the values that are not given, drawn in the order t, eps,
                 eps_0.
+            conditions: `class_labels` and the other arguments of conditions.py, passed to the network.
 
         Returns: [`VariationalBoundOutput`], in bits per dimension.
         Raises: `TypeError` for images that are not integers, `ValueError` for invalid values and shapes.
@@ -216,7 +218,7 @@ class VariationalBound(Objective):
         weight = weight * diffusion.eps_error_weight(gamma_t, self.prediction_type)
 
         squared_error = self._squared_error(
-            x, eps, t, gamma_t, class_labels=class_labels, augmentation_flags=augmentation_flags
+            x, eps, t, gamma_t, augmentation_flags=augmentation_flags, **given_conditions(conditions)
         )
         diffusion_bpd = weight.to(x.dtype) * squared_error / nats_per_bpd
         squared_loss_slope.append(2 * diffusion_bpd.detach().to(t.dtype))
@@ -270,11 +272,11 @@ class SimpleObjective(Objective):
         self,
         images: torch.Tensor,
         *,
-        class_labels: torch.Tensor | None = None,
         augmentation_flags: torch.Tensor | None = None,
         t: torch.Tensor | None = None,
         eps: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
+        **conditions: torch.Tensor | None,
     ) -> SimpleObjectiveOutput:
         """The loss at one t and one ε per image; arguments as in [`VariationalBound.forward`]."""
         x = self._data(images)
@@ -289,8 +291,6 @@ class SimpleObjective(Objective):
         eps = self._noise(x, eps, generator)
         with torch.no_grad():
             gamma_t = self.noise_schedule(t)
-        mse = (
-            self._squared_error(x, eps, t, gamma_t, class_labels=class_labels, augmentation_flags=augmentation_flags)
-            / x[0].numel()
-        )
+        given = {"augmentation_flags": augmentation_flags, **given_conditions(conditions)}
+        mse = self._squared_error(x, eps, t, gamma_t, **given) / x[0].numel()
         return SimpleObjectiveOutput(loss=mse.mean(), mse=mse, gamma_t=gamma_t)

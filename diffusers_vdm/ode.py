@@ -15,12 +15,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import nn
 
 from . import denoiser, diffusion
+from .conditions import rows_of_conditions
 from .diffusion import PredictionType, high_precision_on, to_high_precision
 from .noise_schedules import NoiseSchedule
 
@@ -71,19 +72,19 @@ def eps_model(
     unet: nn.Module,
     noise_schedule: NoiseSchedule,
     prediction_type: PredictionType = "epsilon",
-    class_labels: torch.Tensor | None = None,
+    **conditions: torch.Tensor | None,
 ) -> EpsModel:
     """ε̂ of a network as a function of z, γ and the indices of the samples in the batch, in float32 or better.
 
-    `class_labels` are those of the whole batch.
+    `conditions`, see conditions.py, are those of the whole batch.
     """
     diffusion.check_prediction_type(prediction_type)
     dtype = denoiser.working_dtype(unet)
 
     def model(z: torch.Tensor, gamma: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         timesteps = noise_schedule.timestep(None, gamma).to(z.device, dtype)
-        labels = None if class_labels is None else class_labels[rows.to(class_labels.device)]
-        return denoiser.predict(unet, z.to(dtype), gamma, timesteps, prediction_type, class_labels=labels).eps_hat
+        here = rows_of_conditions(conditions, rows)
+        return denoiser.predict(unet, z.to(dtype), gamma, timesteps, prediction_type, **here).eps_hat
 
     return model
 
@@ -182,15 +183,20 @@ def sample(
     z_1: torch.Tensor,
     *,
     prediction_type: PredictionType = "epsilon",
-    class_labels: torch.Tensor | None = None,
-    **tolerances: Any,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    max_steps: int = 2000,
+    **conditions: torch.Tensor | None,
 ) -> OdeSolution:
     """z_0 from noise `z_1` along the probability-flow ODE, from γ(1) down to γ(0) of `noise_schedule`.
 
-    `tolerances` are `rtol`, `atol` and `max_steps` of [`solve`]. [`decode`] of diffusion.py turns z_0 into images.
+    `rtol`, `atol` and `max_steps` are those of [`solve`], `conditions` those of [`eps_model`].
+
+    [`decode`] of diffusion.py turns z_0 into images.
     """
     gamma_0, gamma_1 = (float(end) for end in noise_schedule.ends())
-    return solve(eps_model(unet, noise_schedule, prediction_type, class_labels), z_1, gamma_1, gamma_0, **tolerances)
+    model = eps_model(unet, noise_schedule, prediction_type, **conditions)
+    return solve(model, z_1, gamma_1, gamma_0, rtol=rtol, atol=atol, max_steps=max_steps)
 
 
 def _velocity(z: torch.Tensor, eps_hat: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ from . import (
     schedulers,
     unet,
 )
+from .condition_arguments import batch_of_conditions, conditions_of_call
 from .diffusion import Generators
 from .editing import Edit, checked_edit
 from .gamma_scheduler import GammaScheduler, best_timesteps_of
@@ -57,7 +58,7 @@ _REFUSED: dict[str, str] = {
 
 
 class VDMPipeline(ImageFlowMixin, TypedConfig, DiffusionPipeline):
-    """Unconditional or class-conditional image generation with a VDM or a DDPM.
+    """Image generation with a VDM or a DDPM, unconditional or conditioned on classes, vectors or images.
 
     Args:
         unet ([`VDMUNet2DModel`], [`VDMMultiscale2DModel`] or `UNet2DModel`): the network.
@@ -283,6 +284,8 @@ class VDMPipeline(ImageFlowMixin, TypedConfig, DiffusionPipeline):
         strength: float | None = None,
         mask_image: Any = None,
         num_resamples: int = 1,
+        cond_vectors: Any = None,
+        cond_images: torch.Tensor | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Samples images with the scheduler's steps, and decodes the last latent through p(x | z_0).
 
@@ -313,25 +316,37 @@ class VDMPipeline(ImageFlowMixin, TypedConfig, DiffusionPipeline):
             autoguidance (`torch.nn.Module`, *optional*): a weaker network to guide away from, instead of this one
                 without its classes; it also guides models without classes.
             guider (`diffusers.guiders.BaseGuidance`, *optional*): combines the ε̂ instead of the arguments above.
-            image (*optional*): PIL images, or arrays or tensors in [0, 1], to start from; one for all or for each.
+            image (*optional*): PIL images, or arrays or tensors in [0, 1], to start from; one for all or for each. If
+                the network is conditioned on images, and without `strength` and `mask_image`: these images, which may
+                be smaller than those of the network.
             strength (`float`, *optional*): share of the steps that are done, starting from `image`; defaults to 0.8,
                 and to 1 with `mask_image`. The smaller it is, the more of the image stays.
             mask_image (*optional*): what of `image` to repaint: white, or above ½. All other pixels stay the same.
             num_resamples (`int`, defaults to 1): how often each step is done with `mask_image`; more make the new
                 pixels fit the known ones better. Needs the ancestral or ddim sampler of this package if above 1.
+            cond_vectors (*optional*): a vector of `unet.config.cond_dim` numbers for all images, or one for each.
+            cond_images (`torch.Tensor` of shape `(B, cond_channels, h, w)`, *optional*): images that the network is
+                conditioned on, in the range in which it was trained, instead of `image`.
 
         Returns: `ImagePipelineOutput` with `images`, or a tuple with them.
         Raises: `ValueError` or `TypeError`, before any work is done, for invalid arguments and for arguments that do
             not fit each other, the network or the scheduler. NumPy integers are accepted, booleans are not.
         """
         device = self._execution_device
+        takes_image = self.unet.config.get("cond_channels") is not None
+        is_condition = takes_image and image is not None and strength is None and mask_image is None
+        if is_condition and cond_images is not None:
+            raise ValueError("pass either image or cond_images as the condition, not both.")
+        conditions, single = conditions_of_call(
+            self.unet, self.config.num_levels, class_labels, cond_vectors, image if is_condition else None, cond_images
+        )
+        image = None if is_condition else image
         edit = checked_edit(
             image, strength, mask_image, num_resamples, self.scheduler, self.image_shape, self.config.num_levels
         )
-        has_list = class_labels is not None and not call_arguments.is_integer(class_labels)
-        if batch_size is None and edit is not None and not has_list and num_images_per_prompt == 1:
+        if batch_size is None and edit is not None and single >= conditions.keys() and num_images_per_prompt == 1:
             batch_size = edit.batch_size
-        batch_size, labels = self._batch_and_labels(batch_size, class_labels, num_images_per_prompt)
+        batch_size, conditions = batch_of_conditions(self.unet, batch_size, num_images_per_prompt, conditions, single)
         generator = call_arguments.generators(generator, batch_size, device)
         call_arguments.one_of("decode", decode, ("mode", "sample"))
         call_arguments.one_of("output_type", output_type, ("pil", "np", "pt", "latent"))
@@ -350,11 +365,10 @@ class VDMPipeline(ImageFlowMixin, TypedConfig, DiffusionPipeline):
         self._set_timesteps(num_inference_steps, timesteps, device)
         guidance = (guidance_scale, guidance_interval, autoguidance, guider)
         may_change = callback_on_step_end is not None
-        network = guided_network(self.unet, self.scheduler, labels, *guidance, may_change=may_change)
+        network = guided_network(self.unet, self.scheduler, conditions, *guidance, may_change=may_change)
         self._guidance_scale = checked_scale(guidance_scale)
 
-        if labels is not None:
-            labels = labels.to(device)
+        conditions = {name: value.to(device) for name, value in conditions.items()}
         if latents is None:
             # float32 for any network dtype: half-precision latents are too coarse for the last steps
             dtype = denoiser.working_dtype(self.unet)
@@ -382,7 +396,7 @@ class VDMPipeline(ImageFlowMixin, TypedConfig, DiffusionPipeline):
                         network.guidance_scale = checked_scale(self._guidance_scale)  # which a callback may change
                         if guider is not None:
                             guider.set_state(step=i, num_inference_steps=self._num_timesteps, timestep=t)
-                    model_output = denoiser.call_network(network, model_input, t, class_labels=labels)
+                    model_output = denoiser.call_network(network, model_input, t, **conditions)
                     model_output = self._channels_for_step(model_output, z_t)
                     z_t = self.scheduler.step(model_output, t, z_t, return_dict=False, **step_kwargs)[0]
                     if edit is not None:
@@ -454,52 +468,6 @@ class VDMPipeline(ImageFlowMixin, TypedConfig, DiffusionPipeline):
             raise ValueError("unet.config.sample_size must be set, got None; create the network with its image size.")
         height, width = (size, size) if isinstance(size, int) else size
         return config.in_channels, height, width
-
-    def _batch_and_labels(
-        self, batch_size: int | None, class_labels: Any, num_images_per_prompt: int
-    ) -> tuple[int, torch.Tensor | None]:
-        """The number of images, and the class of each image or `None`; see `__call__`."""
-        if batch_size is not None:
-            batch_size = call_arguments.positive_integer("batch_size", batch_size)
-        each = call_arguments.positive_integer("num_images_per_prompt", num_images_per_prompt)
-        if class_labels is None:
-            if each > 1:
-                raise ValueError(
-                    f"num_images_per_prompt needs class_labels, got {each} without any; set batch_size={each} to get "
-                    "that number of images without labels."
-                )
-            self.check_labels(None)
-            return batch_size or 1, None
-        labels = call_arguments.labels(class_labels)
-        self.check_labels(labels)
-        count = batch_size or labels.numel() * each
-        if labels.ndim == 0 and each == 1:
-            labels = labels.expand(count)
-        labels = labels.reshape(-1).repeat_interleave(each)
-        if len(labels) != count:
-            raise ValueError(
-                f"class_labels must be one class or {count} of them, got {len(labels) // each}"
-                + (f" with num_images_per_prompt={each}, which makes {len(labels)} images" if each > 1 else "")
-                + f"; leave out batch_size={count}, or set it to the total number of images."
-            )
-        return count, labels
-
-    def check_labels(self, labels: torch.Tensor | None) -> None:
-        """Raises `ValueError` unless the network accepts these class labels, or `None`."""
-        num_classes = self.unet.config.num_class_embeds
-        null_class = getattr(self.unet.config, "null_class", False)
-        if labels is None:
-            if num_classes is not None and not null_class:
-                raise ValueError(
-                    f"class_labels must be given, within [0, {num_classes}): this network has no null class."
-                )
-            return
-        if num_classes is None:
-            raise ValueError("class_labels were given, but this network was trained without classes.")
-        highest = num_classes + bool(null_class)
-        if int(labels.min()) < 0 or int(labels.max()) >= highest:
-            null = f", where {num_classes} means no label" if null_class else ""
-            raise ValueError(f"class_labels must be within [0, {highest}){null}, got {labels.tolist()}.")
 
     def _set_timesteps(self, num_inference_steps: int | None, timesteps: Any, device: torch.device) -> None:
         if timesteps is None or isinstance(timesteps, str):

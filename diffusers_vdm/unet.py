@@ -24,6 +24,15 @@ from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  diffusers 
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
+from .network_inputs import (
+    add_vector_embedding,
+    check_condition_arguments,
+    check_inputs,
+    condition_channels,
+    condition_features,
+    embed,
+    one_for_each,
+)
 from .whole_models import WholeModelMixin
 
 
@@ -47,10 +56,16 @@ class VDMUNet2DModel(WholeModelMixin, UNet2DModel, AttentionMixin):  # pyright: 
             do not leak into samples [the official network's `conditioning`].
         null_class (`bool`, defaults to `False`):
             an additional class, with index `num_class_embeds`, that means "no label" if `class_labels` is not given.
+        cond_dim (`int`, *optional*): size of the vector that the network is conditioned on, see conditions.py.
+        cond_mean, cond_std (`tuple[float, ...]`, *optional*): mean and standard deviation of each number of the
+            vector, by which the network standardizes it.
+        null_vectors (`bool`, defaults to `False`): learn an embedding that means "no vector".
+        cond_channels (`int`, *optional*): channels of the image that the network is conditioned on.
+        null_images (`bool`, defaults to `False`): an additional input channel, 1 with such an image and 0 without.
     """
 
     keeps_float32_inputs = True  # in any dtype, because the Fourier features need the precision [denoiser.py]
-    _skip_layerwise_casting_patterns = ["norm", "time_embedding", "conv_in"]
+    _skip_layerwise_casting_patterns = ["norm", "time_embedding", "cond_embedding", "conv_in"]
     _no_split_modules = ["ResnetBlock2D", "Attention"]
     _repeated_blocks = ["ResnetBlock2D", "Attention"]
 
@@ -90,7 +105,14 @@ class VDMUNet2DModel(WholeModelMixin, UNet2DModel, AttentionMixin):  # pyright: 
         zero_init: bool = True,
         augmentation_flag: bool = False,
         null_class: bool = False,
+        cond_dim: int | None = None,
+        cond_mean: tuple[float, ...] | None = None,
+        cond_std: tuple[float, ...] | None = None,
+        null_vectors: bool = False,
+        cond_channels: int | None = None,
+        null_images: bool = False,
     ):
+        check_condition_arguments(cond_dim, cond_mean, cond_std, null_vectors, cond_channels, null_images)
         _check_arguments(
             sample_size, in_channels, out_channels, block_out_channels, norm_num_groups, time_embedding_type,
             input_residual, null_class, num_class_embeds, class_embed_type,
@@ -126,13 +148,14 @@ class VDMUNet2DModel(WholeModelMixin, UNet2DModel, AttentionMixin):  # pyright: 
             num_train_timesteps=num_train_timesteps,
         )
         time_embed_dim = self.time_embedding.linear_2.out_features
-        if fourier_exponents:
-            channels = in_channels * (1 + 2 * len(fourier_exponents))
+        if fourier_exponents or cond_channels:
+            channels = in_channels * (1 + 2 * len(fourier_exponents)) + condition_channels(cond_channels, null_images)
             self.conv_in = nn.Conv2d(channels, block_out_channels[0], kernel_size=3, padding=1)
         if augmentation_flag:
             self.time_embedding = TimestepEmbedding(self.time_embedding.linear_1.in_features + 1, time_embed_dim)
         if null_class and num_class_embeds is not None:  # as `_check_arguments` requires
             self.class_embedding = nn.Embedding(num_class_embeds + 1, time_embed_dim)
+        add_vector_embedding(self, cond_dim, null_vectors, time_embed_dim)
         if zero_init:
             self._init_as_official()
         processor: Any = ImageAttnProcessor()
@@ -145,6 +168,8 @@ class VDMUNet2DModel(WholeModelMixin, UNet2DModel, AttentionMixin):  # pyright: 
         class_labels: torch.Tensor | None = None,
         augmentation_flags: torch.Tensor | None = None,
         return_dict: bool = True,
+        cond_vectors: torch.Tensor | None = None,
+        cond_images: torch.Tensor | None = None,
     ) -> UNet2DOutput | tuple[torch.Tensor]:
         """The network's prediction for noisy images.
 
@@ -156,18 +181,23 @@ class VDMUNet2DModel(WholeModelMixin, UNet2DModel, AttentionMixin):  # pyright: 
             augmentation_flags (`torch.Tensor` of shape `(B,)`, *optional*, defaults to zeros): 1 for augmented images;
                 only with `augmentation_flag`.
             return_dict (`bool`, defaults to `True`): return a `UNet2DOutput` instead of a tuple.
+            cond_vectors (`torch.Tensor` of shape `(B, cond_dim)`, *optional*): vectors; optional with `null_vectors`.
+            cond_images (`torch.Tensor` of shape `(B, cond_channels, h, w)`, *optional*): images of the size of
+                `sample` or smaller; optional with `null_images`.
 
         Returns: `UNet2DOutput` or a tuple with the output, `(B, out_channels, H, W)`, in the dtype of `sample`.
-        Raises: `ValueError` for sizes that cannot be halved at each level, and for unsupported labels or flags.
+        Raises: `ValueError` for sizes that cannot be halved at each level, and for unsupported conditions or flags.
         """
-        check_inputs(self, sample, class_labels, augmentation_flags)
+        check_inputs(self, sample, class_labels, augmentation_flags, cond_vectors, cond_images)
         timesteps = one_for_each(timestep, sample)
-        emb = embed(self, timesteps, class_labels, augmentation_flags)
+        emb = embed(self, timesteps, class_labels, augmentation_flags, cond_vectors)
 
         hidden = 2 * sample - 1.0 if self.config.center_input_sample else sample
         skip_sample = hidden.to(self.dtype)  # only the blocks with `skip_conv` use it
         if self.config.fourier_exponents:
             hidden = torch.cat([hidden, fourier_features(hidden, self.config.fourier_exponents)], dim=1)
+        if self.config.cond_channels:
+            hidden = torch.cat([hidden, condition_features(self.config, sample, cond_images)], dim=1)
         hidden = self.conv_in(hidden.to(self.dtype))
 
         skips: tuple[torch.Tensor, ...] = (hidden,)
@@ -262,80 +292,6 @@ class ImageAttnProcessor:
             # pass of the next GroupNorm much slower on a CPU. Formats round differently, so only training swaps them.
             out = residual + out if attn.training else out + residual
         return out if attn.rescale_output_factor == 1 else out / attn.rescale_output_factor
-
-
-def one_for_each(timestep: torch.Tensor | float | int, sample: torch.Tensor) -> torch.Tensor:
-    """The timestep of each row of `sample`, shape `(B,)`; a number is taken in float32."""
-    if not torch.is_tensor(timestep):
-        timestep = torch.tensor(timestep, dtype=torch.float32)
-    return timestep.to(sample.device).reshape(-1).expand(sample.shape[0])
-
-
-def num_augmentation_flags(config: Any) -> int:
-    """The number of inputs of a network of ours that say how an image was augmented; 0 if it has none."""
-    return int(config.get("num_augmentation_flags", config.get("augmentation_flag", 0)))
-
-
-def embed(
-    network: Any,
-    timesteps: torch.Tensor,
-    class_labels: torch.Tensor | None,
-    augmentation_flags: torch.Tensor | None,
-) -> torch.Tensor:
-    """The embedding of timesteps, classes and augmentation flags by the layers of a network of ours, `(B, channels)`.
-
-    A missing label becomes the null class, a missing flag 0.
-    """
-    config = network.config
-    if config.get("time_embedding_type") == "learned":
-        timesteps = timesteps.long()  # indices of a table
-    t_emb = network.time_proj(timesteps).to(network.dtype)
-    count = num_augmentation_flags(config)
-    if count:
-        flags = torch.zeros(len(t_emb), count) if augmentation_flags is None else augmentation_flags
-        t_emb = torch.cat([t_emb, flags.to(t_emb).reshape(-1, count)], dim=1)
-    emb = network.time_embedding(t_emb)
-    if network.class_embedding is not None:
-        if class_labels is None:
-            class_labels = torch.full_like(timesteps, config.num_class_embeds, dtype=torch.long)
-        if config.get("class_embed_type") == "timestep":
-            class_labels = network.time_proj(class_labels).to(network.dtype)
-        emb = emb + network.class_embedding(class_labels).to(network.dtype)
-    return emb
-
-
-def check_inputs(
-    network: Any,
-    sample: torch.Tensor,
-    class_labels: torch.Tensor | None,
-    augmentation_flags: torch.Tensor | None,
-) -> None:
-    """Raises `ValueError` for a sample, labels or flags that a network of ours cannot take."""
-    config = network.config
-    if sample.ndim != 4 or sample.shape[1] != config.in_channels:
-        raise ValueError(f"sample must have shape (B, {config.in_channels}, H, W), got {tuple(sample.shape)}.")
-    factor = 2 ** (len(config.block_out_channels) - 1)
-    if sample.shape[2] % factor or sample.shape[3] % factor:
-        raise ValueError(
-            f"sample must have a height and a width divisible by {factor} (the network halves them "
-            f"{len(config.block_out_channels) - 1} times), got {tuple(sample.shape[2:])}; resize or pad it."
-        )
-    if class_labels is not None and network.class_embedding is None:
-        raise ValueError("class_labels were given to a network without classes; build it with num_class_embeds.")
-    if class_labels is None and network.class_embedding is not None and not config.null_class:
-        raise ValueError("class_labels must be given to this network; build it with null_class=True to omit them.")
-    if augmentation_flags is not None:
-        count = num_augmentation_flags(config)
-        if not count:
-            raise ValueError(
-                "augmentation_flags were given to a network without that input; build it with augmentation_flag=True, "
-                "or a VDMMultiscale2DModel with num_augmentation_flags."
-            )
-        allowed = [(len(sample), count)] + ([(len(sample),)] if count == 1 else [])
-        if tuple(augmentation_flags.shape) not in allowed:
-            raise ValueError(
-                f"augmentation_flags must have shape {allowed[-1]}, got {tuple(augmentation_flags.shape)}."
-            )
 
 
 def fourier_features(z: torch.Tensor, exponents: tuple[float, ...]) -> torch.Tensor:

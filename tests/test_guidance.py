@@ -281,8 +281,8 @@ def test_guidance_in_half_precision(pipe):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"guidance_scale": 2.0}, ValueError, "guidance_scale=2 needs class_labels"),
-        ({"guider": ClassifierFreeGuidance(2.0)}, ValueError, "guider needs class_labels"),
+        ({"guidance_scale": 2.0}, ValueError, "guidance_scale=2 needs a condition"),
+        ({"guider": ClassifierFreeGuidance(2.0)}, ValueError, "guider needs a condition"),
         ({"guidance_scale": math.nan, "class_labels": 1}, ValueError, "guidance_scale must be a finite number"),
         ({"guidance_scale": -1, "class_labels": 1}, ValueError, "guidance_scale must be a finite number"),
         ({"guidance_scale": True, "class_labels": 1}, TypeError, "guidance_scale must be a number"),
@@ -329,7 +329,7 @@ def test_arguments_without_effect_are_refused(pipe, arguments):
 
 def test_guidance_needs_a_null_class():
     pipe = pipeline(num_class_embeds=4)
-    with pytest.raises(ValueError, match="guidance_scale=2 needs a network with a null class"):
+    with pytest.raises(ValueError, match="guidance_scale=2 needs a network with the null of a condition"):
         pipe(class_labels=1, guidance_scale=2.0, num_inference_steps=3)
     weak = network(num_class_embeds=4)
     assert sample(pipe, class_labels=[1], guidance_scale=2.0, autoguidance=weak).isfinite().all()

@@ -156,8 +156,12 @@ def _parts(pipe: Any) -> tuple[nn.Module, Any, tuple[int, int, int], int]:
     if not isinstance(scheduler, GammaScheduler):
         scheduler = VDMScheduler.from_diffusers(scheduler)
     config: Any = unet.config
-    if config.get("num_class_embeds") is not None and not config.get("null_class", False):
-        raise ValueError("pipe must have a network that works without classes: its classes are not in the file.")
+    needed = [name for name, has_null in conditions_taken(unet).items() if not has_null]
+    if needed:
+        raise ValueError(
+            f"pipe must have a network that works without {needed[0]}, got one that was trained without their null: "
+            "the file does not hold them."
+        )
     size = config.get("sample_size")
     if size is None:
         raise ValueError("pipe.unet must have a sample_size in its config, which is the size of its images.")

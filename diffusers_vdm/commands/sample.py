@@ -144,6 +144,7 @@ def sample(options: argparse.Namespace) -> None:
     from tqdm.auto import tqdm
 
     from .. import VDMPipeline
+    from ..conditions import check_conditions
     from ..guidance import guided_network
     from ..plots import image_grid
     from ..randomness import keyed_generator
@@ -158,7 +159,7 @@ def sample(options: argparse.Namespace) -> None:
     if options.variance is not None:
         pipe.scheduler = with_variance(pipe.scheduler, options.variance)
     given, labels = options.class_labels, None
-    pipe.check_labels(None if given is None else torch.tensor(given))
+    conditions = check_conditions(pipe.unet, len(given or ()), {"class_labels": given and torch.tensor(given)})
     if given:
         labels = [given[i % len(given)] for i in range(options.num_images)]
 
@@ -168,7 +169,7 @@ def sample(options: argparse.Namespace) -> None:
     guidance = {
         "guidance_scale": options.guidance_scale, "guidance_interval": options.guidance_interval, "autoguidance": weak
     }  # fmt: skip
-    network = guided_network(pipe.unet, pipe.scheduler, None if given is None else torch.tensor(given), **guidance)
+    network = guided_network(pipe.unet, pipe.scheduler, conditions, **guidance)
 
     start, images = time.perf_counter(), []
     batches = range(0, options.num_images, options.batch_size)

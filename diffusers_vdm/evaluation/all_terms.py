@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from .. import denoiser, diffusion
 from ..calibration import Calibration, Variance
+from ..conditions import check_conditions, rows_of_conditions
 from ..diffusers_schedulers import noise_schedule_of
 from ..diffusion import high_precision_on, to_high_precision
 from ..gamma_scheduler import best_timesteps_of
@@ -41,7 +42,6 @@ from .chain import (
 from .rows import (
     Rows,
     batches,
-    check_class_labels,
     check_images,
     check_rows_finite,
     device_of,
@@ -114,13 +114,13 @@ def evaluate_vlb(
     variance: Variance | None = None,
     calibration: Calibration | None = None,
     num_levels: int = 256,
-    class_labels: torch.Tensor | None = None,
     batch_size: int = 64,
     seed: int = 0,
     device: str | torch.device | None = None,
     accelerator: Any = None,
     resume_dir: str | os.PathLike | None = None,
     progress_bar: bool = True,
+    **conditions: torch.Tensor | None,
 ) -> BpdEvaluation:
     """The T-step bound from all T terms for each image; each image is used exactly once.
 
@@ -142,7 +142,7 @@ def evaluate_vlb(
         calibration ([`Calibration`], *optional*): defaults to that of the scheduler; diffusers' schedulers have none.
         clip_sample (`bool`, *optional*): clamp x̂ to ± the scheduler's `clip_sample_range`; defaults to the
             scheduler's setting. Clamping changes p(x).
-        num_levels, class_labels, batch_size, seed, device, accelerator, resume_dir, progress_bar: as in
+        num_levels, batch_size, seed, device, accelerator, resume_dir, progress_bar, conditions: as in
             `evaluate_mc`. An interruption loses at most the last 16 terms of the current batch.
 
     Returns: [`BpdEvaluation`].
@@ -153,14 +153,14 @@ def evaluate_vlb(
         if timesteps != "best" or num_steps is None:
             raise ValueError(f"timesteps must be a decreasing list, or 'best' with num_steps, got {timesteps!r}.")
         changed = {"variance": chosen_variance(scheduler, variance), "calibration": calibration}
-        given = {name: value for name, value in changed.items() if value is not None}
-        num_steps, timesteps = None, best_timesteps_of(scheduler, num_steps, **given)
+        changed = {name: value for name, value in changed.items() if value is not None}
+        num_steps, timesteps = None, best_timesteps_of(scheduler, num_steps, **changed)
     chain = chain_of(scheduler, num_steps, timesteps, convention, clip_sample, num_levels)
     check_images(images, num_levels, unet)
     denoiser.check_network(unet, scheduler, chain.prediction_type, num_levels)
     chain = with_variance(chain, scheduler, variance, calibration, tuple(images.shape[1:]))
     _check_calibration(chain.calibration, unet, images)
-    check_class_labels(class_labels, images, unet)
+    given = check_conditions(unet, len(images), conditions)
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be a positive integer, got {batch_size!r}.")
     if device is None:
@@ -168,7 +168,7 @@ def evaluate_vlb(
     n, total = len(images), len(chain.gammas)
     identity = None
     if resume_dir is not None:
-        identity = identity_of(unet, noise_schedule_of(scheduler), images, class_labels)
+        identity = identity_of(unet, noise_schedule_of(scheduler), images, given)
         identity |= {"method": "all terms", "seed": seed, "chain": fingerprint([chain.gammas, chain.timesteps])}
         names = ("convention", "prediction_type", "variance_type", "clip_sample", "clip_range", "num_levels")
         identity |= {name: getattr(chain, name) for name in names}
@@ -184,8 +184,8 @@ def evaluate_vlb(
         tqdm(total=len(mine) * total, unit="call", disable=hidden, leave=False) as bar,
     ):
         for _, index, row in batches(mine, n, batch_size):
-            labels = None if class_labels is None else class_labels[index].to(device)
-            _evaluate_chain(unet, chain, images[index].to(device), labels, index, seed, rows, bar)
+            here = rows_of_conditions(given, index, device)
+            _evaluate_chain(unet, chain, images[index].to(device), here, index, seed, rows, bar)
             check_rows_finite(rows.values[row], index)
             bits = rows.values[:, : 2 + total].sum(1)
             bar.set_description(progress_text(bits[~bits.isnan()], rows.world))
@@ -273,7 +273,7 @@ def _check_calibration(calibration: Calibration | None, unet: nn.Module, images:
         logger.warning("the calibration was measured with other weights: its variance is not the best one for these.")
 
 
-def _evaluate_chain(unet, chain: Chain, images, labels, index, seed: int, rows: Rows, bar) -> None:
+def _evaluate_chain(unet, chain: Chain, images, conditions, index, seed: int, rows: Rows, bar) -> None:
     """Fills the rows of a batch of images: prior, reconstruction, terms and errors. Existing terms are kept."""
     row, keys = rows.values[index], index.tolist()  # with one repeat, an image's index is its row
     device, total = images.device, len(chain.gammas)
@@ -306,7 +306,7 @@ def _evaluate_chain(unet, chain: Chain, images, labels, index, seed: int, rows: 
         z_t = diffusion.q_sample(x, eps, gamma_t)
         timestep = chain.timesteps[k]
         timestep = timestep if timestep.dtype == torch.long else timestep.to(x.dtype)
-        prediction = denoiser.predict(unet, z_t, gamma_t, timestep, chain.prediction_type, class_labels=labels)
+        prediction = denoiser.predict(unet, z_t, gamma_t, timestep, chain.prediction_type, **conditions)
         values = prediction.variance_values
         denoiser.check_variance_values(chain.variance_type, values)
         x_hat = None

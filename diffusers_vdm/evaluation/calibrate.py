@@ -15,11 +15,12 @@ from tqdm.auto import tqdm
 
 from .. import call_arguments, denoiser, diffusion
 from ..calibration import Calibration, Detail, check_detail, digests_of
+from ..conditions import check_conditions, rows_of_conditions
 from ..diffusers_schedulers import noise_schedule_of
 from ..randomness import keyed_noise
 from ..schedulers import VDMScheduler
 from .chain import Convention, chain_of, default_convention, x_of_levels
-from .rows import check_class_labels, check_images, device_of, evaluation_mode, fingerprint, weights_fingerprint
+from .rows import check_images, device_of, evaluation_mode, fingerprint, weights_fingerprint
 
 # significant digits of the table
 _DIGITS = 6
@@ -35,7 +36,6 @@ def calibrate(
     detail: Detail = "level",
     num_draws: int = 1,
     num_levels: int = 256,
-    class_labels: torch.Tensor | None = None,
     convention: Convention | None = None,
     clip_sample: bool | None = None,
     data: str | None = None,
@@ -44,6 +44,7 @@ def calibrate(
     device: str | torch.device | None = None,
     accelerator: Any = None,
     progress_bar: bool = True,
+    **conditions: torch.Tensor | None,
 ) -> Calibration:
     """mse_ε(γ) = E(ε − ε̂)² at levels from γ(0) to γ(1), over some training images, see [`Calibration`].
 
@@ -58,20 +59,19 @@ def calibrate(
             channel or pixel, too. Pixels need many draws: the relative error of each is √(2/(N · num_draws)).
         num_draws (`int`, defaults to 1): draws of ε for each image at every level.
         num_levels (`int`, defaults to 256): levels of the data, 2 to 65536.
-        class_labels (`torch.Tensor` of shape `(N,)`, *optional*): classes.
         convention (`"vdm"` or `"ddpm"`, *optional*): the map from levels to x, as in `evaluate_vlb`.
         clip_sample (`bool`, *optional*): clamp x̂ to ± the scheduler's `clip_sample_range`; defaults to the
             scheduler's setting.
         data (`str`, *optional*): what the images are called, to be recorded.
-        batch_size, seed, device, accelerator, progress_bar: as in `evaluate_mc`. The result does not depend on the
-            batch size and the number of processes, up to rounding.
+        batch_size, seed, device, accelerator, progress_bar, conditions: as in `evaluate_mc`. The result
+            does not depend on the batch size and the number of processes, up to rounding.
 
     Returns: [`Calibration`], to be given to a scheduler as `calibration`.
     Raises: `TypeError`, `ValueError` as `evaluate_vlb`.
     """
     check_detail(detail)
     check_images(images, num_levels, unet)
-    check_class_labels(class_labels, images, unet)
+    given = check_conditions(unet, len(images), conditions)
     num_draws = call_arguments.positive_integer("num_draws", num_draws)
     num_gammas = call_arguments.positive_integer("num_gammas", num_gammas)
     batch_size = call_arguments.positive_integer("batch_size", batch_size)
@@ -95,14 +95,14 @@ def calibrate(
     with evaluation_mode(unet), bar:
         for index in mine.split(batch_size):
             x = x_of_levels(images[index].to(device), convention, num_levels, dtype)
-            labels = None if class_labels is None else class_labels[index].to(device)
+            here = rows_of_conditions(given, index, device)
             for k, (gamma, timestep) in enumerate(zip(gammas, timesteps, strict=True)):
                 gamma_t = diffusion.high_precision_on(gamma, x.device)
                 t = timestep.to(device) if timestep.dtype == torch.long else timestep.to(device, x.dtype)
                 for draw in range(num_draws):
                     eps = keyed_noise([(seed, "calibration", k, draw, int(i)) for i in index], x.shape[1:], x)
                     z_t = diffusion.q_sample(x, eps, gamma_t)
-                    prediction = denoiser.predict(unet, z_t, gamma_t, t, prediction_type, class_labels=labels)
+                    prediction = denoiser.predict(unet, z_t, gamma_t, t, prediction_type, **here)
                     eps_hat = prediction.eps_hat
                     if clip_sample:
                         eps_hat = diffusion.eps_from_x(z_t, prediction.x_hat.clamp(-limit, limit), gamma_t)

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ..conditions import check_conditions
 from ..diffusion import high_precision_on
 from ..objectives import VariationalBound
 from ..randomness import keyed_generator, keyed_noise
 from ..times import importance_warp, lattice_times, loss_level, second_moments
-from .rows import check_class_labels, check_images, check_rows_finite, device_of, evaluation_mode
+from .rows import check_images, check_rows_finite, device_of, evaluation_mode
 
 # draws of all classes before any class is dropped, and bits behind the best one at which it is
 _MIN_DRAWS, _HOPELESS_BITS, _STDERRS = 4, 5.0, 3.0
@@ -126,7 +127,7 @@ def evaluate_classes(
         raise ValueError(f"num_samples and batch_size must be at least 1, got {num_samples} and {batch_size}.")
     check_images(images, bound.num_levels, bound.unet)
     if class_labels is not None:
-        check_class_labels(class_labels, images, bound.unet)
+        check_conditions(bound.unet, len(images), {"class_labels": class_labels})
         if len(class_labels) and int(class_labels.max()) >= num_classes:
             raise ValueError(f"class_labels must be within [0, {num_classes}), got {int(class_labels.max())}.")
     device = device_of(bound) if device is None else torch.device(device)

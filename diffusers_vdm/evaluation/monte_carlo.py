@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ..conditions import check_conditions, rows_of_conditions
 from ..diffusion import high_precision_on
 from ..objectives import VariationalBound
 from ..randomness import keyed_generator, keyed_noise
@@ -18,7 +19,6 @@ from ..times import importance_warp, lattice_times, loss_level, second_moments
 from .rows import (
     Rows,
     batches,
-    check_class_labels,
     check_images,
     check_rows_finite,
     device_of,
@@ -72,7 +72,6 @@ def evaluate_mc(
     bound: VariationalBound,
     images: torch.Tensor,
     *,
-    class_labels: torch.Tensor | None = None,
     num_samples: int = 4,
     target_stderr_bpd: float | None = None,
     max_samples: int = 1000,
@@ -83,6 +82,7 @@ def evaluate_mc(
     accelerator: Any = None,
     resume_dir: str | os.PathLike | None = None,
     progress_bar: bool | Callable = True,
+    **conditions: torch.Tensor | None,
 ) -> BoundEvaluation:
     """Monte Carlo estimate of the bound over a data set; each repeat uses every image exactly once.
 
@@ -92,7 +92,6 @@ def evaluate_mc(
     Args:
         bound ([`VariationalBound`]): evaluated in `eval()` mode; its mode is restored afterwards.
         images (integer `torch.Tensor` of shape `(N, ...)`): the data set.
-        class_labels (`torch.Tensor` of shape `(N,)`, *optional*): passed to the network.
         num_samples (`int`, defaults to 4): number of repeats K; the standard error falls as 1/√K.
         target_stderr_bpd (`float`, *optional*): add repeats until the standard error is at most this. At least
             10 repeats are made, so that the standard error itself is reliable.
@@ -109,6 +108,8 @@ def evaluate_mc(
         resume_dir (`str` or `os.PathLike`, *optional*): folder for intermediate results (one file per process, saved
             once a minute and on interruption). The same call resumes from it. It is not removed at the end.
         progress_bar (`bool` or `Callable`, defaults to `True`): show a tqdm bar, or the tqdm-like class to use.
+        conditions: `class_labels` and the other arguments of conditions.py, with a row for each image, for the bound
+            on −log₂ p(x | c); a condition that is not given has its null.
 
     Returns: [`BoundEvaluation`].
     Raises: `ValueError` for an empty data set or a `resume_dir` of another evaluation, and, with the index of the
@@ -126,7 +127,7 @@ def evaluate_mc(
     if target_stderr_bpd is not None and not target_stderr_bpd > 0:
         raise ValueError(f"target_stderr_bpd must be positive, got {target_stderr_bpd}.")
     check_images(images, bound.num_levels, bound.unet)
-    check_class_labels(class_labels, images, bound.unet)
+    given = check_conditions(bound.unet, len(images), conditions)
     if device is None:
         device = device_of(bound)
     n, pilot = len(images), max(2, num_samples // 4) if importance_sampling else 0
@@ -134,7 +135,7 @@ def evaluate_mc(
         num_samples = max(num_samples, min(_MIN_SAMPLES_TO_STOP, max_samples))
     identity = None
     if resume_dir is not None:
-        identity = identity_of(bound.unet, bound.noise_schedule, images, class_labels)
+        identity = identity_of(bound.unet, bound.noise_schedule, images, given)
         identity |= {"method": "Monte Carlo", "seed": seed, "pilot_samples": pilot}
         identity |= {name: getattr(bound, name) for name in ("num_timesteps", "prediction_type", "num_levels")}
     rows = Rows(len(_COLUMNS), accelerator=accelerator, resume_dir=resume_dir, identity=identity)
@@ -150,7 +151,7 @@ def evaluate_mc(
         while True:
             stop = pilot if done < pilot < num_samples else num_samples
             for repeat, index, row in batches(rows.mine(done * n, stop * n), n, batch_size):
-                draws = _evaluate_rows(bound, images, class_labels, repeat, index, seed, warp, device)
+                draws = _evaluate_rows(bound, images, given, repeat, index, seed, warp, device)
                 rows.values[row] = check_rows_finite(draws, index)
                 rows.keep()
                 bar.update(len(row))
@@ -192,16 +193,16 @@ class _RunningMean:
         return progress_text(means, num_processes)
 
 
-def _evaluate_rows(bound, images, class_labels, repeat, index, seed, warp, device) -> torch.Tensor:
+def _evaluate_rows(bound, images, conditions, repeat, index, seed, warp, device) -> torch.Tensor:
     """The `_COLUMNS` for a batch of images in one repeat, float64 on the CPU."""
     shift = torch.rand((), generator=keyed_generator(seed, repeat), dtype=torch.float64)
     u = lattice_times(index, shift)
     t, density = (u, torch.ones_like(u)) if warp is None else warp(u)
     x = torch.empty(0, device=device)
     noise = keyed_noise([(seed, repeat, i) for i in index.tolist()], (2, *images.shape[1:]), x)
-    labels = None if class_labels is None else class_labels[index].to(device)
+    given = rows_of_conditions(conditions, index, device)
     t_device = high_precision_on(t, x.device)
-    out = bound(images[index].to(device), class_labels=labels, t=t_device, eps=noise[:, 0], eps_0=noise[:, 1])
+    out = bound(images[index].to(device), **given, t=t_device, eps=noise[:, 0], eps_0=noise[:, 1])
     columns = [out[name].cpu().double() for name in _COLUMNS[:5]]
     columns[2] = columns[2] / density
     return torch.stack([*columns, t, density], 1)

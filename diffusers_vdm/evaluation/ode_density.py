@@ -12,6 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .. import denoiser
+from ..conditions import check_conditions, rows_of_conditions
 from ..denoiser import working_dtype
 from ..diffusion import PredictionType
 from ..noise_schedules import NoiseSchedule
@@ -21,7 +22,6 @@ from .dequantization import Dequantization, cross_fitted_bpd, dequantization_sta
 from .rows import (
     Rows,
     batches,
-    check_class_labels,
     check_images,
     check_rows_finite,
     device_of,
@@ -73,7 +73,6 @@ def evaluate_ode(
     *,
     prediction_type: PredictionType = "epsilon",
     num_levels: int = 256,
-    class_labels: torch.Tensor | None = None,
     dequantization: Dequantization = "truncated_normal",
     num_samples: int = 1,
     num_importance_samples: int = 1,
@@ -88,6 +87,7 @@ def evaluate_ode(
     accelerator: Any = None,
     resume_dir: str | os.PathLike | None = None,
     progress_bar: bool = True,
+    **conditions: torch.Tensor | None,
 ) -> OdeEvaluation:
     """A bound on −log₂ P(x) of a data set by the probability-flow ODE; each repeat uses every image exactly once.
 
@@ -95,7 +95,7 @@ def evaluate_ode(
         unet (`nn.Module`): a `VDMUNet2DModel` or `UNet2DModel`, not wrapped in DDP.
         noise_schedule ([`NoiseSchedule`]): γ(t); for a scheduler, `noise_schedule_of(scheduler)`.
         images (integer `torch.Tensor` of shape `(N, ...)`): data in [0, num_levels).
-        prediction_type, num_levels, class_labels: as in `VariationalBound` and `evaluate_mc`.
+        prediction_type, num_levels: as in `VariationalBound` and `evaluate_mc`.
         dequantization (`str`, defaults to `"truncated_normal"`): see [`dequantize`]; `"uniform"`, as in older papers,
             costs 0.13 ± 0.01 bits/dim on the digits; `"decoder"` uses z_0 and p(x|z_0) of the variational bound.
         num_samples (`int`, defaults to 1): repeats, each with its own noise.
@@ -103,7 +103,7 @@ def evaluate_ode(
             needs `num_probes` of 2 or more, see [`cross_fitted_bpd`]: noisy weights used directly do not give a bound.
             (On the digits, they give 0.19 bits/dim less at K = 16 with one probe.)
         divergence, num_probes, rtol, atol, max_steps: see [`log_prob_nats`]; probes are ±1.
-        batch_size, seed, device, accelerator, resume_dir, progress_bar: as in `evaluate_mc`.
+        batch_size, seed, device, accelerator, resume_dir, progress_bar, conditions: as in `evaluate_mc`.
 
     A solve is exact only up to `rtol` and `atol`. Float32 rounding depends on the batch and can change the solver's
     steps: with the defaults, single images of the digits change by up to 0.006 bits/dim.
@@ -128,7 +128,7 @@ def evaluate_ode(
         )
     check_images(images, num_levels, unet)
     denoiser.check_network(unet, noise_schedule, prediction_type, num_levels)
-    check_class_labels(class_labels, images, unet)
+    given = check_conditions(unet, len(images), conditions)
     gamma_start, gamma_end = dequantization_start(dequantization, noise_schedule, num_levels)
     if device is None:
         device = device_of(unet)
@@ -145,7 +145,7 @@ def evaluate_ode(
     }
     identity = None
     if resume_dir is not None:
-        identity = identity_of(unet, noise_schedule, images, class_labels)
+        identity = identity_of(unet, noise_schedule, images, given)
         identity |= {"method": "ODE", "seed": seed, "prediction_type": prediction_type, "num_levels": num_levels}
         identity |= {name: value for name, value in settings.items() if name != "num_samples"}
     n, dimensions = len(images), images[0].numel()
@@ -166,8 +166,8 @@ def evaluate_ode(
     def draws(repeat: int, index: torch.Tensor) -> torch.Tensor:
         """Columns with the network calls and the log-weights, in nats, of a batch of images."""
         levels, keys = images[index].to(device), index.tolist()
-        labels = None if class_labels is None else class_labels[index].to(device)
-        model = eps_model(unet, noise_schedule, prediction_type, labels)
+        here = rows_of_conditions(given, index, device)
+        model = eps_model(unet, noise_schedule, prediction_type, **here)
         dtype = working_dtype(unet)
         probes = None
         if divergence == "hutchinson":

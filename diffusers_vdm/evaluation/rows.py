@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,9 +49,12 @@ def gammas_fingerprint(scheduler: Any) -> str | None:
 
 
 def identity_of(
-    network: nn.Module, noise_schedule: NoiseSchedule, images: torch.Tensor, class_labels: torch.Tensor | None
+    network: nn.Module,
+    noise_schedule: NoiseSchedule,
+    images: torch.Tensor,
+    conditions: Mapping[str, torch.Tensor],
 ) -> dict[str, Any]:
-    """Everything that results depend on, for [`Rows`]: network, weights, γ(t), timesteps, images and classes."""
+    """Everything that results depend on, for [`Rows`]: network, weights, γ(t), timesteps, images and conditions."""
     gammas = noise_schedule.table(257)
     config = {name: value for name, value in dict(getattr(network, "config", {})).items() if not name.startswith("_")}
     return {
@@ -60,7 +63,8 @@ def identity_of(
         "gammas": fingerprint([gammas]),
         "timesteps": fingerprint([noise_schedule.timestep(None, gammas)]),
         "images": fingerprint([images]),
-        "class_labels": None if class_labels is None else fingerprint([class_labels]),
+        "class_labels": None,
+        **{name: fingerprint([value]) for name, value in conditions.items()},
     }
 
 
@@ -77,25 +81,6 @@ def check_images(images: torch.Tensor, num_levels: int, network: nn.Module) -> N
             f"images must be of the network's size, (N, {config['in_channels']}, *{size}), got {tuple(images.shape)}; "
             "resize or convert them."
         )
-
-
-def check_class_labels(class_labels: torch.Tensor | None, images: torch.Tensor, network: nn.Module) -> None:
-    """Raises `TypeError` or `ValueError` unless each image has a class that the network knows."""
-    config = getattr(network, "config", {})
-    classes = config.get("num_class_embeds")
-    if class_labels is None:
-        if classes is not None and not config.get("null_class", False):
-            raise ValueError(f"class_labels must be given, in [0, {classes}): this network has no null class.")
-        return
-    if not torch.is_tensor(class_labels) or class_labels.is_floating_point():
-        raise TypeError(f"class_labels must be a tensor of integers, got {type(class_labels).__name__}.")
-    if class_labels.shape != images.shape[:1]:
-        raise ValueError(f"class_labels must have shape ({len(images)},), got {tuple(class_labels.shape)}.")
-    if classes is not None:
-        highest = classes + bool(config.get("null_class", False))
-        low, high = int(class_labels.min()), int(class_labels.max())
-        if low < 0 or high >= highest:
-            raise ValueError(f"class_labels must be within [0, {highest}), got values from {low} to {high}.")
 
 
 def device_of(network: nn.Module) -> torch.device:

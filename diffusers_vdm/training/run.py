@@ -16,12 +16,12 @@ from diffusers.optimization import get_scheduler
 
 from ..data.images import labels_fingerprint
 from ..evaluation.monte_carlo import evaluate_mc
+from ..network_inputs import num_augmentation_flags
 from ..objectives import SimpleObjective, VariationalBound
 from ..randomness import key_to_seed
 from ..repository import read_json
 from ..threads import in_order
 from ..times import ImportanceTimes
-from ..unet import num_augmentation_flags
 from . import checkpoints
 from .averages import WeightAverages
 from .batches import keyed_batch
