@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..calibration import Variance
+from ..conditions import conditions_taken
 from ..evaluation.chain import Chain, chain_of, chosen_variance, with_variance
 from ..evaluation.rows import weights_fingerprint
 from ..gamma_scheduler import GammaScheduler, best_timesteps_of

@@ -86,6 +86,8 @@ def run_calibration(args: argparse.Namespace, accelerator) -> None:
     import torch
 
     from ..calibration import Calibration
+    from ..conditions import rows_of_conditions
+    from ..data.conditions import conditions_of
     from ..evaluation.calibrate import calibrate
     from ..files import write_atomically
     from ..gamma_scheduler import GammaScheduler
@@ -99,11 +101,12 @@ def run_calibration(args: argparse.Namespace, accelerator) -> None:
         )
     num_classes = unet.config.get("num_class_embeds")
     data = load_data(args, num_levels, num_classes, class_names, accelerator.is_main_process)
-    images, labels = data.images, None if num_classes is None else data.labels
+    images = data.images
+    conditions = conditions_of(unet, images, num_levels, data.labels, data.conditions)
     if args.num_images < len(images):
         chosen = torch.randperm(len(images), generator=keyed_generator(args.seed, "calibration images"))
         chosen = chosen[: args.num_images].sort().values
-        images, labels = images[chosen], None if labels is None else labels[chosen]
+        images, conditions = images[chosen], rows_of_conditions(conditions, chosen)
     if unet.dtype != torch.float32:
         unet.to(torch.float32)
     table: Calibration = calibrate(
@@ -114,7 +117,7 @@ def run_calibration(args: argparse.Namespace, accelerator) -> None:
         detail=args.detail,
         num_draws=args.num_draws,
         num_levels=num_levels,
-        class_labels=labels,
+        **conditions,
         data=data.name,
         batch_size=args.batch_size,
         seed=args.seed,

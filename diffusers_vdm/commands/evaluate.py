@@ -38,6 +38,7 @@ class Evaluation:
         import torch
 
         from .. import Calibration, noise_schedule_of
+        from ..data.conditions import conditions_of
         from ..evaluation.chain import chosen_variance, own_calibration
         from ..repository import read_json
 
@@ -62,8 +63,10 @@ class Evaluation:
             self.calibration = Calibration.from_json(read_json(path, path.name))
         self.partial = partial_folder(args)
         self.folders: list[Path] = []
+        images, labels = self.data.images, self.data.labels
+        self.conditions = conditions_of(self.unet, images, self.num_levels, labels, self.data.conditions)
         self.shared = {
-            "class_labels": None if num_classes is None else self.data.labels,
+            **self.conditions,
             "batch_size": args.batch_size,
             "seed": args.seed,
             "accelerator": accelerator,
@@ -270,7 +273,8 @@ def run_evaluation(args: argparse.Namespace, accelerator) -> None:
         weights=evaluation.weights,
         weights_fingerprint=weights_fingerprint(evaluation.unet),
         gammas_fingerprint=gammas_fingerprint(evaluation.scheduler),
-        class_conditional=evaluation.shared["class_labels"] is not None,
+        class_conditional="class_labels" in evaluation.conditions,
+        conditions=sorted(evaluation.conditions),
         dtype="float32" + (", TF32 products" if args.allow_tf32 else ""),
         seed=args.seed,
         data=MeasuredData(

@@ -12,6 +12,8 @@ from typing import Any
 from ..training.options import POSITIVE, Option, train_option
 from .options import check_ranges, image_arguments, option_parser
 
+# options of the conditions of images, those of the training by default
+CONDITION_OPTIONS = ("cond_columns", "cond_image_column", "upscale_factor")
 # rows that calibrate and classify share
 MODEL = Option("model", str, "folder or Hub repository of a VDMPipeline or of a pixel-space pipeline of diffusers")
 DATA_SET_OPTIONS = [
@@ -24,6 +26,7 @@ IMAGE_OPTIONS = [
     Option("resolution", int, "resize and crop to squares of this size", range=POSITIVE),
     Option("center_crop", False, "crop the center instead of a position drawn for each image"),
     train_option("cache_dir"),
+    *(train_option(name) for name in CONDITION_OPTIONS),
 ]
 ALLOW_SHARED = Option(
     "allow_shared", False, "continue even if images of the split are also in another split of the data set"
@@ -236,7 +239,11 @@ def load_data(
     """Loads the images to measure, with their classes if the model has `num_classes`, named `class_names` if known."""
     from ..data.image_sources import shared_with_other_splits
     from ..data.images import load_images
+    from ..training.description import read_description
+    from .condition_data import add_conditions
 
+    run = read_description(args.model)
+    recorded = {} if run is None else run.options
     if args.dataset_name is None and args.data_dir is None:
         data = digits_of(args.split)
         if len(data) == 0:
@@ -260,6 +267,15 @@ def load_data(
         except (ValueError, OSError) as error:
             hint = " Set --split, slices are allowed: 'train[:1000]'." if "nknown split" in str(error) else ""
             raise SystemExit(f"the data: {error}{hint}") from error
+    for name in CONDITION_OPTIONS:
+        given, trained = getattr(args, name), recorded.get(name)
+        if given and trained and given != trained:
+            raise SystemExit(f"--{name} must be that of the training, {trained}, or left out, got {given}")
+        setattr(args, name, given or trained)
+    try:
+        data = add_conditions(args, data, args.data_dir, args.split)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"the conditions: {error}") from error
     if data.num_levels != num_levels:
         raise SystemExit(
             f"the data must have the {num_levels} levels of the model, but {data.name} has {data.num_levels}"

@@ -80,7 +80,7 @@ def _choose(args: argparse.Namespace, data: Any, accelerator: Any) -> tuple[int 
 def _seconds_per_image(args: argparse.Namespace, data: Any, unet: Any, noise_schedule: Any, accelerator: Any) -> float:
     """Measured time of training on an image: forward, backward and the optimizer, for random images."""
     from ..objectives import SimpleObjective, VariationalBound
-    from ..training.cost import synchronize
+    from ..training.cost import conditions_of_zeros, synchronize
     from ..training.optimizer import make_optimizer
 
     device = accelerator.device
@@ -89,9 +89,7 @@ def _seconds_per_image(args: argparse.Namespace, data: Any, unet: Any, noise_sch
     objective.to(device).train()
     optimizer = make_optimizer(args, unet, noise_schedule)
     images = torch.randint(0, data.num_levels, (args.train_batch_size, *data.shape), device=device)
-    conditions: dict[str, Any] = {}
-    if args.class_conditional:
-        conditions["class_labels"] = torch.zeros(len(images), dtype=torch.long, device=device)
+    conditions = {name: value.to(device) for name, value in conditions_of_zeros(unet, len(images)).items()}
 
     def step() -> None:
         with accelerator.autocast():

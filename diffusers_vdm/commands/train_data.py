@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 
+from .condition_data import add_conditions
 from .options import image_arguments
 
 
 def load_data(args: argparse.Namespace, progress_bar: bool):
     """Loads and checks the training and the held-out images."""
-    train, test = _load(args, progress_bar)
+    train, test = with_conditions(args, *_load(args, progress_bar))
     _, height, width = train.shape or (0, 0, 0)
     if args.random_rotation and height != width:
         raise ValueError(f"--random_rotation needs square images, got {train.shape}; set --resolution")
@@ -23,6 +24,18 @@ def load_data(args: argparse.Namespace, progress_bar: bool):
         check_classes(train, test)
     if not args.allow_shared:
         check_shared(train, test)
+    return train, test
+
+
+def with_conditions(args: argparse.Namespace, train, test):
+    """The training and the held-out images with the conditions that the options name, beside the classes."""
+    if args.streaming and (args.cond_columns or args.cond_image_column):
+        name = "cond_columns" if args.cond_columns else "cond_image_column"
+        raise ValueError(f"--{name} cannot be used with --streaming, which reads only images and classes")
+    splits = ((train, args.train_split, args.skip_damaged), (test, args.eval_split, 0))
+    train, test = (add_conditions(args, data, args.train_data_dir, split, skip) for data, split, skip in splits)
+    if train.conditions is not None and train.conditions.images is not None and args.random_shift:
+        raise ValueError("--random_shift cannot be used with --cond_image_column, whose images it does not move")
     return train, test
 
 

@@ -66,6 +66,7 @@ def run_training(args: argparse.Namespace, accelerator) -> None:
         print(run.plan.text, flush=True)
     if args.dry_run:
         return
+    run.held_out_conditions = run.held_out(test, args.num_images)[1]
     sharing = Sharing(run)
     if args.resume_from_checkpoint == "last-checkpoint":
         sharing.fetch()

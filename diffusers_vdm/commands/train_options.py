@@ -191,6 +191,21 @@ def is_multiscale(args: argparse.Namespace) -> bool:
     return network_of(args)[0].__name__ == "VDMMultiscale2DModel"
 
 
+def condition_arguments_of(args: argparse.Namespace, data) -> dict[str, Any]:
+    """The arguments of a network of ours for the conditions of the data beside the classes."""
+    conditions, arguments = data.conditions, {}
+    if conditions is None:
+        return arguments
+    has_null = args.condition_dropout > 0
+    if conditions.vectors is not None:
+        mean, std = conditions.statistics()
+        arguments |= {"cond_dim": len(mean), "cond_mean": mean, "cond_std": std, "null_vectors": has_null}
+    channels = conditions.num_channels(data.shape[0])
+    if channels is not None:
+        arguments |= {"cond_channels": channels, "null_images": has_null}
+    return arguments
+
+
 def build(args: argparse.Namespace, data):
     """Builds the network and γ(t)."""
     from .. import noise_schedules as S
@@ -218,6 +233,7 @@ def build(args: argparse.Namespace, data):
     args.dropout = config["dropout"] = config.get("dropout", 0.0) if args.dropout is None else args.dropout
     if args.class_conditional:
         config |= {"num_class_embeds": data.num_classes, "null_class": True}
+    config |= condition_arguments_of(args, data)
     # `from_config` would take a preset for a config of diffusers, which has another default initialization
     unet: Any = cls(**config) if args.preset else cls.from_config(config)
     if args.gradient_checkpointing:

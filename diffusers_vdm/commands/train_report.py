@@ -16,6 +16,7 @@ from .train_budget import budget_text, has_budget
 
 def plan(run, test) -> Plan:
     """Describes what will be trained, on which data, and at what cost."""
+    from ..conditions import conditions_taken
     from ..data.images import ImageSet, count_shared, histogram_bpd
     from ..training.cost import matmul_flops_per_second, training_cost
     from ..training.description import HeldOutDescription
@@ -42,6 +43,7 @@ def plan(run, test) -> Plan:
         **{f"files{'' if part is data else ', held out'}": part.files for part in (data, test) if part.files},
         **({"columns": columns_of(data)} if data.image_column else {}),
         "network": f"{type(run.unet).__name__}, {cost.num_parameters:,} parameters, predicts {args.prediction_type}",
+        **({"conditions": conditions_text(run)} if conditions_taken(run.unet) else {}),
         "noise schedule": f"{type(schedule).__name__}, {schedule.describe()}",
         "objective": {"vdm": "variational bound, ", "ddpm": "unweighted squared error"}[args.objective]
         + ("" if args.objective == "ddpm" else steps_of_bound)
@@ -65,6 +67,21 @@ def plan(run, test) -> Plan:
         lines["baseline"] = f"histogram of each training pixel: {histogram:.4f} bits/dim held out"
     text = "\n".join(f"{name + ':':<16}{line}" for name, line in lines.items())
     return Plan(text, cost.flops_per_image, flops_per_second, histogram, held_out)
+
+
+def conditions_text(run) -> str:
+    """The conditions of the network, and how often they are withheld."""
+    config, conditions = run.unet.config, run.data.conditions
+    words = []
+    if config.num_class_embeds is not None:
+        words.append(f"{config.num_class_embeds} classes")
+    if config.get("cond_dim") is not None:
+        words.append(f"a vector of {', '.join(conditions.vector_names)}")
+    if config.get("cond_channels") is not None:
+        factor = conditions.upscale_factor
+        words.append(f"the image {factor} times smaller" if factor else f"images of {config.cond_channels} channels")
+    how = "together" if run.args.drop_together else "independently"
+    return f"{', '.join(words)}; withheld from {run.args.condition_dropout:.0%} of the images, {how}"
 
 
 def columns_of(data) -> str:
@@ -168,7 +185,8 @@ def draw(run, name: str, animation: str | None = None) -> None:
         pipeline = make_pipeline(run)
         pipeline.set_progress_bar_config(disable=not accelerator.is_main_process, leave=False)
         on_step = keep_frame if animation else None
-        output: Any = pipeline(share, steps, generators, output_type="pt", callback_on_step_end=on_step)
+        conditions = run.example_conditions(range(first, first + share))
+        output: Any = pipeline(share, steps, generators, output_type="pt", callback_on_step_end=on_step, **conditions)
     samples = gather_images(output.images)
     if accelerator.is_main_process:
         plots.image_grid(samples).save(run.out / name)

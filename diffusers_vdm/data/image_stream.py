@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ..randomness import keyed_generator
+from .conditions import ConditionData
 from .image_files import DamagedImage, check_image_mode, decode, row_name
 from .image_sources import check_label, missing_label, open_source
 from .images import ImageSet
@@ -127,6 +128,7 @@ class ImageStream:
         self._skip_damaged = skip_damaged
         self._damaged: dict[tuple[int, int], str] = {}  # by shard and row
         self.shape: tuple[int, int, int] | None = None
+        self.conditions: ConditionData | None = None
         rows = ((s, i, row) for s in range(self._num_shards) for i, row in enumerate(self._read_shard(s)))
         first = next(rows, None)
         if first is None:

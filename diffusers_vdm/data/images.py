@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from ..files import whole_file
 from ..threads import in_order
+from .conditions import ConditionData
 from .image_files import (
     DamagedImage,
     DecodedImage,
@@ -59,6 +60,7 @@ class ImageSet:
     - `image_column`, `label_column`: the columns that were read.
     - `files`: one line that says which files are used; `damaged` names the damaged ones that were left out.
     - `parts`: the rows of the data set, as (split, start, stop).
+    - `conditions`: conditions beside the classes, or `None`.
     - `digests`: int64 digests of all pixels of each image before cropping, shape `(N,)`.
     """
 
@@ -75,6 +77,7 @@ class ImageSet:
     damaged: tuple[str, ...] = ()
     parts: tuple[tuple[str, int, float], ...] = ()
     digests: torch.Tensor | None = None
+    conditions: ConditionData | None = None
 
     def __len__(self) -> int:
         return len(self.images)

@@ -63,7 +63,7 @@ class ClassEvaluation:
 
         p(x) is the bound of the null class. The result is I(x; c) if both bounds are as far from the truth. It is too
         large if the network was trained on fewer images without their class than with it, as by a small
-        `--label_dropout`. [`information_bound`] is never too large.
+        `--condition_dropout`. [`information_bound`] is never too large.
 
         Raises: `ValueError` if the null class was not evaluated.
         """

@@ -101,6 +101,7 @@ class Report:
         weights (`str`, *optional*), weights_fingerprint, gammas_fingerprint (`str`, *optional*): which weights, and
             hashes of the weights and of γ(t).
         class_conditional (`bool`): whether each image was measured given its class.
+        conditions (`list[str]`): names of all conditions that each image was measured given, see conditions.py.
         dtype (`str`, *optional*), seed (`int`, *optional*): floating-point type and random seed.
         data ([`MeasuredData`]): the images.
         versions (`dict`), num_processes (`int`, *optional*), seconds (`float`, *optional*): package versions,
@@ -128,6 +129,7 @@ class Report:
     weights_fingerprint: str | None
     gammas_fingerprint: str | None = None
     class_conditional: bool = False
+    conditions: list[str] = field(default_factory=list)
     dtype: str | None = None
     seed: int | None = None
     data: MeasuredData = field(default_factory=MeasuredData)

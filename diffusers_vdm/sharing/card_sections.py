@@ -118,6 +118,10 @@ def use_section(run: CardSource) -> str:
     classes = config.num_class_embeds
     has_null = bool(config.get("null_class", False))
     label = ", class_labels=0" if classes is not None and not has_null else ""
+    if config.get("cond_dim") is not None and not config.get("null_vectors"):
+        label += f", cond_vectors={[0.0] * config.cond_dim}"
+    if config.get("cond_channels") is not None and not config.get("null_images"):
+        label += ", image=small_image"
     loaded = literal(run.repo_id or ".") + (f", variant={literal(run.variant)}" if run.variant else "")
     code = [
         "import torch",
@@ -134,6 +138,14 @@ def use_section(run: CardSource) -> str:
     if classes is not None:
         null = "without `class_labels`, images are of all classes" if has_null else "`class_labels` must be given"
         hints.append(f"`class_labels` are classes in [0, {classes}), one for all images or one per image; {null}.")
+    if config.get("cond_dim") is not None:
+        null = "optional" if config.get("null_vectors") else "needed"
+        hints.append(f"`cond_vectors` ({null}) are {config.cond_dim} numbers, one vector for all or one per image.")
+    if config.get("cond_channels") is not None:
+        null = "optional" if config.get("null_images") else "needed"
+        hints.append(
+            f"`image` ({null}) is a condition, of {config.cond_channels} channels and at most the size of the samples."
+        )
     parts.append(" ".join(text for text in hints if text))
     if run.has_code:
         short = ["from diffusers import DiffusionPipeline", ""]

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from ..data.conditions import ConditionData
 from ..data.image_stream import ImageStream
 from ..data.images import ImageSet
 from ..randomness import keyed_generator
 
-# fraction of the class labels that are withheld from a class-conditional network
-LABEL_DROPOUT = 0.1
+# fraction of the conditions that are withheld from a network
+CONDITION_DROPOUT = 0.1
 # numbers that say how an image was augmented
 NUM_AUGMENTATION_FLAGS = 6
+# conditions in the order of their draws
+_WITHHELD = ("class_labels", "cond_vectors", "cond_images")
 
 
 def batch_indices(positions: Iterable[int], num_images: int, seed: int) -> torch.Tensor:
@@ -45,7 +48,8 @@ class KeyedBatch:
     images: torch.Tensor
     labels: torch.Tensor | None
     augmentations: torch.Tensor
-    withheld: torch.Tensor
+    withheld: dict[str, torch.Tensor]
+    conditions: ConditionData
     t: torch.Tensor
     eps: torch.Tensor
     eps_0: torch.Tensor
@@ -64,35 +68,44 @@ def keyed_batch(
     seed: int,
     random_flip: bool = False,
     random_rotation: bool = False,
-    label_dropout: float = LABEL_DROPOUT,
+    condition_dropout: float = CONDITION_DROPOUT,
     random_shift: int = 0,
     augmentation_rate: float = 1.0,
+    drop_together: bool = False,
 ) -> KeyedBatch:
     """Rows `rows` of the global batch of `step`: images in keyed order, and all random draws for them.
 
     t_i = (u + i/B) mod 1 over the global batch, whichever process computes row i [VDM app. I.1]. `augmented` is 1 for
     images that were flipped, rotated by a multiple of 90° or shifted, which the network needs to know [VDM app. B].
     `augmentations` says how, in the [`NUM_AUGMENTATION_FLAGS`] columns flip, 90°, 180°, 270°, and the shifts to the
-    right and down as fractions of `random_shift` [Karras et al. 2022, app. F.2]. `withheld` is true for a fraction
-    `label_dropout` of the labels. A fraction `augmentation_rate` of the images is flipped or rotated at all, and,
-    drawn apart, the same fraction is shifted; pixels from outside of the image have level 0.
+    right and down as fractions of `random_shift` [Karras et al. 2022, app. F.2]. A fraction `augmentation_rate` of the
+    images is flipped or rotated at all, and, drawn apart, the same fraction is shifted; pixels from outside of the
+    image have level 0. Images that are a condition are flipped and rotated like theirs. `withheld` is, for each
+    condition, true for a fraction `condition_dropout` of the images: drawn for each condition, or with
+    `drop_together` once for all of them.
     """
     positions = [step * global_batch_size + i for i in rows]
+    known = data.conditions or ConditionData()
+    vectors = others = None
     if isinstance(data, ImageSet):
         index = batch_indices(positions, len(data), seed)
         images, labels = data.images[index], None if data.labels is None else data.labels[index]
+        vectors, others = (None if part is None else part[index] for part in (known.vectors, known.images))
     else:
         images, labels = data.batch(positions)
     shift = torch.rand((), generator=keyed_generator(seed, "t", step), dtype=torch.float64)
     t = (shift + torch.tensor(list(rows), dtype=torch.float64) / global_batch_size) % 1.0
     noise = torch.empty((len(rows), 2, *images.shape[1:]))
-    augmentations, withheld = torch.zeros(len(rows), NUM_AUGMENTATION_FLAGS), torch.zeros(len(rows), dtype=torch.bool)
+    augmentations = torch.zeros(len(rows), NUM_AUGMENTATION_FLAGS)
+    withheld = {name: torch.zeros(len(rows), dtype=torch.bool) for name in _WITHHELD}
     changed = []
     for k, i in enumerate(rows):
         generator = keyed_generator(seed, "noise", step, i)
         torch.randn(noise.shape[1:], generator=generator, out=noise[k])
         flip, withhold, turn, turns, shifts, *shift = torch.rand(7, generator=generator).tolist()
-        withheld[k] = withhold < label_dropout
+        withhold = [withhold, *torch.rand(len(_WITHHELD) - 1, generator=generator).tolist()]
+        for name, drawn in zip(_WITHHELD, withhold, strict=True):
+            withheld[name][k] = (withhold[0] if drop_together else drawn) < condition_dropout
         turns, shifts = turns < augmentation_rate, random_shift > 0 and shifts < augmentation_rate
         flips = turns and random_flip and flip < 0.5
         quarters = int(4 * turn) if turns and random_rotation else 0
@@ -103,14 +116,21 @@ def keyed_batch(
         if right or down:
             augmentations[k, 4], augmentations[k, 5] = right / random_shift, down / random_shift
         if augmentations[k].any():
-            image = torch.rot90(images[k].flip(-1) if flips else images[k], quarters, (-2, -1))
-            changed.append((k, _shifted(image, right, down)))
+            changed.append((k, _shifted(_turned(images[k], flips, quarters), right, down)))
+            if others is not None:
+                others[k] = _turned(others[k], flips, quarters)
     if changed:
         images = images.clone()  # never change the data set, which may be memory-mapped
         for k, image in changed:
             images[k] = image
     eps, eps_0 = (part.contiguous() for part in noise.unbind(1))
-    return KeyedBatch(images, labels, augmentations, withheld, t, eps, eps_0)
+    conditions = replace(known, vectors=vectors, images=others)
+    return KeyedBatch(images, labels, augmentations, withheld, conditions, t, eps, eps_0)
+
+
+def _turned(image: torch.Tensor, flips: bool, quarters: int) -> torch.Tensor:
+    """The image, flipped and then rotated by quarters of a turn."""
+    return torch.rot90(image.flip(-1) if flips else image, quarters, (-2, -1))
 
 
 def _shifted(image: torch.Tensor, right: int, down: int) -> torch.Tensor:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..files import file_digest, write_atomically
-from .options import option_names
+from .options import RENAMED_OPTIONS, option_names
 from .sharding import sharded_like
 
 logger = logging.get_logger(__name__)
@@ -193,6 +193,7 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any], allowed: Collect
 
     Returns: a message if the global batch is split in another way, else `None`.
     """
+    before = before | {"options": {RENAMED_OPTIONS.get(k, k): v for k, v in before["options"].items()}}
     fixed = (set(now["options"]) & set(before["options"])) - option_names(may_change=True)
     if str(now["options"].get("lr_scheduler")).startswith(
         "constant"
@@ -201,7 +202,7 @@ def check_same_run(before: dict[str, Any], now: dict[str, Any], allowed: Collect
     pairs = {name: (before["options"][name], now["options"][name]) for name in fixed}
     pairs |= {name: (before[name], now[name]) for name in ("data", "global_batch_size")}
     # earlier versions did not record these
-    pairs |= {n: (before[n], now[n]) for n in ("class_names", "labels") if n in before and n in now}
+    pairs |= {n: (before[n], now[n]) for n in ("class_names", "labels", "conditions") if n in before and n in now}
     differ = {
         k: v
         for k, v in sorted(pairs.items())

@@ -15,6 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..conditions import conditions_taken
+
 
 @dataclass(frozen=True)
 class TrainingCost:
@@ -38,6 +40,21 @@ class TrainingCost:
         return self.fixed_bytes + batch_size * self.activation_bytes_per_image
 
 
+def conditions_of_zeros(unet: nn.Module, batch_size: int) -> dict[str, torch.Tensor]:
+    """All conditions that a network takes, of zeros, in a batch."""
+    config: Any = getattr(unet, "config", None) or {}
+    size = config.get("sample_size") or 1
+    shapes = {
+        "class_labels": (),
+        "cond_vectors": (config.get("cond_dim"),),
+        "cond_images": (config.get("cond_channels"), *((size, size) if isinstance(size, int) else size)),
+    }
+    return {
+        name: torch.zeros(batch_size, *shapes[name], dtype=torch.int64 if name == "class_labels" else torch.float32)
+        for name in conditions_taken(unet)
+    }
+
+
 def training_cost(
     unet: nn.Module, image_shape: Sequence[int], *, num_averages: int = 1, mixed_precision: str = "no"
 ) -> TrainingCost:
@@ -58,9 +75,7 @@ def training_cost(
             saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
             return tensor
 
-        conditions = {}
-        if getattr(unet.config, "num_class_embeds", None) is not None:
-            conditions["class_labels"] = torch.zeros(batch_size, dtype=torch.int64)
+        conditions = conditions_of_zeros(unet, batch_size)
         with FlopCounterMode(display=False) as counter:
             with (
                 torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor),

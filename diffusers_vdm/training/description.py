@@ -66,6 +66,7 @@ class RunDescription:
         columns (`dict`): names of the columns of images and of classes.
         class_names (`list[str]`, *optional*), labels (`str`, *optional*): names of the classes, and a hash of the
             class of each image, for a class-conditional run.
+        conditions (`str`, *optional*): hash of the other conditions of each image.
         files (`str`, *optional*), damaged (`list[str]`): which files are used, and those skipped as damaged.
         global_batch_size, num_processes (`int`, *optional*): images per step over all processes, and processes.
         versions (`dict`): package versions.
@@ -82,6 +83,7 @@ class RunDescription:
     columns: dict[str, Any] = field(default_factory=dict)
     class_names: list[str] | None = None
     labels: str | None = None
+    conditions: str | None = None
     files: str | None = None
     damaged: list[str] = field(default_factory=list)
     global_batch_size: int | None = None

@@ -40,6 +40,9 @@ class Option:
     in_card: bool = True
 
 
+# options of earlier versions, whose names stand in the options.json of their runs
+RENAMED_OPTIONS = {"label_dropout": "condition_dropout"}
+
 TRAIN_OPTIONS: dict[str, list[Option]] = {
     "data": [
         Option("dataset_name", str, "data set on the Hub, or a local copy of one; defaults to the bundled digits"),
@@ -126,7 +129,25 @@ TRAIN_OPTIONS: dict[str, list[Option]] = {
             range=POSITIVE,
         ),
         Option("class_conditional", False, "condition on the classes, with a null class"),
-        Option("label_dropout", 0.1, "fraction of the labels that is replaced by the null class", range=(0, 1)),
+        Option(
+            "cond_columns",
+            [str],
+            "condition on the numbers in these columns, standardized, as a vector (cond_vectors)",
+        ),
+        Option("cond_image_column", str, "condition on the images in this column (cond_images)"),
+        Option(
+            "upscale_factor",
+            int,
+            "condition on the image itself, smaller by this factor, for upscaling",
+            range=(2, math.inf),
+        ),
+        Option(
+            "condition_dropout",
+            0.1,
+            "fraction of the images whose condition is replaced by the null; with 0, only classes have a null",
+            range=(0, 1),
+        ),
+        Option("drop_together", False, "replace all conditions of an image together, not each for itself"),
         Option(
             "dropout", float, "dropout of the network, defaults to that of its preset or config", range=(0, _BELOW_1)
         ),

@@ -14,6 +14,8 @@ import torch
 from accelerate.utils import broadcast_object_list
 from diffusers.optimization import get_scheduler
 
+from ..conditions import conditions_taken, withheld
+from ..data.conditions import conditions_of
 from ..data.images import labels_fingerprint
 from ..evaluation.monte_carlo import evaluate_mc
 from ..network_inputs import num_augmentation_flags
@@ -24,7 +26,7 @@ from ..threads import in_order
 from ..times import ImportanceTimes
 from . import checkpoints
 from .averages import WeightAverages
-from .batches import keyed_batch
+from .batches import KeyedBatch, keyed_batch
 from .description import NAME as OPTIONS
 from .description import DataDescription, HeldOutDescription, RunDescription
 from .finite_steps import FiniteSteps
@@ -109,6 +111,7 @@ class Run:
         self.step, self.sums = 0, []
         self.next_inputs: list[tuple[int, dict]] = []  # the micro-batches of the next step
         self.plan: Plan | None = None  # only on the main process
+        self.held_out_conditions: dict[str, torch.Tensor] = {}  # of some held-out images, for samples
 
     def description(self) -> RunDescription:
         """The options, data and environment of the run."""
@@ -131,6 +134,7 @@ class Run:
             columns={"image": data.image_column, "label": data.label_column},
             class_names=None if names is None else list(names),
             labels=labels_fingerprint(data) if args.class_conditional and not args.streaming else None,
+            conditions=None if data.conditions is None else data.conditions.fingerprint(),
             files=data.files,
             damaged=list(data.damaged),
             global_batch_size=self.global_rows,
@@ -146,8 +150,8 @@ class Run:
             step, micro = key
             first = (micro * world + rank) * args.train_batch_size
             rows = range(first, first + args.train_batch_size)
-            augmentations = (args.random_flip, args.random_rotation, args.label_dropout, args.random_shift,
-                             args.augmentation_rate)  # fmt: skip
+            augmentations = (args.random_flip, args.random_rotation, args.condition_dropout, args.random_shift,
+                             args.augmentation_rate, args.drop_together)  # fmt: skip
             batch = keyed_batch(self.data, step, rows, self.global_rows, args.seed, *augmentations)
             inputs = {"images": batch.images, "t": batch.t, "eps": batch.eps}
             if args.objective == "vdm":
@@ -156,11 +160,7 @@ class Run:
                 flags = num_augmentation_flags(self.unet.config)
                 if flags:
                     inputs["augmentation_flags"] = batch.augmented if flags == 1 else batch.augmentations
-            if self.unet.config.num_class_embeds is not None:
-                if batch.labels is None:
-                    raise ValueError(f"{self.data.name} has no classes, which this class-conditional network needs.")
-                null = torch.full_like(batch.labels, self.unet.config.num_class_embeds)
-                inputs["class_labels"] = torch.where(batch.withheld, null, batch.labels)
+            inputs |= self.conditions_of_batch(batch)
             if self.accelerator.device.type == "cuda":
                 inputs = {name: tensor.pin_memory() for name, tensor in inputs.items()}
             return key_to_seed(args.seed, "dropout", step, first), inputs
@@ -170,6 +170,26 @@ class Run:
         # a stream has its own decoding threads, and yields batches in order
         workers = 1 if args.streaming else max(1, args.dataloader_num_workers)
         return in_order(make, keys, workers, look_ahead=2 * workers)
+
+    def conditions_of_batch(self, batch: KeyedBatch) -> dict[str, torch.Tensor]:
+        """The conditions of a batch, with the null instead of those that are withheld."""
+        given = conditions_of(self.unet, batch.images, self.data.num_levels, batch.labels, batch.conditions)
+        taken = conditions_taken(self.unet)
+        for name in taken:
+            if name not in given:
+                raise ValueError(f"{self.data.name} has no {name}, which this network was built for.")
+        classes = {"class_labels": self.unet.config.num_class_embeds}
+        return {
+            name: withheld(value, batch.withheld[name], classes.get(name)) if taken[name] else value
+            for name, value in given.items()
+        }
+
+    def example_conditions(self, rows: range) -> dict[str, torch.Tensor]:
+        """The conditions of samples: those of held-out images, without classes that may be left out."""
+        taken = conditions_taken(self.unet)
+        given = {k: v for k, v in self.held_out_conditions.items() if k != "class_labels" or not taken[k]}
+        index = torch.tensor(rows)
+        return {name: value[index % len(value)] for name, value in given.items()}
 
     def fetch(self, batches) -> float:
         """Waits for all micro-batches of the next step before any of them is used; returns the seconds.
@@ -223,16 +243,23 @@ class Run:
         finally:
             self.bound.to("cpu")  # free the memory of the device for training
 
+    def held_out(self, test, num_images: int | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The first held-out images, and their conditions."""
+        images = test.images[:num_images]
+        part = None if test.conditions is None else test.conditions.slice(slice(num_images))
+        labels = None if test.labels is None else test.labels[:num_images]
+        return images, conditions_of(self.unet, images, test.num_levels, labels, part)
+
     def evaluate(self, test, num_samples: int, num_images: int | None, decay: float | None):
-        labels = test.labels[:num_images] if self.unet.config.num_class_embeds is not None else None
+        images, conditions = self.held_out(test, num_images)
         with self.averaged_weights(decay):
             return evaluate_mc(
                 self.bound,
-                test.images[:num_images],
-                class_labels=labels,
+                images,
                 num_samples=num_samples,
                 batch_size=self.args.eval_batch_size,
                 accelerator=self.accelerator,
+                **conditions,
             )
 
     def gather(self) -> None:

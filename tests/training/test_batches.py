@@ -1,8 +1,12 @@
 """training/batches.py: every batch is a function of the seed and the step, however it is split over processes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from diffusers_vdm.data.conditions import ConditionData
+from diffusers_vdm.randomness import keyed_generator
 from diffusers_vdm.training.batches import batch_indices, keyed_batch
 from tests.pictures import random_image_set
 
@@ -22,8 +26,10 @@ def test_a_global_batch_does_not_depend_on_how_it_is_split(generator):
     whole = keyed_batch(data, 7, range(8), 8, seed=1, random_flip=True)
     for parts in ([range(0, 4), range(4, 8)], [range(i, i + 1) for i in range(8)]):
         split = [keyed_batch(data, 7, rows, 8, seed=1, random_flip=True) for rows in parts]
-        for name in ("images", "labels", "augmented", "withheld", "t", "eps", "eps_0"):
+        for name in ("images", "labels", "augmented", "t", "eps", "eps_0"):
             assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in split])), name
+        for name, rows in whole.withheld.items():
+            assert torch.equal(rows, torch.cat([part.withheld[name] for part in split])), name
     assert not torch.equal(whole.eps, whole.eps_0)
     other = keyed_batch(data, 8, range(8), 8, seed=1)
     assert not torch.equal(whole.eps, other.eps) and not torch.equal(whole.t, other.t)
@@ -78,7 +84,8 @@ def test_the_flags_say_how_images_are_augmented(generator):
     assert float(shifted.float().mean()) == pytest.approx(0.6 * 24 / 25, abs=0.13)
     assert float((turned & shifted).float().mean()) == pytest.approx(0.3, abs=0.13)  # drawn apart
     assert {*batch.augmentations[:, 4].tolist()} == {-1.0, -0.5, 0.0, 0.5, 1.0}
-    for name in ("labels", "withheld", "t", "eps", "eps_0"):
+    assert torch.equal(batch.withheld["class_labels"], plain.withheld["class_labels"])
+    for name in ("labels", "t", "eps", "eps_0"):
         assert torch.equal(getattr(batch, name), getattr(plain, name))
 
 
@@ -87,3 +94,47 @@ def test_no_image_is_augmented_at_rate_0(generator):
     options = {"random_flip": True, "random_rotation": True, "random_shift": 1, "augmentation_rate": 0.0}
     batch = keyed_batch(data, 0, range(16), 16, 0, **options)
     assert torch.equal(batch.images, keyed_batch(data, 0, range(16), 16, 0).images) and not batch.augmentations.any()
+
+
+# ---- conditions ----------------------------------------------------------------------------------------------------
+
+
+def with_conditions(data, generator):
+    """The images with their first two pixels as a vector, and with themselves as images."""
+    vectors = data.images.flatten(1)[:, :2].double()
+    return replace(data, conditions=ConditionData(vectors, ("a", "b"), data.images.clone()))
+
+
+def test_conditions_go_with_their_images_and_are_flipped_and_turned_like_them(generator):
+    data = with_conditions(random_image_set(64, generator), generator)
+    kept = data.conditions.images.clone()
+    plain = keyed_batch(data, 5, range(64), 64, seed=0)
+    assert torch.equal(plain.conditions.vectors, plain.images.flatten(1)[:, :2].double())
+    turned = keyed_batch(data, 5, range(64), 64, seed=0, random_flip=True, random_rotation=True)
+    assert not torch.equal(turned.images, plain.images)
+    assert torch.equal(turned.conditions.images, turned.images)
+    assert torch.equal(turned.conditions.vectors, plain.conditions.vectors)
+    assert torch.equal(data.conditions.images, kept)  # the data set is not changed
+
+
+def test_conditions_are_withheld_independently_or_together(generator):
+    data = random_image_set(500, generator)
+    arguments = {"condition_dropout": 0.3}
+    each = keyed_batch(data, 2, range(500), 500, 0, **arguments).withheld
+    assert all(110 < int(rows.sum()) < 190 for rows in each.values())
+    both = int((each["class_labels"] & each["cond_vectors"]).sum())
+    assert 20 < both < 75  # 0.09 of 500
+    together = keyed_batch(data, 2, range(500), 500, 0, drop_together=True, **arguments).withheld
+    assert all(torch.equal(rows, each["class_labels"]) for rows in together.values())
+    # more conditions change no draw of earlier versions
+    first = keyed_batch(data, 0, range(12), 12, seed=3, condition_dropout=0.5).withheld["class_labels"]
+    expected = [float(torch.rand(2, generator=_after_noise(3, 0, i, data.images.shape[1:]))[1]) < 0.5
+                for i in range(12)]  # fmt: skip
+    assert first.tolist() == expected
+
+
+def _after_noise(seed, step, i, shape):
+    """The generator of row i after its noise."""
+    generator = keyed_generator(seed, "noise", step, i)
+    torch.randn((2, *shape), generator=generator)
+    return generator
