@@ -4,6 +4,7 @@
 MODULE_OF = {
     "VDMUNet2DModel": "unet",
     "VDMMultiscale2DModel": "multiscale",
+    "VDMUNet2DConditionModel": "text_unet",
     "VDMScheduler": "schedulers",
     "LinearBetaScheduler": "schedulers",
     "FixedLinearGamma": "noise_schedules",
@@ -18,4 +19,6 @@ NOISE_SCHEDULES = tuple(name for name, module in MODULE_OF.items() if module == 
 
 PIPELINE = "VDMPipeline"
 # the arguments of VDMPipeline.__init__ that are components, and whether each is optional
-IS_OPTIONAL = {"unet": False, "scheduler": False, "noise_schedule": True}
+IS_OPTIONAL = {"unet": False, "scheduler": False, "noise_schedule": True, "text_encoder": True, "tokenizer": True}
+# those that are of transformers
+OF_TRANSFORMERS = ("text_encoder", "tokenizer")

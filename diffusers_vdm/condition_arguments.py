@@ -13,6 +13,7 @@ import torch
 from . import call_arguments, diffusion
 from .conditions import check_conditions
 from .editing import unit_values
+from .texts import check_texts, encode_texts
 
 _WORDS = {"class_labels": "class", "cond_vectors": "vector", "cond_images": "image",
           "encoder_hidden_states": "prompt", "encoder_attention_mask": "prompt"}  # fmt: skip
@@ -44,7 +45,7 @@ def condition_images(value: Any, num_levels: int) -> torch.Tensor:
 
 def conditions_of_call(
     network: Any, num_levels: int, class_labels: Any = None, cond_vectors: Any = None, image: Any = None,
-    cond_images: torch.Tensor | None = None,
+    cond_images: torch.Tensor | None = None, texts: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[dict[str, torch.Tensor], frozenset[str]]:  # fmt: skip
     """The conditions that are not `None`, with a row for each one that was given, and the names of single ones.
 
@@ -52,6 +53,7 @@ def conditions_of_call(
         network (`nn.Module`): takes the conditions.
         num_levels (`int`): levels of `image`.
         class_labels, cond_vectors, image, cond_images: arguments of the pipeline; `image` becomes `cond_images`.
+        texts: embedded prompts and their mask, as [`prompt_conditions`] gives them.
 
     Raises: `TypeError`, `ValueError` for values of another kind or shape.
     """
@@ -72,9 +74,43 @@ def conditions_of_call(
         if not torch.is_tensor(cond_images) or cond_images.ndim != 4 or not cond_images.is_floating_point():
             raise TypeError("cond_images must be a floating-point torch.Tensor of shape (B, C, h, w).")
         given["cond_images"] = cond_images
-    if len(given.get("cond_images", ())) == 1:
-        single.add("cond_images")
+    given |= texts or {}
+    for name in ("cond_images", "encoder_hidden_states", "encoder_attention_mask"):
+        if len(given.get(name, ())) == 1:
+            single.add(name)
     return given, frozenset(single)
+
+
+def prompt_conditions(
+    text_encoder: Any, tokenizer: Any, name: str, prompt: Any, embeds: Any = None, mask: Any = None
+) -> dict[str, torch.Tensor]:
+    """The embedded tokens of `prompt`, or `embeds`, and their mask; empty if neither is given.
+
+    Args:
+        text_encoder, tokenizer: those of the pipeline, or `None`.
+        name (`str`): `"prompt"` or `"negative_prompt"`, for errors.
+        prompt (`str` or `list[str]`, *optional*): texts.
+        embeds (`torch.Tensor` of shape `(B, L, D)`, *optional*), mask (`torch.Tensor` of shape `(B, L)`, *optional*):
+            texts that are embedded already.
+
+    Raises: `TypeError`, `ValueError` for values of another kind, and for a prompt without a text encoder.
+    """
+    if embeds is not None:
+        if prompt is not None:
+            raise ValueError(f"pass either {name} or {name}_embeds, not both.")
+        if not torch.is_tensor(embeds) or embeds.ndim != 3:
+            raise TypeError(f"{name}_embeds must be a torch.Tensor of shape (B, L, D).")
+        mask = torch.ones(embeds.shape[:2], dtype=torch.int64) if mask is None else mask
+        return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask.to(embeds.device)}
+    if mask is not None:
+        raise ValueError(f"{name}_attention_mask needs {name}_embeds; a {name} has its own.")
+    if prompt is None:
+        return {}
+    texts = check_texts(name, prompt)
+    if text_encoder is None or tokenizer is None:
+        raise ValueError(f"{name} needs a pipeline with a text_encoder and a tokenizer; pass {name}_embeds instead.")
+    hidden, mask = encode_texts(text_encoder, tokenizer, texts)
+    return {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}
 
 
 def batch_of_conditions(
@@ -121,3 +157,19 @@ def batch_of_conditions(
         for name, value in given.items()
     }
     return count, check_conditions(network, count, rows)
+
+
+def negative_batch(texts: Mapping[str, torch.Tensor], count: int, each: int) -> dict[str, torch.Tensor]:
+    """Embedded negative prompts with a row for each of `count` images, `each` of them for one prompt.
+
+    Raises: `ValueError` unless there is one prompt for all images, or one for each.
+    """
+    found = {}
+    for name, value in texts.items():
+        if len(value) == 1:
+            found[name] = value.expand(count, *value.shape[1:])
+        elif len(value) * each == count:
+            found[name] = value.repeat_interleave(each, dim=0)
+        else:
+            raise ValueError(f"negative_prompt must be one text or {count // each} of them, got {len(value)}.")
+    return found

@@ -5,6 +5,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union
 
@@ -24,9 +25,10 @@ from . import (
     noise_schedules,
     repository,
     schedulers,
+    text_unet,
     unet,
 )
-from .condition_arguments import batch_of_conditions, conditions_of_call
+from .condition_arguments import batch_of_conditions, conditions_of_call, negative_batch, prompt_conditions
 from .diffusion import Generators
 from .editing import Edit, checked_edit
 from .gamma_scheduler import GammaScheduler, best_timesteps_of
@@ -34,18 +36,21 @@ from .guidance import GuidedNetwork, checked_scale, guided_network
 from .image_flow import ImageFlowMixin
 from .multiscale import VDMMultiscale2DModel
 from .noise_schedules import NoiseSchedule
+from .text_unet import VDMUNet2DConditionModel
+from .texts import NULL_TEXT
 from .typed_config import TypedConfig
 from .unet import VDMUNet2DModel
 
 # diffusers reads these annotations: old versions need `Union`, not strings or `X | Y`; `from_pipe` needs exact classes
-_Network = Union[VDMUNet2DModel, VDMMultiscale2DModel, UNet2DModel]  # noqa: UP007
+_Network = Union[VDMUNet2DModel, VDMMultiscale2DModel, VDMUNet2DConditionModel, UNet2DModel]  # noqa: UP007
+_OfTransformers = Union[object, None]  # noqa: UP007  not imported, because most models have no text encoder
 if TYPE_CHECKING:
     _Schedule = NoiseSchedule | None
 else:
     _Schedule = Union[(*(getattr(noise_schedules, name) for name in components.NOISE_SCHEDULES), None)]
 
 _MODULES: dict[str, Any] = {"noise_schedules": noise_schedules, "schedulers": schedulers, "unet": unet,
-                            "multiscale": multiscale}  # fmt: skip
+                            "multiscale": multiscale, "text_unet": text_unet}  # fmt: skip
 _OURS: tuple[type, ...] = tuple(getattr(_MODULES[module], name) for name, module in components.MODULE_OF.items())
 _NO_PICKLES = "safe_serialization must be True, got False: pickled weights can run code when they are loaded."
 _REFUSED: dict[str, str] = {
@@ -61,15 +66,17 @@ class VDMPipeline(ImageFlowMixin, TypedConfig, DiffusionPipeline):
     """Image generation with a VDM or a DDPM, unconditional or conditioned on classes, vectors or images.
 
     Args:
-        unet ([`VDMUNet2DModel`], [`VDMMultiscale2DModel`] or `UNet2DModel`): the network.
+        unet ([`VDMUNet2DModel`], [`VDMMultiscale2DModel`], [`VDMUNet2DConditionModel`] or `UNet2DModel`): the network.
         scheduler ([`VDMScheduler`], [`LinearBetaScheduler`], or a scheduler of diffusers): the sampler.
         noise_schedule ([`NoiseSchedule`], *optional*): the trainable γ(t), stored so that training can continue from a
             saved pipeline. Sampling only uses the scheduler's table of γ.
         num_levels (`int`, defaults to 256): number of levels of the training data.
+        text_encoder, tokenizer (`transformers.PreTrainedModel`, `PreTrainedTokenizerBase`, *optional*): embed texts,
+            for a network that is conditioned on them.
     """
 
-    model_cpu_offload_seq = "unet"
-    _optional_components = ["noise_schedule"]
+    model_cpu_offload_seq = "text_encoder->unet"
+    _optional_components = ["noise_schedule", "text_encoder", "tokenizer"]
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
@@ -78,6 +85,8 @@ class VDMPipeline(ImageFlowMixin, TypedConfig, DiffusionPipeline):
         scheduler: SchedulerMixin,
         noise_schedule: _Schedule = None,
         num_levels: int = 256,
+        text_encoder: _OfTransformers = None,
+        tokenizer: _OfTransformers = None,
     ):
         super().__init__()
         if not 2 <= num_levels <= 256:
@@ -86,7 +95,11 @@ class VDMPipeline(ImageFlowMixin, TypedConfig, DiffusionPipeline):
             if isinstance(timesteps, GammaScheduler | NoiseSchedule):
                 prediction_type = timesteps.config.get("prediction_type", "epsilon")
                 denoiser.check_network(unet, timesteps, prediction_type, num_levels)
-        self.register_modules(unet=unet, scheduler=scheduler, noise_schedule=noise_schedule)
+        if (text_encoder is None) != (tokenizer is None):
+            missing, given = ("text_encoder", "tokenizer") if text_encoder is None else ("tokenizer", "text_encoder")
+            raise ValueError(f"{missing} must be given with {given}, got None.")
+        modules = {"text_encoder": text_encoder, "tokenizer": tokenizer}
+        self.register_modules(unet=unet, scheduler=scheduler, noise_schedule=noise_schedule, **modules)
         self.register_to_config(num_levels=num_levels)
 
     @classmethod
@@ -286,6 +299,12 @@ class VDMPipeline(ImageFlowMixin, TypedConfig, DiffusionPipeline):
         num_resamples: int = 1,
         cond_vectors: Any = None,
         cond_images: torch.Tensor | None = None,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        prompt_attention_mask: torch.Tensor | None = None,
+        negative_prompt_attention_mask: torch.Tensor | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Samples images with the scheduler's steps, and decodes the last latent through p(x | z_0).
 
@@ -327,6 +346,13 @@ class VDMPipeline(ImageFlowMixin, TypedConfig, DiffusionPipeline):
             cond_vectors (*optional*): a vector of `unet.config.cond_dim` numbers for all images, or one for each.
             cond_images (`torch.Tensor` of shape `(B, cond_channels, h, w)`, *optional*): images that the network is
                 conditioned on, in the range in which it was trained, instead of `image`.
+            prompt (`str` or `list[str]`, *optional*): a text for all images, or one for each; without one, the empty
+                text, for a network that is conditioned on texts.
+            negative_prompt (`str` or `list[str]`, *optional*): with guidance, texts to guide away from instead of the
+                empty text.
+            prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(B, L, D)`, *optional*): embedded texts
+                instead, with `prompt_attention_mask` and `negative_prompt_attention_mask`, `(B, L)`, if not all of the
+                tokens count.
 
         Returns: `ImagePipelineOutput` with `images`, or a tuple with them.
         Raises: `ValueError` or `TypeError`, before any work is done, for invalid arguments and for arguments that do
@@ -337,9 +363,15 @@ class VDMPipeline(ImageFlowMixin, TypedConfig, DiffusionPipeline):
         is_condition = takes_image and image is not None and strength is None and mask_image is None
         if is_condition and cond_images is not None:
             raise ValueError("pass either image or cond_images as the condition, not both.")
+        takes_text = self.unet.config.get("cross_attention_dim") is not None
+        if takes_text and prompt is None and prompt_embeds is None and self.text_encoder is not None:
+            prompt = NULL_TEXT
+        encode = partial(prompt_conditions, self.text_encoder, self.tokenizer)
+        texts = encode("prompt", prompt, prompt_embeds, prompt_attention_mask)
         conditions, single = conditions_of_call(
-            self.unet, self.config.num_levels, class_labels, cond_vectors, image if is_condition else None, cond_images
-        )
+            self.unet, self.config.num_levels, class_labels, cond_vectors, image if is_condition else None,
+            cond_images, texts,
+        )  # fmt: skip
         image = None if is_condition else image
         edit = checked_edit(
             image, strength, mask_image, num_resamples, self.scheduler, self.image_shape, self.config.num_levels
@@ -362,10 +394,18 @@ class VDMPipeline(ImageFlowMixin, TypedConfig, DiffusionPipeline):
             latents = call_arguments.latents(latents, shape)
         if edit is not None:
             edit.check_batch(batch_size)
-        self._set_timesteps(num_inference_steps, timesteps, device)
-        guidance = (guidance_scale, guidance_interval, autoguidance, guider)
+        negative = encode("negative_prompt", negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask)
         may_change = callback_on_step_end is not None
-        network = guided_network(self.unet, self.scheduler, conditions, *guidance, may_change=may_change)
+        guides = takes_text and (guidance_scale != 1.0 or guider is not None or may_change)
+        if negative and not guides:
+            what = "guidance_scale=1" if takes_text else "a network that takes no texts"
+            raise ValueError(f"negative_prompt has no effect with {what}; leave it out.")
+        if guides and not negative and self.text_encoder is not None and autoguidance is None:
+            negative = encode("negative_prompt", NULL_TEXT)
+        negative = negative_batch(negative, batch_size, num_images_per_prompt)
+        self._set_timesteps(num_inference_steps, timesteps, device)
+        guidance = (guidance_scale, guidance_interval, autoguidance, guider, may_change, negative)
+        network = guided_network(self.unet, self.scheduler, conditions, *guidance)
         self._guidance_scale = checked_scale(guidance_scale)
 
         conditions = {name: value.to(device) for name, value in conditions.items()}

@@ -1,7 +1,8 @@
 """Pipeline repositories: select the files to load, check them, and download them from the Hub.
 
 A folder or repository is checked before anything is loaded. Nothing in it is run or unpickled: code and pickles are
-not downloaded, weights must be safetensors, and all other files JSON.
+not downloaded, weights must be safetensors, and all other files JSON. The text encoder and the tokenizer of a pipeline
+are classes of transformers, which is imported if an index names one of them.
 """
 
 from __future__ import annotations
@@ -33,12 +34,15 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
+from .components import OF_TRANSFORMERS
+
 logger = logging.get_logger(__name__)
 
 INDEX = "model_index.json"
 MAX_JSON_BYTES = 16 << 20  # a γ table of 1,025 knots takes 24 KiB
 MAX_HEADER_BYTES = 25_000_000  # the Hub's limit; a network of 10,000 tensors has 1 MB
 _WEIGHTS, _SHARD, _SUFFIX = "diffusion_pytorch_model", r"(-\d{5}-of-\d{5})?", r"\.safetensors"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # errors of huggingface_hub derive from those of requests (all OSError) or, from 1.0, of httpx (only some OSError)
 UNREACHABLE: tuple[type[Exception], ...] = (HfHubHTTPError.__bases__[0], OSError)  # pyright: ignore[reportAssignmentType]
@@ -95,6 +99,9 @@ def component_classes(index: dict[str, Any], needed: Iterable[str], names: Colle
                 f"{where} gives {name} as its own code, {name}/{library}.py, which is not run. Read it; if you "
                 f"trust it, import it yourself and pass {name}=… to from_pretrained."
             )
+        if name in OF_TRANSFORMERS:
+            classes[name] = _class_of_transformers(name, library, class_name, where)
+            continue
         module = diffusers if library == "diffusers" else sys.modules.get(library)
         cls = getattr(module, class_name, None)
         if not (isinstance(cls, type) and issubclass(cls, ModelMixin | SchedulerMixin)):
@@ -105,6 +112,26 @@ def component_classes(index: dict[str, Any], needed: Iterable[str], names: Colle
             )
         classes[name] = cls
     return classes
+
+
+def _class_of_transformers(name: str, library: str, class_name: str, where: str) -> type:
+    """A model or a tokenizer of transformers; raises `ValueError` for others, and if it is not installed."""
+    if library != "transformers":
+        raise ValueError(f"{where} must give {name} as a class of transformers, got {class_name} of {library}.")
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError(
+            f"{where} has a {name} of transformers, which is not installed: pip install 'diffusers_vdm[text]'."
+        ) from None
+    cls = getattr(transformers, class_name, None)
+    base = transformers.PreTrainedModel if name == "text_encoder" else transformers.PreTrainedTokenizerBase
+    if not (isinstance(cls, type) and issubclass(cls, base)):
+        raise ValueError(
+            f"{where} gives {name} as {class_name}, which is not a {base.__name__} of the installed transformers "
+            f"{transformers.__version__}."
+        )
+    return cls
 
 
 def check_repository_name(name: str) -> None:
@@ -139,15 +166,20 @@ def needed_files(names: Collection[str], classes: Components, variant: str | Non
     files, with_variant, lacking = [INDEX], [], None
     for name, cls in classes.items():
         folder = f"{name}/" if any(n.startswith(f"{name}/") for n in names) else ""
-        if folder + cls.config_name not in names:
-            raise OSError(f"{where} has no {name}/{cls.config_name}: it is not a complete pipeline.")
-        files.append(folder + cls.config_name)
-        if not issubclass(cls, ModelMixin):
+        if name == "tokenizer":
+            files += _tokenizer_files(folder, names, where)
+            continue
+        stem = _WEIGHTS if issubclass(cls, ModelMixin) else "model"  # of transformers
+        config_name = cls.config_name if issubclass(cls, ModelMixin | SchedulerMixin) else "config.json"
+        if folder + config_name not in names:
+            raise OSError(f"{where} has no {name}/{config_name}: it is not a complete pipeline.")
+        files.append(folder + config_name)
+        if issubclass(cls, SchedulerMixin):
             continue
         here = {n.removeprefix(folder): n for n in names if n.startswith(folder) and "/" not in n[len(folder) :]}
-        weights = [here[n] for n in _weights(here, variant)] if variant else []
+        weights = [here[n] for n in _weights(here, variant, stem)] if variant else []
         with_variant += weights
-        weights = weights or [here[n] for n in _weights(here, None)]
+        weights = weights or [here[n] for n in _weights(here, None, stem)]
         if not weights and getattr(cls, "_has_parameters", True):
             pickles = sorted(n for n in here if n.endswith(_PICKLES))
             if pickles:
@@ -170,10 +202,20 @@ def needed_files(names: Collection[str], classes: Components, variant: str | Non
     return files
 
 
-def _weights(names: Iterable[str], variant: str | None) -> list[str]:
-    dotted = f".{variant}" if variant else ""
-    pattern = re.compile(rf"{_WEIGHTS}{re.escape(dotted)}{_SHARD}{_SUFFIX}|{_WEIGHTS}{_SUFFIX}\.index{dotted}\.json")
+def _weights(names: Iterable[str], variant: str | None, stem: str) -> list[str]:
+    dotted = re.escape(f".{variant}") if variant else ""
+    pattern = re.compile(rf"{stem}{dotted}{_SHARD}{_SUFFIX}|{stem}{_SUFFIX}\.index{dotted}\.json")
     return [name for name in names if pattern.fullmatch(name)]
+
+
+def _tokenizer_files(folder: str, names: Collection[str], where: str) -> list[str]:
+    """The JSON files of a tokenizer; raises `OSError` if it is of a kind that has other files."""
+    if folder + "tokenizer.json" not in names:
+        raise OSError(
+            f"{where} has no {folder}tokenizer.json: only fast tokenizers are read, because others have files that "
+            "are not JSON. Save it again with a fast one (`AutoTokenizer`)."
+        )
+    return [folder + name for name in _TOKENIZER_FILES if folder + name in names]
 
 
 # ---- checks of the content ---------------------------------------------------------------------------------------

@@ -148,7 +148,9 @@ def _our_components(index: dict[str, Any], root: Path) -> dict[str, str]:
             if not (root / name).is_dir():
                 raise FileNotFoundError(f"folder must hold a folder for each component, but {where} has no {name}.")
             ours[name] = class_name
-        elif not _is_of_diffusers(library, class_name):
+        elif not _is_of_diffusers(library, class_name) and not (
+            name in components.OF_TRANSFORMERS and library == "transformers"
+        ):
             raise ValueError(
                 f"folder must hold components of diffusers_vdm or diffusers, got {name}={class_name} of {library} in "
                 f"{where}: users without {library} could not load it. Save the pipeline with another {name}."
