@@ -160,14 +160,14 @@ def batch_of_conditions(
 
 
 def negative_batch(texts: Mapping[str, torch.Tensor], count: int, each: int) -> dict[str, torch.Tensor]:
-    """Embedded negative prompts with a row for each of `count` images, `each` of them for one prompt.
+    """Embedded negative prompts: one for all images, or a row for each of `count`, `each` of them for one prompt.
 
     Raises: `ValueError` unless there is one prompt for all images, or one for each.
     """
     found = {}
     for name, value in texts.items():
         if len(value) == 1:
-            found[name] = value.expand(count, *value.shape[1:])
+            found[name] = value
         elif len(value) * each == count:
             found[name] = value.repeat_interleave(each, dim=0)
         else:

@@ -46,7 +46,7 @@ class GuidedNetwork(nn.Module):
             `guidance_interval`. It gets ε̂, whatever the network predicts.
         prediction_type (`str`, defaults to `"epsilon"`): what the network predicts, for `guider`.
         negative_conditions (`dict[str, torch.Tensor]`, *optional*): conditions of the weak prediction, with a row for
-            each sample, instead of the null ones; a text has no other null, see conditions.py.
+            each sample or one for all, instead of the null ones; a text has no other null, see conditions.py.
 
     Raises: `ValueError` or `TypeError` for arguments that do not fit each other or the networks.
     """
@@ -108,7 +108,8 @@ class GuidedNetwork(nn.Module):
                 "text, or use autoguidance."
             )
         for name, value in self.negative_conditions.items():
-            if name not in given or value.shape != given[name].shape:
+            wanted = given.get(name)
+            if wanted is None or value.shape[1:] != wanted.shape[1:] or len(value) not in (1, len(wanted)):
                 expected = tuple(given[name].shape) if name in given else "missing"
                 raise ValueError(
                     f"negative {name} must have the shape of {name}, {expected}, got {tuple(value.shape)}."
@@ -178,7 +179,10 @@ class GuidedNetwork(nn.Module):
 
     def _negative(self, conditions, rows) -> dict[str, torch.Tensor]:
         """The conditions of the weak prediction of `rows`."""
-        negative = {name: value.to(conditions[name]) for name, value in self.negative_conditions.items()}
+        negative = {
+            name: value.to(conditions[name]).expand_as(conditions[name])
+            for name, value in self.negative_conditions.items()
+        }
         return rows_of_conditions(null_conditions(self.unet, conditions) | negative, rows)
 
     def _guided_rows(self, timesteps: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from ..training.options import POSITIVE, Option, train_option
 from .options import check_ranges, image_arguments, option_parser
 
 # options of the conditions of images, those of the training by default
-CONDITION_OPTIONS = ("cond_columns", "cond_image_column", "upscale_factor")
+CONDITION_OPTIONS = ("cond_columns", "cond_image_column", "upscale_factor", "caption_column")
 # rows that calibrate and classify share
 MODEL = Option("model", str, "folder or Hub repository of a VDMPipeline or of a pixel-space pipeline of diffusers")
 DATA_SET_OPTIONS = [
@@ -273,7 +273,8 @@ def load_data(
             raise SystemExit(f"--{name} must be that of the training, {trained}, or left out, got {given}")
         setattr(args, name, given or trained)
     try:
-        data = add_conditions(args, data, args.data_dir, args.split)
+        encoder = text_encoder_of(args.model) if args.caption_column else None
+        data = add_conditions(args, data, args.data_dir, args.split, 0, encoder, progress_bar)
     except (ValueError, OSError) as error:
         raise SystemExit(f"the conditions: {error}") from error
     if data.num_levels != num_levels:
@@ -287,6 +288,16 @@ def load_data(
     if num_classes is not None and data.labels is None and progress_bar:
         print(f"{data.name} has no classes: this model with {num_classes} classes is measured without them")
     return data
+
+
+def text_encoder_of(model: str) -> tuple[Any, Any]:
+    """The text encoder and the tokenizer of a pipeline."""
+    from .. import VDMPipeline
+
+    pipe = VDMPipeline.from_pretrained(model, unet=None)
+    if pipe.text_encoder is None:
+        raise ValueError(f"--caption_column needs a model with a text encoder, and {model} has none")
+    return pipe.text_encoder, pipe.tokenizer
 
 
 def digits_of(split: str):

@@ -41,6 +41,10 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         help="ancestral, ddim, dpmsolver++, ode (adaptive), or the name of one of diffusers (default: the model's)",
     )
     parser.add_argument("--rtol", type=float, default=1e-3, help="tolerance of --sampler ode (default: 1e-3)")
+    parser.add_argument("--prompt", nargs="+", help="texts, repeated for all images, for a model of texts")
+    parser.add_argument("--negative_prompt", help="text to guide away from, instead of the empty one")
+    parser.add_argument("--cond_vectors", type=float, nargs="+", help="a vector for all images")
+    parser.add_argument("--image", help="image file for all images, for a model that is conditioned on images")
     parser.add_argument("--class_labels", type=int, nargs="+", help="classes, repeated for all images")
     parser.add_argument(
         "--guidance_scale", type=float, default=1.0, help="1 is the model, 0 the model without classes (default: 1)"
@@ -122,7 +126,28 @@ def with_variance(scheduler, variance: str):
     return type(scheduler).from_config(scheduler.config, variance=variance)
 
 
-def solve_ode(pipe, network, generators: list, labels: list[int] | None, rtol: float, decode: str):
+def conditions_of_images(pipe, own: dict[str, Any], shared: dict[str, Any], count: int) -> dict[str, Any]:
+    """The conditions of `count` images as tensors on the device of the pipeline.
+
+    Args:
+        pipe ([`VDMPipeline`]): the pipeline.
+        own (`dict`): `class_labels` and `prompt` of each image.
+        shared (`dict`): `cond_vectors` and `image` of all images.
+    """
+    from ..condition_arguments import batch_of_conditions, conditions_of_call, prompt_conditions
+    from ..texts import NULL_TEXT
+
+    prompt = own.get("prompt")
+    if prompt is None and pipe.text_encoder is not None:
+        prompt = NULL_TEXT
+    texts = prompt_conditions(pipe.text_encoder, pipe.tokenizer, "prompt", prompt)
+    arguments = {name: value for name, value in {**own, **shared}.items() if name != "prompt"}
+    given, single = conditions_of_call(pipe.unet, pipe.config.num_levels, texts=texts, **arguments)
+    _, conditions = batch_of_conditions(pipe.unet, count, 1, given, single)
+    return {name: value.to(pipe.device) for name, value in conditions.items()}
+
+
+def solve_ode(pipe, network, generators: list, conditions: dict[str, Any], rtol: float, decode: str):
     """Samples by the probability-flow ODE, with adaptive steps for each image: `(B, C, H, W)` in [0, 1]."""
     import torch
 
@@ -131,8 +156,7 @@ def solve_ode(pipe, network, generators: list, labels: list[int] | None, rtol: f
     z = torch.stack([torch.randn(pipe.image_shape, generator=each) for each in generators]).to(pipe.device)
     scheduler = as_ours(pipe.scheduler)
     schedule = scheduler.noise_schedule()
-    class_labels = None if labels is None else torch.tensor(labels, device=pipe.device)
-    known = {"prediction_type": scheduler.config.prediction_type, "class_labels": class_labels}
+    known = {"prediction_type": scheduler.config.prediction_type, **conditions}
     z_0 = ode.sample(network, schedule, z, rtol=rtol, atol=rtol, **known).z
     gamma_0, levels = schedule.ends()[0].detach().cpu(), pipe.config.num_levels
     return diffusion.decode(z_0, gamma_0, levels, draw=decode == "sample", generator=generators).float() / (levels - 1)
@@ -141,13 +165,15 @@ def solve_ode(pipe, network, generators: list, labels: list[int] | None, rtol: f
 def sample(options: argparse.Namespace) -> None:
     """Draws the images, writes them, and prints the table."""
     import torch
+    from PIL import Image
     from tqdm.auto import tqdm
 
     from .. import VDMPipeline
-    from ..conditions import check_conditions
+    from ..condition_arguments import prompt_conditions
     from ..guidance import guided_network
     from ..plots import image_grid
     from ..randomness import keyed_generator
+    from ..texts import NULL_TEXT
     from ..training.metrics import last_evaluation, read_steps
 
     device = choose_device(options.device)
@@ -158,10 +184,19 @@ def sample(options: argparse.Namespace) -> None:
         pipe.scheduler = choose_scheduler(pipe.scheduler, options.sampler)
     if options.variance is not None:
         pipe.scheduler = with_variance(pipe.scheduler, options.variance)
-    given, labels = options.class_labels, None
-    conditions = check_conditions(pipe.unet, len(given or ()), {"class_labels": given and torch.tensor(given)})
-    if given:
-        labels = [given[i % len(given)] for i in range(options.num_images)]
+    if options.prompt and pipe.unet.config.get("cross_attention_dim") is None:
+        raise ValueError("--prompt needs a model of texts, and this one takes none")
+    rows = range(options.num_images)
+    each = {
+        name: [given[i % len(given)] for i in rows]
+        for name, given in (("class_labels", options.class_labels), ("prompt", options.prompt))
+        if given
+    }
+    shared: dict[str, Any] = {} if options.cond_vectors is None else {"cond_vectors": options.cond_vectors}
+    if options.image is not None:
+        channels = pipe.unet.config.get("cond_channels")
+        shared["image"] = Image.open(options.image).convert("L" if channels == 1 else "RGB")
+    conditions = conditions_of_images(pipe, {name: given[:1] for name, given in each.items()}, shared, 1)
 
     weak = None
     if options.autoguidance is not None:
@@ -169,21 +204,29 @@ def sample(options: argparse.Namespace) -> None:
     guidance = {
         "guidance_scale": options.guidance_scale, "guidance_interval": options.guidance_interval, "autoguidance": weak
     }  # fmt: skip
-    network = guided_network(pipe.unet, pipe.scheduler, conditions, **guidance)
+    texts = {}
+    if "encoder_hidden_states" in conditions and (options.guidance_scale != 1 or options.negative_prompt is not None):
+        negative = options.negative_prompt or NULL_TEXT
+        texts = prompt_conditions(pipe.text_encoder, pipe.tokenizer, "negative_prompt", negative)
+    network = guided_network(pipe.unet, pipe.scheduler, conditions, **guidance, negative_conditions=texts)
+    if options.negative_prompt is not None:
+        guidance["negative_prompt"] = options.negative_prompt
 
     start, images = time.perf_counter(), []
     batches = range(0, options.num_images, options.batch_size)
     for first in tqdm(batches, desc="batches", disable=len(batches) == 1):
         index = range(first, min(first + options.batch_size, options.num_images))
         generators = [keyed_generator(options.seed, "sample", i) for i in index]
-        some = labels and labels[index.start : index.stop]
+        own = {name: given[index.start : index.stop] for name, given in each.items()}
         if options.sampler == "ode":
-            images.append(solve_ode(pipe, network, generators, some, options.rtol, options.decode).cpu())
+            conditions = conditions_of_images(pipe, own, shared, len(index))
+            images.append(solve_ode(pipe, network, generators, conditions, options.rtol, options.decode).cpu())
             continue
         arguments = {"decode": options.decode, "output_type": "pt"}
         if options.best_timesteps:
             arguments["timesteps"] = "best"
-        output: Any = pipe(len(index), options.num_inference_steps, generators, some, **arguments, **guidance)
+        arguments |= own | shared | guidance
+        output: Any = pipe(len(index), options.num_inference_steps, generators, **arguments)
         images.append(output.images.cpu())
     images = torch.cat(images)
     seconds = time.perf_counter() - start

@@ -11,7 +11,7 @@ from .options import image_arguments
 
 def load_data(args: argparse.Namespace, progress_bar: bool):
     """Loads and checks the training and the held-out images."""
-    train, test = with_conditions(args, *_load(args, progress_bar))
+    train, test = with_conditions(args, *_load(args, progress_bar), progress_bar)
     _, height, width = train.shape or (0, 0, 0)
     if args.random_rotation and height != width:
         raise ValueError(f"--random_rotation needs square images, got {train.shape}; set --resolution")
@@ -27,13 +27,20 @@ def load_data(args: argparse.Namespace, progress_bar: bool):
     return train, test
 
 
-def with_conditions(args: argparse.Namespace, train, test):
+def with_conditions(args: argparse.Namespace, train, test, progress_bar: bool):
     """The training and the held-out images with the conditions that the options name, beside the classes."""
-    if args.streaming and (args.cond_columns or args.cond_image_column):
-        name = "cond_columns" if args.cond_columns else "cond_image_column"
+    names = [name for name in ("cond_columns", "cond_image_column", "caption_column") if getattr(args, name)]
+    if args.streaming and names:
+        name = names[0]
         raise ValueError(f"--{name} cannot be used with --streaming, which reads only images and classes")
     splits = ((train, args.train_split, args.skip_damaged), (test, args.eval_split, 0))
-    train, test = (add_conditions(args, data, args.train_data_dir, split, skip) for data, split, skip in splits)
+    encoder = None
+    if args.caption_column:
+        from ..data.text_table import load_text_encoder
+
+        encoder = load_text_encoder(args.text_encoder)
+    folder = args.train_data_dir
+    train, test = (add_conditions(args, *each[:1], folder, *each[1:], encoder, progress_bar) for each in splits)
     if train.conditions is not None and train.conditions.images is not None and args.random_shift:
         raise ValueError("--random_shift cannot be used with --cond_image_column, whose images it does not move")
     return train, test

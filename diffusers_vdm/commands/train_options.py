@@ -30,6 +30,7 @@ PRESETS: dict[str, dict] = {
                             "random_flip": True, "random_rotation": True, "random_shift": 1,
                             "augmentation_rate": 0.5, "mixed_precision": "no", "num_threads": 1},
     "cifar10-fast": _FAST | {"max_train_steps": 14_117, "train_batch_size": 16},
+    "text": {"train_batch_size": 32, "learning_rate": 1e-3, "mixed_precision": "auto"},
     "cifar10": _LONG | {"max_train_steps": 10_000_000},
     "cifar10-aug": _LONG | {"max_train_steps": 10_000_000, "random_flip": True, "random_rotation": True},
     "imagenet32-fast": _FAST | {"max_train_steps": 24_444, "train_batch_size": 16},
@@ -79,6 +80,8 @@ def default_preset(args: argparse.Namespace) -> str | None:
     if args.model_config_name_or_path:
         return None
     is_own = args.dataset_name is not None or args.train_data_dir is not None
+    if args.caption_column:
+        return "text"
     suits = args.objective == "vdm" and args.schedule != "linear_beta" and args.prediction_type == "epsilon"
     return ("fast" if is_own else "digits-fast") if suits else "digits"
 
@@ -132,9 +135,22 @@ def check_options(args: argparse.Namespace) -> None:
         from ..sharing.model_card import check_license
 
         check_license(args.hub_license)
-    check_choice("preset", args.preset, [*UNET_PRESETS, *MULTISCALE_PRESETS])
-    if args.width and not is_multiscale(args):
+    check_choice("preset", args.preset, [*UNET_PRESETS, *MULTISCALE_PRESETS, "text"])
+    if args.width and not is_multiscale(args) and args.preset != "text":
         raise ValueError("--width needs a multiscale network; use --preset fast")
+    is_for_text = network_of(args)[0].__name__ == "VDMUNet2DConditionModel"
+    if is_for_text != bool(args.caption_column):
+        raise ValueError(
+            "--caption_column needs a network for texts; use --preset text" if args.caption_column else
+            "a network for texts needs --caption_column, the column of the captions"
+        )  # fmt: skip
+    if bool(args.caption_column) != bool(args.text_encoder):
+        missing = "text_encoder" if args.caption_column else "caption_column"
+        raise ValueError(
+            f"--{missing} must be given with --{'caption_column' if args.caption_column else 'text_encoder'}"
+        )
+    if is_for_text and (args.class_conditional or args.cond_columns):
+        raise ValueError("--class_conditional and --cond_columns cannot be used with --caption_column")
     check_choice("lr_scheduler", args.lr_scheduler, [member.value for member in SchedulerType])
     check_ranges(args, TRAIN_OPTIONS)
     if len(set(args.ema_decays)) < len(args.ema_decays) or not all(0 <= decay <= 1 for decay in args.ema_decays):
@@ -175,15 +191,18 @@ def check_output_dir(args: argparse.Namespace) -> None:
 def network_of(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The class of the network and its arguments, before they are fitted to the data."""
     from ..multiscale import MULTISCALE_PRESETS, VDMMultiscale2DModel
+    from ..text_unet import VDMUNet2DConditionModel
     from ..unet import VDMUNet2DModel, unet_preset
 
+    if args.preset == "text":
+        return VDMUNet2DConditionModel, {"fourier_exponents": (6, 7)}
     if args.preset in MULTISCALE_PRESETS:
         return VDMMultiscale2DModel, dict(MULTISCALE_PRESETS[args.preset])
     if args.preset:
         return VDMUNet2DModel, unet_preset(args.preset)
     loaded: Any = VDMUNet2DModel.load_config(args.model_config_name_or_path)
-    is_multiscale = loaded.get("_class_name") == VDMMultiscale2DModel.__name__
-    return VDMMultiscale2DModel if is_multiscale else VDMUNet2DModel, dict(loaded)
+    classes = {cls.__name__: cls for cls in (VDMMultiscale2DModel, VDMUNet2DConditionModel)}
+    return classes.get(loaded.get("_class_name"), VDMUNet2DModel), dict(loaded)
 
 
 def is_multiscale(args: argparse.Namespace) -> bool:
@@ -210,6 +229,7 @@ def build(args: argparse.Namespace, data):
     """Builds the network and γ(t)."""
     from .. import noise_schedules as S
     from ..multiscale import VDMMultiscale2DModel, channels_of, fast_arguments
+    from ..text_unet import text_arguments
     from ..training.batches import NUM_AUGMENTATION_FLAGS
 
     size = tuple(data.shape[1:])
@@ -228,6 +248,8 @@ def build(args: argparse.Namespace, data):
             config |= {"block_out_channels": channels, "attention_head_dim": head}
     else:
         config["out_channels"] = data.shape[0]
+        if args.preset == "text":
+            config |= text_arguments(size, args.width or 64, data.conditions.texts.tokens.shape[1])
     if args.preset and config.get("fourier_exponents"):  # 6 and 7 for 256 levels, as in the paper
         config["fourier_exponents"] = [math.log2(data.num_levels) - 2, math.log2(data.num_levels) - 1]
     args.dropout = config["dropout"] = config.get("dropout", 0.0) if args.dropout is None else args.dropout

@@ -13,6 +13,9 @@ import torch
 from ..training.run import Plan
 from .train_budget import budget_text, has_budget
 
+# the arguments of the pipeline for embedded texts
+_ARGUMENTS = {"encoder_hidden_states": "prompt_embeds", "encoder_attention_mask": "prompt_attention_mask"}
+
 
 def plan(run, test) -> Plan:
     """Describes what will be trained, on which data, and at what cost."""
@@ -80,6 +83,8 @@ def conditions_text(run) -> str:
     if config.get("cond_channels") is not None:
         factor = conditions.upscale_factor
         words.append(f"the image {factor} times smaller" if factor else f"images of {config.cond_channels} channels")
+    if config.get("cross_attention_dim") is not None:
+        words.append(f"texts, embedded by {run.args.text_encoder}")
     how = "together" if run.args.drop_together else "independently"
     return f"{', '.join(words)}; withheld from {run.args.condition_dropout:.0%} of the images, {how}"
 
@@ -138,12 +143,15 @@ def remove_results(out: Path) -> None:
 def make_pipeline(run):
     """The pipeline with the current weights."""
     from .. import LinearBetaScheduler, VDMPipeline, VDMScheduler
+    from ..data.text_table import load_text_encoder
 
     args = run.args
     cls = LinearBetaScheduler if args.schedule == "linear_beta" else VDMScheduler
     scheduler = cls.from_noise_schedule(run.noise_schedule, prediction_type=args.prediction_type)
     learned = run.noise_schedule if args.schedule.startswith("learned") else None
-    return VDMPipeline(run.unet.eval(), scheduler, learned, num_levels=run.data.num_levels)
+    encoder, tokenizer = (None, None) if args.caption_column is None else load_text_encoder(args.text_encoder)
+    levels = run.data.num_levels
+    return VDMPipeline(run.unet.eval(), scheduler, learned, levels, text_encoder=encoder, tokenizer=tokenizer)
 
 
 def save_pipelines(run) -> None:
@@ -186,6 +194,8 @@ def draw(run, name: str, animation: str | None = None) -> None:
         pipeline.set_progress_bar_config(disable=not accelerator.is_main_process, leave=False)
         on_step = keep_frame if animation else None
         conditions = run.example_conditions(range(first, first + share))
+        # as the arguments of the pipeline, which takes embedded texts under other names
+        conditions = {_ARGUMENTS.get(key, key): value for key, value in conditions.items()}
         output: Any = pipeline(share, steps, generators, output_type="pt", callback_on_step_end=on_step, **conditions)
     samples = gather_images(output.images)
     if accelerator.is_main_process:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..diffusion import x_from_levels
+from .text_table import TextTable
 
 
 @dataclass(frozen=True)
@@ -21,17 +22,23 @@ class ConditionData:
     - `vectors`: float64 numbers, shape `(N, d)`, or `None`; `vector_names` are their d names.
     - `images`: uint8 levels of other images, shape `(N, C, h, w)`, or `None`.
     - `upscale_factor`: the condition is the image itself, smaller by this factor; or `None`.
+    - `texts`: embedded captions, or `None`; `captions` are the rows of `texts` with the captions of each image, and
+      `text_rows`, int64 `(N,)`, the one that is used, the first if none was drawn.
     """
 
     vectors: torch.Tensor | None = None
     vector_names: tuple[str, ...] = ()
     images: torch.Tensor | None = None
     upscale_factor: int | None = None
+    texts: TextTable | None = None
+    captions: tuple[tuple[int, ...], ...] = ()
+    text_rows: torch.Tensor | None = None
 
     def slice(self, part: slice) -> ConditionData:
         """Of a slice of the images."""
-        vectors, images = (None if values is None else values[part] for values in (self.vectors, self.images))
-        return ConditionData(vectors, self.vector_names, images, self.upscale_factor)
+        names = ("vectors", "images", "text_rows")
+        rows = {name: None if getattr(self, name) is None else getattr(self, name)[part] for name in names}
+        return replace(self, **rows, captions=self.captions[part])
 
     def fingerprint(self) -> str:
         """Hash of all values."""
@@ -40,6 +47,8 @@ class ConditionData:
             if values is not None:
                 digest.update(repr(tuple(values.shape)).encode())
                 digest.update(values.contiguous().numpy())
+        if self.texts is not None:
+            digest.update(repr((self.texts.fingerprint, self.captions)).encode())
         return digest.hexdigest()
 
     def statistics(self) -> tuple[list[float], list[float]]:
@@ -104,11 +113,17 @@ def low_resolution(images: torch.Tensor, factor: int) -> torch.Tensor:
 
 
 def conditions_of(
-    network: Any, images: torch.Tensor, num_levels: int, labels: torch.Tensor | None, data: ConditionData | None
+    network: Any,
+    images: torch.Tensor,
+    num_levels: int,
+    labels: torch.Tensor | None,
+    data: ConditionData | None,
+    without_text: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Those conditions of a data set that a network takes, by their names in conditions.py, with a row for each image.
 
-    Images become x in [−1, 1]. Conditions that the data set does not have are left out.
+    Images become x in [−1, 1]. Conditions that the data set does not have are left out. Images for which
+    `without_text`, a boolean `(N,)`, is true get the empty text.
     """
     config: Mapping[str, Any] = getattr(network, "config", None) or {}
     found, data = {}, data or ConditionData()
@@ -122,4 +137,7 @@ def conditions_of(
             levels = low_resolution(images, data.upscale_factor)
         if levels is not None:
             found["cond_images"] = x_from_levels(levels, num_levels, torch.float32)
+    if config.get("cross_attention_dim") is not None and data.texts is not None and data.text_rows is not None:
+        rows = data.text_rows if without_text is None else torch.where(without_text, 0, data.text_rows)
+        found["encoder_hidden_states"], found["encoder_attention_mask"] = data.texts.rows(rows)
     return found

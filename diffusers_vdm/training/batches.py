@@ -23,7 +23,7 @@ CONDITION_DROPOUT = 0.1
 # numbers that say how an image was augmented
 NUM_AUGMENTATION_FLAGS = 6
 # conditions in the order of their draws
-_WITHHELD = ("class_labels", "cond_vectors", "cond_images")
+_WITHHELD = ("class_labels", "cond_vectors", "cond_images", "encoder_hidden_states")
 
 
 def batch_indices(positions: Iterable[int], num_images: int, seed: int) -> torch.Tensor:
@@ -82,15 +82,16 @@ def keyed_batch(
     images is flipped or rotated at all, and, drawn apart, the same fraction is shifted; pixels from outside of the
     image have level 0. Images that are a condition are flipped and rotated like theirs. `withheld` is, for each
     condition, true for a fraction `condition_dropout` of the images: drawn for each condition, or with
-    `drop_together` once for all of them.
+    `drop_together` once for all of them. One of the captions of an image is drawn.
     """
     positions = [step * global_batch_size + i for i in rows]
     known = data.conditions or ConditionData()
-    vectors = others = None
+    vectors = others = text_rows = None
     if isinstance(data, ImageSet):
         index = batch_indices(positions, len(data), seed)
         images, labels = data.images[index], None if data.labels is None else data.labels[index]
-        vectors, others = (None if part is None else part[index] for part in (known.vectors, known.images))
+        parts = (known.vectors, known.images, known.text_rows)
+        vectors, others, text_rows = (None if part is None else part[index] for part in parts)
     else:
         images, labels = data.batch(positions)
     shift = torch.rand((), generator=keyed_generator(seed, "t", step), dtype=torch.float64)
@@ -103,7 +104,10 @@ def keyed_batch(
         generator = keyed_generator(seed, "noise", step, i)
         torch.randn(noise.shape[1:], generator=generator, out=noise[k])
         flip, withhold, turn, turns, shifts, *shift = torch.rand(7, generator=generator).tolist()
-        withhold = [withhold, *torch.rand(len(_WITHHELD) - 1, generator=generator).tolist()]
+        *withhold, caption = withhold, *torch.rand(len(_WITHHELD), generator=generator).tolist()
+        if text_rows is not None:
+            choices = known.captions[int(index[k])]
+            text_rows[k] = choices[int(caption * len(choices))]
         for name, drawn in zip(_WITHHELD, withhold, strict=True):
             withheld[name][k] = (withhold[0] if drop_together else drawn) < condition_dropout
         turns, shifts = turns < augmentation_rate, random_shift > 0 and shifts < augmentation_rate
@@ -124,7 +128,7 @@ def keyed_batch(
         for k, image in changed:
             images[k] = image
     eps, eps_0 = (part.contiguous() for part in noise.unbind(1))
-    conditions = replace(known, vectors=vectors, images=others)
+    conditions = replace(known, vectors=vectors, images=others, text_rows=text_rows)
     return KeyedBatch(images, labels, augmentations, withheld, conditions, t, eps, eps_0)
 
 

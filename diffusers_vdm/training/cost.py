@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..conditions import conditions_taken
+from ..texts import MAX_TOKENS
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ def conditions_of_zeros(unet: nn.Module, batch_size: int) -> dict[str, torch.Ten
     shapes = {
         "class_labels": (),
         "cond_vectors": (config.get("cond_dim"),),
+        "encoder_hidden_states": (MAX_TOKENS, config.get("cross_attention_dim")),
         "cond_images": (config.get("cond_channels"), *((size, size) if isinstance(size, int) else size)),
     }
     return {

@@ -12,7 +12,8 @@ from torch import nn
 from .sharding import is_sharded, sharded_like, whole
 
 # parts of a network with weights that are not matrices between hidden layers: Muon's authors leave them to AdamW
-_NOT_HIDDEN = ("conv_in", "conv_out", "time_embedding", "time_emb_proj", "class_embedding", "difference_filters")
+_NOT_HIDDEN = ("conv_in", "conv_out", "time_embedding", "time_emb_proj", "class_embedding", "cond_embedding",
+               "difference_filters")  # fmt: skip
 
 
 def make_optimizer(args: argparse.Namespace, unet: nn.Module, noise_schedule: nn.Module) -> torch.optim.Optimizer:

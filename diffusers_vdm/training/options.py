@@ -134,6 +134,8 @@ TRAIN_OPTIONS: dict[str, list[Option]] = {
             [str],
             "condition on the numbers in these columns, standardized, as a vector (cond_vectors)",
         ),
+        Option("caption_column", str, "condition on texts in this column, one text or a list of them for each image"),
+        Option("text_encoder", str, "encoder of transformers for --caption_column, as openai/clip-vit-base-patch32"),
         Option("cond_image_column", str, "condition on the images in this column (cond_images)"),
         Option(
             "upscale_factor",

@@ -173,14 +173,17 @@ class Run:
 
     def conditions_of_batch(self, batch: KeyedBatch) -> dict[str, torch.Tensor]:
         """The conditions of a batch, with the null instead of those that are withheld."""
-        given = conditions_of(self.unet, batch.images, self.data.num_levels, batch.labels, batch.conditions)
+        given = conditions_of(
+            self.unet, batch.images, self.data.num_levels, batch.labels, batch.conditions,
+            without_text=batch.withheld["encoder_hidden_states"],
+        )  # fmt: skip
         taken = conditions_taken(self.unet)
         for name in taken:
             if name not in given:
                 raise ValueError(f"{self.data.name} has no {name}, which this network was built for.")
         classes = {"class_labels": self.unet.config.num_class_embeds}
         return {
-            name: withheld(value, batch.withheld[name], classes.get(name)) if taken[name] else value
+            name: withheld(value, batch.withheld[name], classes.get(name)) if taken.get(name) else value
             for name, value in given.items()
         }
 
