@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # what `__getattr__` imports on first use
     from .pipeline import VDMPipeline
     from .registration import register
     from .schedulers import LinearBetaScheduler, VDMScheduler
+    from .text_unet import VDMUNet2DConditionModel
     from .unet import UNET_PRESETS, VDMUNet2DModel
 
 __version__ = "0.1.0"

@@ -14,6 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable
+from importlib import import_module
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -118,8 +119,8 @@ def _class_of_transformers(name: str, library: str, class_name: str, where: str)
     """A model or a tokenizer of transformers; raises `ValueError` for others, and if it is not installed."""
     if library != "transformers":
         raise ValueError(f"{where} must give {name} as a class of transformers, got {class_name} of {library}.")
-    try:
-        import transformers
+    try:  # not by an import statement, which diffusers would take for a requirement of saved code
+        transformers: Any = import_module("transformers")
     except ImportError:
         raise ValueError(
             f"{where} has a {name} of transformers, which is not installed: pip install 'diffusers_vdm[text]'."

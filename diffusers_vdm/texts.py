@@ -52,11 +52,9 @@ def encode_texts(text_encoder: Any, tokenizer: Any, texts: Sequence[str]) -> tup
     )  # fmt: skip
     mask = tokens.attention_mask
     full = [text for text, row in zip(texts, mask, strict=True) if int(row.sum()) == length]
-    whole = [text for text in full if len(tokenizer(text).input_ids) > length]
-    if whole:
-        logger.warning(
-            f"{len(whole)} texts have more than {length} tokens, and the rest was cut off, as of {whole[0]!r}."
-        )
+    cut = [text for text in full if len(tokenizer(text, verbose=False).input_ids) > length]
+    if cut:
+        logger.warning(f"{len(cut)} texts are cut off at {length} tokens, the first of them {cut[0]!r}.")
     device = next(text_encoder.parameters()).device
     output = text_encoder(tokens.input_ids.to(device), attention_mask=mask.to(device))
     hidden = output.last_hidden_state.to(torch.float32)

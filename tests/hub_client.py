@@ -21,6 +21,7 @@ from diffusers_vdm import VDMPipeline, VDMScheduler
 from tests import hub_server
 from tests.hub_server import HubServer
 from tests.models import curved_pipeline, pipeline, sample
+from tests.text_models import text_pipeline
 
 
 def call_in_client(module: str, name: str, arguments: tuple, keywords: dict) -> None:
@@ -63,7 +64,7 @@ def torch_dtype_allowed() -> Iterator[None]:
 
 # ---- pipelines that are pushed and loaded ------------------------------------------------------------------------
 
-KINDS = ["learned", "our network, DDIMScheduler", "UNet2DModel, our scheduler"]
+KINDS = ["learned", "our network, DDIMScheduler", "UNet2DModel, our scheduler", "texts"]
 
 
 def hub_pipeline(kind: str = "learned") -> VDMPipeline:
@@ -72,6 +73,8 @@ def hub_pipeline(kind: str = "learned") -> VDMPipeline:
         return curved_pipeline(num_levels=17)
     if kind == "our network, DDIMScheduler":
         return pipeline(DDIMScheduler(clip_sample=False))
+    if kind == "texts":
+        return text_pipeline()
     assert kind == "UNet2DModel, our scheduler"
     return pipeline(VDMScheduler(), cls=UNet2DModel)
 

@@ -35,6 +35,7 @@ PINNED = {
     "LinearBetaScheduler": "diffusers_vdm.schedulers",
     "VDMUNet2DModel": "diffusers_vdm.unet",
     "VDMMultiscale2DModel": "diffusers_vdm.multiscale",
+    "VDMUNet2DConditionModel": "diffusers_vdm.text_unet",
     "VDMPipeline": "diffusers_vdm.pipeline",
 }
 

@@ -45,6 +45,8 @@ def test_file_format(tmp_path):
         "unet": ["diffusers_vdm.unet", "VDMUNet2DModel"],
         "scheduler": ["diffusers_vdm.schedulers", "VDMScheduler"],
         "noise_schedule": ["diffusers_vdm.noise_schedules", "MonotoneGammaNetwork"],
+        "text_encoder": [None, None],
+        "tokenizer": [None, None],
         "num_levels": 17,
     }
     assert VDMPipeline.__module__ == "diffusers_vdm.pipeline"
@@ -144,7 +146,7 @@ print(repr(float(images.double().sum())), type(pipe.noise_schedule).__name__)
 def test_components_and_from_pipe():
     schedule = curved_gamma()
     pipe = pipeline(VDMScheduler.from_noise_schedule(schedule), schedule, num_levels=17)
-    assert set(pipe.components) == {"unet", "scheduler", "noise_schedule"}
+    assert set(pipe.components) == {"unet", "scheduler", "noise_schedule", "text_encoder", "tokenizer"}
     expected = sample(pipe)
     for other in (VDMPipeline(**pipe.components, num_levels=17), VDMPipeline.from_pipe(pipe)):
         other.set_progress_bar_config(disable=True)
@@ -739,6 +741,6 @@ def test_wrong_arguments_are_refused_before_the_network_is_called(case):
 
 def test_every_argument_is_typed():
     # `from_pipe` drops components whose annotation it cannot read
-    for name in ("unet", "scheduler", "noise_schedule"):
+    for name in ("unet", "scheduler", "noise_schedule", "text_encoder", "tokenizer"):
         assert name in VDMPipeline._get_signature_types()
-    assert VDMPipeline._optional_components == ["noise_schedule"]
+    assert VDMPipeline._optional_components == ["noise_schedule", "text_encoder", "tokenizer"]

@@ -1,8 +1,12 @@
 """Tiny text encoders and tokenizers with random weights, built from configs: nothing is downloaded."""
 
 import pytest
+import torch
 
+from diffusers_vdm import VDMPipeline, VDMScheduler, VDMUNet2DConditionModel
+from diffusers_vdm.text_unet import text_arguments
 from tests.models import fixed_weights
+from tests.tensors import seeded
 
 WORDS = ("<pad>", "<s>", "</s>", "<unk>", "a", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
          "nine", "thin", "bold", "digit", "the", ",")  # fmt: skip
@@ -38,3 +42,21 @@ def tiny_text_encoder(kind: str = "clip", hidden_size: int = 16):
             eos_token_id=2,
         )  # fmt: skip
         return transformers.T5EncoderModel(config).eval()
+
+
+def text_unet(hidden_size: int = 16, **arguments) -> VDMUNet2DConditionModel:
+    """A network with random weights in every layer."""
+    shared = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "fourier_exponents": (2.0,)}
+    with fixed_weights():
+        unet = VDMUNet2DConditionModel(**shared | text_arguments((8, 8), 16, hidden_size) | arguments)
+    source = seeded(42)
+    with torch.no_grad():
+        unet.conv_out.weight.copy_(0.05 * torch.randn(unet.conv_out.weight.shape, generator=source))
+    return unet.eval()
+
+
+def text_pipeline(kind: str = "clip", **arguments) -> VDMPipeline:
+    models = {"text_encoder": tiny_text_encoder(kind), "tokenizer": tiny_tokenizer()}
+    pipe = VDMPipeline(text_unet(**arguments), VDMScheduler(), num_levels=17, **models)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -31,6 +31,7 @@ from tests.hub_server import HubServer
 from tests.models import curved_gamma, pipeline
 from tests.paths import ROOT, contents
 from tests.running import run_python
+from tests.text_models import text_pipeline
 
 # diffusers 0.35.1 runs the code of a folder without asking
 ASKS_FOR_FOLDERS = "trust_remote_code" in inspect.signature(dynamic_modules_utils.get_cached_module_file).parameters
@@ -42,12 +43,14 @@ def made(kind: str) -> VDMPipeline:
         return pipeline(VDMScheduler.from_noise_schedule(curved_gamma()), curved_gamma(), num_levels=17)
     if kind == "linear betas":
         return pipeline(LinearBetaScheduler(50), LinearBetaGamma(50))
+    if kind == "texts":
+        return text_pipeline()
     if kind == "UNet2DModel":
         return pipeline(VDMScheduler(), cls=UNet2DModel)
     return pipeline({"fixed": VDMScheduler, "DDIMScheduler": lambda: DDIMScheduler(clip_sample=False)}[kind]())
 
 
-KINDS = ["learned", "fixed", "linear betas", "DDIMScheduler", "UNet2DModel"]
+KINDS = ["learned", "fixed", "linear betas", "DDIMScheduler", "UNet2DModel", "texts"]
 
 
 def saved(folder: Path, kind: str = "learned") -> Path:
@@ -232,7 +235,11 @@ def test_the_package_was_out_of_reach_and_the_code_was_of_one_module(clean):
     assert clean.report["package"] == [] and clean.report["package, at the end"]
     name = f"diffusers_modules.local.{code_name()}"
     classes = clean.report["classes"]
-    assert classes[str(clean.folders["learned"])] == dict.fromkeys(("noise_schedule", "scheduler", "unet"), name)
+    none = dict.fromkeys(("text_encoder", "tokenizer"), "builtins")
+    expected = dict.fromkeys(("noise_schedule", "scheduler", "unet"), name)
+    assert classes[str(clean.folders["learned"])] == expected | none
+    texts = classes[str(clean.folders["texts"])]
+    assert texts["unet"] == name and texts["text_encoder"].startswith("transformers.")
     assert classes["user/vdm"] == classes[str(clean.folders["learned"])]
     ddim = classes[str(clean.folders["DDIMScheduler"])]
     assert ddim["unet"] == name and ddim["scheduler"].startswith("diffusers.")
