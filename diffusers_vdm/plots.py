@@ -166,6 +166,30 @@ def plot_bits_histogram(per_image_bpd: torch.Tensor, path: str | os.PathLike, ti
     _save(figure, path, title)
 
 
+def plot_image_rows(rows: Sequence[tuple[str, torch.Tensor, Sequence[str]]], path: str | os.PathLike) -> None:
+    """Draws rows of images, each with a title at its left and a caption below every image.
+
+    Args:
+        rows (`Sequence[tuple[str, torch.Tensor, Sequence[str]]]`): the title of a row, its images `(K, C, H, W)` with
+            values in [0, 1], of which the first channel or the first three are shown, and their K captions.
+        path (`str` or `os.PathLike`): image file.
+    """
+    from matplotlib.figure import Figure
+
+    columns = max(len(images) for _, images, _ in rows)
+    figure = Figure(figsize=(0.7 * columns + 1, 0.9 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for line, (title, images, captions) in zip(grid, rows, strict=True):
+        for axes in line:
+            axes.set(xticks=[], yticks=[], frame_on=False)
+        line[0].set_ylabel(title.replace(", ", "\n"), rotation=0, ha="right", va="center", fontsize="small")
+        for axes, image, caption in zip(line, images, captions, strict=False):
+            pixels = image[:3] if len(image) > 3 else image if len(image) == 3 else image[:1].expand(3, -1, -1)
+            axes.imshow(pixels.cpu().float().clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
+            axes.set_xlabel(caption, fontsize="small", labelpad=2)
+    _save(figure, path, "")
+
+
 def plot_code(
     path: str | os.PathLike,
     *,

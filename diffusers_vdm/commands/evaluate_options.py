@@ -14,7 +14,7 @@ from .options import check_ranges, image_arguments, option_parser
 
 # options of the conditions of images, those of the training by default
 CONDITION_OPTIONS = ("cond_columns", "cond_image_column", "upscale_factor", "caption_column")
-# rows that calibrate and classify share
+# rows that calibrate, classify and rank share
 MODEL = Option("model", str, "folder or Hub repository of a VDMPipeline or of a pixel-space pipeline of diffusers")
 DATA_SET_OPTIONS = [
     Option("dataset_name", str, "data set on the Hub, or a local copy; defaults to the bundled digits"),

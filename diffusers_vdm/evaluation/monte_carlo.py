@@ -44,6 +44,7 @@ class BoundEvaluation:
         per_image_bpd (`torch.Tensor` of shape `(N,)`): mean over the draws of each image.
         gamma_t, mse, diffusion_terms_bpd (`torch.Tensor` of shape `(num_samples, N)`): noise level, squared error and
             diffusion term of each draw; with importance sampling, the terms are divided by the density of t.
+        draws_bpd (`torch.Tensor` of shape `(num_samples, N)`): the bound of each draw, whose mean is `per_image_bpd`.
     """
 
     bpd: float
@@ -60,6 +61,22 @@ class BoundEvaluation:
     gamma_t: torch.Tensor = field(repr=False)
     mse: torch.Tensor = field(repr=False)
     diffusion_terms_bpd: torch.Tensor = field(repr=False)
+    draws_bpd: torch.Tensor = field(repr=False)
+
+    @property
+    def per_image_stderr_bpd(self) -> torch.Tensor:
+        """Standard error of `per_image_bpd`, `(N,)`, from the spread of the draws; NaN for a single draw.
+
+        The draws of one image are independent: each repeat has its own shift of the times and its own noise.
+        """
+        return mean_stderr(self.draws_bpd)
+
+
+def mean_stderr(draws: torch.Tensor) -> torch.Tensor:
+    """Standard error of the mean over the first dimension of independent draws, NaN for a single one."""
+    if len(draws) < 2:
+        return torch.full_like(draws[0], torch.nan)
+    return draws.std(0) / math.sqrt(len(draws))
 
 
 _COLUMNS = ("prior", "reconstruction", "diffusion", "gamma_t", "mse", "t", "density")
@@ -87,7 +104,9 @@ def evaluate_mc(
     """Monte Carlo estimate of the bound over a data set; each repeat uses every image exactly once.
 
     In a repeat, the times of all images form one evenly spread set (a randomly shifted golden-ratio lattice). Noise is
-    keyed on (seed, repeat, image index), so the result does not depend on the batch size.
+    keyed on (seed, repeat, image index), so the result does not depend on the batch size. Two calls with the same seed
+    draw the same (t, ε, ε_0) for image i, whatever the models and the images are (but for importance sampling, which
+    moves t), so differences between two models have less noise than each of them.
 
     Args:
         bound ([`VariationalBound`]): evaluated in `eval()` mode; its mode is restored afterwards.
@@ -241,4 +260,5 @@ def _summarize(values: torch.Tensor, num_timesteps: int | None) -> BoundEvaluati
         gamma_t=columns["gamma_t"],
         mse=columns["mse"],
         diffusion_terms_bpd=columns["diffusion"],
+        draws_bpd=total,
     )
