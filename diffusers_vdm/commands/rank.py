@@ -56,7 +56,8 @@ OPTIONS: dict[str, list[Option]] = {
         Option("reference_model", str, "a second model of the same images, for the difference of the bits"),
     ],
     "measurement": [
-        Option("num_samples", 32, "draws of (t, ε) for each image, the same for both models", range=POSITIVE),
+        Option("num_samples", 64, "draws of (t, ε) for each image, the same for both models", range=POSITIVE),
+        Option("importance_sampling", False, "draw t more often where the loss was large in a first pass"),
         train_option("seed"),
     ],
     "data": [
@@ -164,6 +165,7 @@ def run_ranking(args: argparse.Namespace, device: Any) -> None:
     for model in models:  # before any of them is measured
         for data in sets.values():
             check_images(data.images, model.num_levels, model.bound.unet)
+    check_held_in(sets, args.allow_shared)
     # images and their changed copies share their noise; others have their own
     seeds = {"typical": args.seed + 1, "other": args.seed + (0 if args.other_transform else 2)}
     start, results = time.perf_counter(), {}
@@ -175,6 +177,7 @@ def run_ranking(args: argparse.Namespace, device: Any) -> None:
                 data.images,
                 class_labels=labels_of(model, data),
                 num_samples=args.num_samples,
+                importance_sampling=args.importance_sampling,
                 batch_size=args.batch_size,
                 seed=seeds.get(name, args.seed),
                 device=device,
@@ -251,6 +254,18 @@ def load_classes(args: argparse.Namespace, models: list[Model], num_levels: int)
             )
         check_classes(data, model.num_classes or 0, model.class_names)
     return data
+
+
+def check_held_in(sets: dict[str, Any], allow_shared: bool) -> None:
+    """Raises `ValueError` if images that are scored are among those whose mean bits are typical."""
+    from ..data.images import count_shared
+
+    shared = count_shared(sets["in"], sets["typical"]) if "typical" in sets and not allow_shared else 0
+    if shared:
+        raise ValueError(
+            f"{shared} images of --typical_split are also in --split, so they would be compared with their own bits; "
+            "use another split, or set --allow_shared"
+        )
 
 
 def in_levels(data: Any, num_levels: int) -> Any:
@@ -392,6 +407,7 @@ def report_of(
     dims = sets["in"].images[0].numel()
     report: dict[str, Any] = {
         "model": args.model, "reference_model": args.reference_model, "num_samples": args.num_samples,
+        "importance_sampling": args.importance_sampling,
         "seed": args.seed, "num_dimensions": dims, **summary_of(measured["in"]),
     }  # fmt: skip
     if "typical" in sets:

@@ -31,8 +31,8 @@ def auroc(scores_out: torch.Tensor, scores_in: torch.Tensor, *, paired: bool = F
     """The probability that an out-of-distribution image has a higher score than an in-distribution one.
 
     With M scores X_i of out-of-distribution images and N scores Y_j of the others, the area under the ROC curve is the
-    statistic of Mann and Whitney, A = 1/(MN) Σ_ij ψ(X_i, Y_j), where ψ is 1 for X_i > Y_j, ½ for a tie and 0 otherwise.
-    It is computed from ranks. Its standard error is that of DeLong et al. 1988, for the populations of both kinds of
+    statistic of Mann and Whitney, A = 1/(MN) Σ_ij ψ(X_i, Y_j), where ψ is 1 for X_i > Y_j, ½ for a tie and else 0. It
+    is computed from ranks. Its standard error is that of DeLong et al. 1988, for the populations of both kinds of
     images: with the structural components V_i = 1/N Σ_j ψ(X_i, Y_j) and W_j = 1/M Σ_i ψ(X_i, Y_j),
 
         stderr² = var(V)/M + var(W)/N,
