@@ -164,7 +164,10 @@ def run_ranking(args: argparse.Namespace, device: Any) -> None:
     sets = load_sets(args, models)
     for model in models:  # before any of them is measured
         for data in sets.values():
-            check_images(data.images, model.num_levels, model.bound.unet)
+            try:
+                check_images(data.images, model.num_levels, model.bound.unet)
+            except ValueError as error:
+                raise ValueError(f"{model.name} cannot measure {data.name}: {error}") from error
     check_held_in(sets, args.allow_shared)
     # images and their changed copies share their noise; others have their own
     seeds = {"typical": args.seed + 1, "other": args.seed + (0 if args.other_transform else 2)}

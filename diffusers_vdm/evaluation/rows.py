@@ -77,9 +77,10 @@ def check_images(images: torch.Tensor, num_levels: int, network: nn.Module) -> N
     size = config.get("sample_size")
     size = (size, size) if isinstance(size, int) else size
     if images.ndim != 4 or images.shape[1] != config["in_channels"] or (size and tuple(size) != images.shape[2:]):
+        height, width = size or ("H", "W")
         raise ValueError(
-            f"images must be of the network's size, (N, {config['in_channels']}, *{size}), got {tuple(images.shape)}; "
-            "resize or convert them."
+            f"images must be of the network's size, (N, {config['in_channels']}, {height}, {width}), "
+            f"got {tuple(images.shape)}; resize or convert them."
         )
 
 
