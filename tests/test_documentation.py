@@ -69,7 +69,7 @@ def test_every_block_is_of_a_kind_that_a_test_reads():
     # the pages whose code is run by a test below
     assert {b.page for b in BLOCKS if b.language == "python" and b.mark is None} == {
         "README.md", "docs/training.md", "docs/measuring.md", "docs/samplers.md", "docs/few_steps.md",
-        "docs/compressing.md", "docs/conditions.md",
+        "docs/compressing.md", "docs/conditions.md", "docs/ranking.md",
     }  # fmt: skip
 
 
@@ -163,6 +163,17 @@ def test_the_conditions_of_the_page_run():
     assert scope["result"].class_bits.shape == (2, 10)
 
 
+def test_the_code_about_ranking_writes_levels(tmp_path, monkeypatch):
+    [code] = python_of("docs/ranking.md")
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    from diffusers_vdm.data.images import load_images
+
+    letters = load_images("letters", "test", is_folder=True, label_column="", progress_bar=False)
+    assert letters.images.shape == (234, 1, 8, 8) and int(letters.images.max()) == 16
+    assert len(letters.images.flatten(1).unique(dim=0)) == 234
+
+
 # ---- commands ----------------------------------------------------------------------------------------------------
 
 
@@ -189,6 +200,7 @@ def run_parser(name: str, arguments: list[str]) -> None:
         decompress,
         evaluate_options,
         inspect,
+        rank,
         sample,
         train_options,
     )  # fmt: skip
@@ -201,8 +213,8 @@ def run_parser(name: str, arguments: list[str]) -> None:
         calibrate.parse_options(
             [*arguments, "--output", "c.json"]
         )  # else the folder, which is the reader's, must exist
-    elif name in ("sample", "compress", "classify"):
-        {"sample": sample, "compress": compress, "classify": classify}[name].parse_options(arguments)
+    elif name in ("sample", "compress", "classify", "rank"):
+        {"sample": sample, "compress": compress, "classify": classify, "rank": rank}[name].parse_options(arguments)
     elif name in ("decompress", "inspect"):
         file = arguments[arguments.index("--input") + 1] if name == "decompress" else arguments[0]
         Path(file).touch()  # the reader's
@@ -283,7 +295,8 @@ def text_of(words: list[str]) -> str:
 @pytest.mark.parametrize("words", COMMANDS, ids=text_of)
 def test_the_commands_of_the_pages_parse(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "faces").mkdir()  # that folder is the reader's
+    for folder in ("faces", "letters", "emoji"):  # these folders are the reader's
+        (tmp_path / folder).mkdir()
     check_command(words)
 
 

@@ -7,8 +7,8 @@
 
 Each image gets its bits by Monte Carlo, and scores that are high for unusual images: the bits; the bits minus those of
 a PNG file; the distance to the mean bits of other images of the data; and, with --reference_model, the bits minus
-those of another model. With other images the report has the AUROC of each score: the probability that one of the
-other images has the higher score.
+those of another model. With other images the report has the AUROC of each score, and of the PNG file alone: the
+probability that one of the other images has the higher score.
 
 The mean bits are those of --typical_split. Without it they are those of every second image, which this score then
 leaves out. Images of --other_data_dir and --other_dataset_name must be levels of the model: for a model with 17 levels
@@ -84,6 +84,7 @@ OPTIONS: dict[str, list[Option]] = {
 }
 LABEL_OF = {
     "bits": "bits",
+    "png_bits": "bits of a PNG file, without the model",
     "bits_minus_png": "bits − bits of a PNG file",
     "typicality_bits": "|bits − typical bits|",
     "bits_minus_reference": "bits − bits of the reference",
@@ -318,7 +319,7 @@ def files_of(args: argparse.Namespace, name: str, data: Any) -> list[str] | None
 
 def scored(args: argparse.Namespace, sets: dict[str, Any], results: dict[str, list[Any]]) -> dict[str, Measured]:
     """The scores of the images of `in` and `other`, in bits per image; NaN where an image is left out."""
-    from ..evaluation.ranking import bits_minus_png, bits_minus_reference, typicality_bits
+    from ..evaluation.ranking import bits_minus_reference, png_bits, typicality_bits
 
     dims = sets["in"].images[0].numel()
     bits = {name: dims * found[0].per_image_bpd for name, found in results.items()}
@@ -327,7 +328,8 @@ def scored(args: argparse.Namespace, sets: dict[str, Any], results: dict[str, li
     for name in ("in", "other") if "other" in sets else ("in",):
         scores = {"bits": bits[name]}
         if sets[name].images.shape[1] in (1, 3):
-            scores["bits_minus_png"] = bits_minus_png(bits[name], sets[name].images)
+            scores["png_bits"] = png_bits(sets[name].images)
+            scores["bits_minus_png"] = bits[name] - scores["png_bits"]
         if len(typical):
             scores["typicality_bits"] = typicality_bits(bits[name], typical)
             if not args.typical_split and (name == "in" or args.other_transform):
@@ -359,7 +361,6 @@ def finite(value: float) -> float | None:
 def rows_of(measured: Measured) -> list[dict[str, Any]]:
     """What is known of each image."""
     from ..evaluation.monte_carlo import mean_stderr
-    from ..evaluation.ranking import png_bits
 
     columns: dict[str, Any] = {"bpd": measured.evaluations[0].per_image_bpd}
     columns["stderr_bpd"] = measured.evaluations[0].per_image_stderr_bpd
@@ -369,8 +370,6 @@ def rows_of(measured: Measured) -> list[dict[str, Any]]:
             "reference_bpd": two.per_image_bpd,
             "bpd_minus_reference_stderr": mean_stderr(one.draws_bpd - two.draws_bpd),
         }
-    if "bits_minus_png" in measured.scores:
-        columns["png_bits"] = png_bits(measured.data.images)
     columns |= measured.scores
     values = {name: [finite(value) for value in column.tolist()] for name, column in columns.items()}
     rows: list[dict[str, Any]] = []
@@ -455,7 +454,7 @@ def print_report(args: argparse.Namespace, report: dict[str, Any]) -> None:
             ("  spread of the images", with_error(part["bpd_spread"])),
             ("  standard error of an image", with_error(part["bpd_rms_stderr_of_image"])),
         ):
-            print(f"  {name:<36}{value:>20}")
+            print(f"  {name:<40}{value:>16}")
         rows = sorted(report["images"] if part is report else report["other_images"], key=lambda row: row["bpd"])
         for title, shown in (("least", rows[::-1]), ("most", rows)):
             print(f"  {title} likely: index, bits/dim, bits" + (", file" if "file" in rows[0] else ""))
@@ -465,7 +464,7 @@ def print_report(args: argparse.Namespace, report: dict[str, Any]) -> None:
     if "auroc" in report:
         print("\nprobability that one of the other images has the higher score (AUROC)")
         for name, row in report["auroc"].items():
-            print(f"  {LABEL_OF[name]:<36}{with_error(row['auroc'], row['stderr']):>20}")
+            print(f"  {LABEL_OF[name]:<40}{with_error(row['auroc'], row['stderr']):>16}")
     print(f"report: {args.output}" + (f", picture: {args.picture}" if args.picture else ""))
 
 

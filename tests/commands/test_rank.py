@@ -159,11 +159,11 @@ def test_reference_model_sees_the_same_draws(model, tmp_path):
         column(rows, "bits_minus_reference"), 64 * (one.per_image_bpd - two.per_image_bpd), rtol=0, atol=1e-9
     )
     torch.testing.assert_close(column(rows, "bpd_minus_reference_stderr"), mean_stderr(one.draws_bpd - two.draws_bpd))
-    names = ["bits", "bits_minus_png", "typicality_bits", "bits_minus_reference"]
+    names = ["bits", "png_bits", "bits_minus_png", "typicality_bits", "bits_minus_reference"]
     assert list(report["auroc"]) == names
     # the halves: each of the 10 other images, against every second one
-    assert [report["auroc"][name]["num_in"] for name in names] == [12, 12, 6, 12]
-    assert [report["auroc"][name]["num_other"] for name in names] == [10, 10, 10, 10]
+    assert [report["auroc"][name]["num_in"] for name in names] == [12, 12, 12, 6, 12]
+    assert [report["auroc"][name]["num_other"] for name in names] == [10, 10, 10, 10, 10]
 
 
 def test_color_images_of_a_folder(model, folder_of, tmp_path):
