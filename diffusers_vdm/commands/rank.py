@@ -157,8 +157,8 @@ def run_ranking(args: argparse.Namespace, device: Any) -> None:
     from ..evaluation.rows import check_images
     from ..files import write_atomically
 
-    names = [args.model, *([args.reference_model] if args.reference_model else [])]
-    models = [load_bound(name, device) for name in names]
+    names = ["model", *(["reference_model"] if args.reference_model else [])]
+    models = [load_bound(option, getattr(args, option), device) for option in names]
     levels = [model.num_levels for model in models]
     if len(set(levels)) > 1:
         raise ValueError(f"--reference_model must have the {levels[0]} levels of the model, got {levels[1]}")
@@ -170,6 +170,7 @@ def run_ranking(args: argparse.Namespace, device: Any) -> None:
             except ValueError as error:
                 raise ValueError(f"{model.name} cannot measure {data.name}: {error}") from error
     check_held_in(sets, args.allow_shared)
+    files = {name: files_of(args, name, data) for name, data in sets.items() if name != "typical"}
     # images and their changed copies share their noise; others have their own
     seeds = {"typical": args.seed + 1, "other": args.seed + (0 if args.other_transform else 2)}
     start, results = time.perf_counter(), {}
@@ -189,7 +190,7 @@ def run_ranking(args: argparse.Namespace, device: Any) -> None:
             for model in used
         ]
     seconds = time.perf_counter() - start
-    measured = scored(args, sets, results)
+    measured = scored(args, sets, results, files)
     report = report_of(args, sets, results, measured) | {"seconds": seconds}
     for path, write in (
         (args.output, lambda path: write_atomically(path, json.dumps(report, allow_nan=False) + "\n")),
@@ -201,13 +202,16 @@ def run_ranking(args: argparse.Namespace, device: Any) -> None:
     print_report(args, report)
 
 
-def load_bound(name: str, device: Any) -> Model:
-    """The bound of a saved model, in float32."""
+def load_bound(option: str, name: str, device: Any) -> Model:
+    """The bound of a saved model, in float32; errors name the option that gave the model."""
     import torch
 
     from .. import VariationalBound, noise_schedule_of
 
-    unet, scheduler, num_levels, _, class_names = load_model(name)
+    try:
+        unet, scheduler, num_levels, _, class_names = load_model(name)
+    except SystemExit as error:
+        raise SystemExit(str(error).replace("--model", f"--{option}", 1)) from error
     bound = VariationalBound(
         unet.to(device, torch.float32),
         noise_schedule_of(scheduler),
@@ -317,7 +321,12 @@ def files_of(args: argparse.Namespace, name: str, data: Any) -> list[str] | None
 # ---- the scores --------------------------------------------------------------------------------------------------
 
 
-def scored(args: argparse.Namespace, sets: dict[str, Any], results: dict[str, list[Any]]) -> dict[str, Measured]:
+def scored(
+    args: argparse.Namespace,
+    sets: dict[str, Any],
+    results: dict[str, list[Any]],
+    files: dict[str, list[str] | None],
+) -> dict[str, Measured]:
     """The scores of the images of `in` and `other`, in bits per image; NaN where an image is left out."""
     from ..evaluation.ranking import bits_minus_reference, png_bits, typicality_bits
 
@@ -325,7 +334,7 @@ def scored(args: argparse.Namespace, sets: dict[str, Any], results: dict[str, li
     bits = {name: dims * found[0].per_image_bpd for name, found in results.items()}
     typical = bits.get("typical", bits["in"][1::2])
     measured = {}
-    for name in ("in", "other") if "other" in sets else ("in",):
+    for name in files:
         scores = {"bits": bits[name]}
         if sets[name].images.shape[1] in (1, 3):
             scores["png_bits"] = png_bits(sets[name].images)
@@ -336,7 +345,7 @@ def scored(args: argparse.Namespace, sets: dict[str, Any], results: dict[str, li
                 scores["typicality_bits"][1::2] = math.nan  # their bits, or those of their originals, are in the mean
         if len(results[name]) > 1:
             scores["bits_minus_reference"] = bits_minus_reference(bits[name], dims * results[name][1].per_image_bpd)
-        measured[name] = Measured(sets[name], results[name], scores, files_of(args, name, sets[name]))
+        measured[name] = Measured(sets[name], results[name], scores, files[name])
     return measured
 
 

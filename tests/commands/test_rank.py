@@ -208,7 +208,7 @@ def test_one_image_has_bits_and_no_errors(model, tmp_path):
         ({}, ["--other_data_dir", "large"], r"images must be of the network's size, (N, 1, 8, 8), got (2, 1, 9, 9)"),
         ({}, ["--other_data_dir", "color"], "images must be of the network's size, (N, 1, 8, 8), got (2, 3, 8, 8)"),
         ({}, ["--reference_model", "colors"], "--reference_model must have the 17 levels of the model, got 256"),
-        ({}, ["--reference_model", "letters"], "--model must be a folder with a model_index.json"),
+        ({}, ["--reference_model", "letters"], "--reference_model must be a folder with a model_index.json"),
         ({}, ["--typical_split", "test[5:]"], "7 images of --typical_split are also in --split"),
         ({}, ["--other_split", "train[:0]"], "--split train[:0] of the digits is empty"),
     ],
