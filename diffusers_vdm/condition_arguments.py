@@ -83,7 +83,7 @@ def conditions_of_call(
 
 def prompt_conditions(
     text_encoder: Any, tokenizer: Any, name: str, prompt: Any, embeds: Any = None, mask: Any = None
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Any]:
     """The embedded tokens of `prompt`, or `embeds`, and their mask; empty if neither is given.
 
     Args:
@@ -159,7 +159,7 @@ def batch_of_conditions(
     return count, check_conditions(network, count, rows)
 
 
-def negative_batch(texts: Mapping[str, torch.Tensor], count: int, each: int) -> dict[str, torch.Tensor]:
+def negative_batch(texts: Mapping[str, torch.Tensor], count: int, each: int) -> dict[str, Any]:
     """Embedded negative prompts: one for all images, or a row for each of `count`, `each` of them for one prompt.
 
     Raises: `ValueError` unless there is one prompt for all images, or one for each.

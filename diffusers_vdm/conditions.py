@@ -38,7 +38,7 @@ def conditions_taken(network: Any) -> dict[str, bool]:
     return {name: bool(config.get(_NULLS.get(name, ""), False)) for name in names}
 
 
-def given_conditions(conditions: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def given_conditions(conditions: Mapping[str, Any]) -> dict[str, Any]:
     """The conditions that are not `None`; raises `TypeError` for arguments that are no conditions."""
     for name in conditions:
         if name not in NAMES:
@@ -47,14 +47,14 @@ def given_conditions(conditions: Mapping[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def rows_of_conditions(
-    conditions: Mapping[str, torch.Tensor | None], rows: torch.Tensor, device: torch.device | None = None
-) -> dict[str, torch.Tensor]:
+    conditions: Mapping[str, torch.Tensor | None], rows: torch.Tensor, device: str | torch.device | None = None
+) -> dict[str, Any]:
     """The conditions of the images `rows`, on `device` if it is given."""
     found = {name: value[rows.to(value.device)] for name, value in conditions.items() if value is not None}
     return found if device is None else {name: value.to(device) for name, value in found.items()}
 
 
-def null_conditions(network: Any, conditions: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
+def null_conditions(network: Any, conditions: Mapping[str, torch.Tensor | None]) -> dict[str, Any]:
     """The conditions with the null instead of each whose null the network knows."""
     known, nulls = conditions_taken(network), {}
     for name, value in given_conditions(conditions).items():
@@ -73,7 +73,7 @@ def withheld(value: torch.Tensor, rows: torch.Tensor, num_classes: int | None = 
     return torch.where(rows.reshape(-1, *[1] * (value.ndim - 1)), torch.full_like(value, null), value)
 
 
-def check_conditions(network: Any, num_images: int, conditions: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def check_conditions(network: Any, num_images: int, conditions: Mapping[str, Any]) -> dict[str, Any]:
     """The conditions that are not `None`.
 
     Raises: `TypeError` or `ValueError`, which names the condition, unless each one is a tensor with a finite row for

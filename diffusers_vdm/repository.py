@@ -123,7 +123,7 @@ def _class_of_transformers(name: str, library: str, class_name: str, where: str)
         transformers: Any = import_module("transformers")
     except ImportError:
         raise ValueError(
-            f"{where} has a {name} of transformers, which is not installed: pip install 'diffusers_vdm[text]'."
+            f"{where} has a {name} of transformers, which is not installed: pip install transformers."
         ) from None
     cls = getattr(transformers, class_name, None)
     base = transformers.PreTrainedModel if name == "text_encoder" else transformers.PreTrainedTokenizerBase

@@ -72,8 +72,9 @@ class VDMUNet2DConditionModel(WholeModelMixin, UNet2DConditionModel):  # pyright
             features = in_channels * (1 + 2 * len(fourier_exponents)) + condition_channels(cond_channels, null_images)
             self.conv_in = nn.Conv2d(features, self.config.block_out_channels[0], kernel_size=3, padding=1)
         if zero_init:
-            nn.init.zeros_(self.conv_out.weight)
-            nn.init.zeros_(self.conv_out.bias)
+            last: Any = self.conv_out
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

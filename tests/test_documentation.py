@@ -16,6 +16,7 @@ from diffusers_vdm.diffusers_schedulers import EXPORTABLE
 from tests.models import tiny_preset
 from tests.paths import DIGITS_MODEL, ROOT
 from tests.rooms import ROOMS
+from tests.text_models import text_pipeline
 
 PATHS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PATHS}
@@ -152,7 +153,10 @@ def test_the_conditions_of_the_page_run():
         tiny_preset(**classes), diffusers_vdm.VDMScheduler.from_noise_schedule(schedule), None, 17
     )
     pipe.set_progress_bar_config(disable=True)
-    guided, measured = python_of("docs/conditions.md")
+    texts, guided, measured = python_of("docs/conditions.md")
+    scope = {"pipe": text_pipeline()}
+    exec(texts.replace("scale=3.0", "scale=3.0, num_inference_steps=2"), scope)
+    assert len(scope["images"]) == 4
     scope = {"pipe": pipe, "earlier_unet": tiny_preset(seed=1, **classes).eval()}
     exec(guided.replace("scale=2.0", "scale=2.0, num_inference_steps=2"), scope)
     assert len(scope["images"]) == 4
@@ -224,7 +228,7 @@ def run_parser(name: str, arguments: list[str]) -> None:
     elif name == "card":
         with pytest.raises(SystemExit, match=r"diffusers-vdm card: folder must contain a saved pipeline"):
             card.main(arguments)  # the folder is the reader's
-    elif name == "edit_images":
+    elif name in ("edit_images", "upscale_images"):
         assert arguments[0] == "--model" and len(arguments) == 2
     else:
         assert name == "env" and not arguments

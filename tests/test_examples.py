@@ -17,7 +17,7 @@ from tests.paths import EXAMPLES
 from tests.running import run_example
 
 NAMES = ("toy_2d", "train_minimal", "likelihood_of_a_diffusers_checkpoint", "own_noise_schedule",
-         "edit_images")  # fmt: skip
+         "edit_images", "upscale_images")  # fmt: skip
 MAX_LINES = 120
 
 
@@ -230,3 +230,20 @@ def test_images_that_a_model_cannot_edit_are_an_error_in_one_line(tmp_path, size
         Image.new("RGB", size).save(files[-1])
     done = run_example("edit_images.py", "--model", tmp_path / "model", "--images", *files, check=False)
     assert done.returncode == 2 and "two or more files of 8×8 pixels" in done.stderr and "Traceback" not in done.stderr
+
+
+# ---- upscale_images --------------------------------------------------------------------------------
+
+
+def test_images_are_enlarged_and_compared(tmp_path):
+    schedule = FixedLinearGamma(-9.0, 4.0)
+    pipe = VDMPipeline(tiny_preset(cond_channels=1), VDMScheduler.from_noise_schedule(schedule), num_levels=17)
+    pipe.save_pretrained(tmp_path / "model")
+    arguments = ["--num_images", 3, "--num_inference_steps", 2, "--output", tmp_path / "up.png"]
+    printed = run("upscale_images", "--model", tmp_path / "model", *arguments)
+    assert size_of(tmp_path / "up.png") == (3 * 48, 4 * 48)
+    values = [numbers(line)[-1] for line in printed.splitlines()]
+    assert len(values) == 4 and all(0 < value < 1 for value in values)
+    VDMPipeline(tiny_preset(), pipe.scheduler, num_levels=17).save_pretrained(tmp_path / "other")
+    done = run_example("upscale_images.py", "--model", tmp_path / "other", check=False)
+    assert done.returncode == 2 and "trained by --upscale_factor" in done.stderr

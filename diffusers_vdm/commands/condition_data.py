@@ -1,13 +1,19 @@
-"""Load the conditions of images that options name: numbers in columns, other images, or the images made smaller."""
+"""Load the conditions of images that options name: columns of numbers, texts or images, or the images made smaller."""
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .options import image_arguments
+
+if TYPE_CHECKING:
+    from ..data.conditions import ConditionData
+
+# the options that name columns of the data set
+_COLUMNS = ("cond_columns", "cond_image_column", "caption_column")
 
 
 def add_conditions(
@@ -32,46 +38,76 @@ def add_conditions(
 
     Raises: `ValueError` for columns that the data set does not have, and for values or sizes that cannot be used.
     """
+    from ..data.conditions import ConditionData
+
+    columns = [name for name in _COLUMNS if getattr(args, name)]
+    if not columns and not args.upscale_factor:
+        return data
+    check_condition_options(args, data, args.dataset_name or folder, columns, skip_damaged)
+    found = ConditionData(upscale_factor=args.upscale_factor)
+    if columns:
+        found = read_columns(args, data, folder, split, found, text_encoder, progress_bar)
+    if not hasattr(data, "images"):  # a stream
+        data.conditions = found
+        return data
+    result = replace(data, conditions=found)
+    if "fingerprint" in vars(data):  # of the images alone, and slow to compute
+        vars(result)["fingerprint"] = data.fingerprint
+    return result
+
+
+def check_condition_options(
+    args: argparse.Namespace, data: Any, path: str | None, columns: list[str], skip_damaged: int
+) -> None:
+    """Raises `ValueError` for conditions that exclude each other or the options of the data."""
+    if args.upscale_factor and args.cond_image_column:
+        raise ValueError("give --cond_image_column or --upscale_factor, not both: each is the image condition")
+    if args.upscale_factor and any(size % args.upscale_factor for size in data.shape[1:]):
+        raise ValueError(
+            f"--upscale_factor must divide the size of the images, {data.shape[1]}×{data.shape[2]}, got "
+            f"{args.upscale_factor}; set --resolution"
+        )
+    if columns and path is None:
+        raise ValueError(f"--{columns[0]} needs a data set; set --dataset_name")
+    if columns and (skip_damaged or args.frames == "all"):
+        option = "skip_damaged" if skip_damaged else "frames all"
+        raise ValueError(
+            f"--{columns[0]} cannot be used with --{option}, because its rows must be those of the images"
+        )
+
+
+def read_columns(
+    args: argparse.Namespace,
+    data: Any,
+    folder: str | None,
+    split: str,
+    found: ConditionData,
+    text_encoder: tuple[Any, Any] | None,
+    progress_bar: bool,
+) -> ConditionData:
+    """`found` with the numbers, texts and images of the columns that the options name."""
     import torch
     from datasets.config import HF_DATASETS_CACHE
 
-    from ..data.conditions import ConditionData, read_vectors
+    from ..data.conditions import read_vectors
     from ..data.image_sources import open_source
-    from ..data.images import ImageSet, load_images
+    from ..data.images import load_images
     from ..data.text_table import embed_captions, read_captions
 
-    if not (args.cond_columns or args.cond_image_column or args.upscale_factor or args.caption_column):
-        return data
-    found = ConditionData(upscale_factor=args.upscale_factor)
-    if args.upscale_factor:
-        if args.cond_image_column:
-            raise ValueError("give --cond_image_column or --upscale_factor, not both: each is the image condition")
-        if any(size % args.upscale_factor for size in data.shape[1:]):
-            raise ValueError(
-                f"--upscale_factor must divide the size of the images, {data.shape[1]}×{data.shape[2]}, got "
-                f"{args.upscale_factor}; set --resolution"
-            )
-    names = ("cond_columns", "cond_image_column", "caption_column")
-    columns = next((name for name in names if getattr(args, name)), None)
-    path = args.dataset_name or folder
-    if columns and path is None:
-        raise ValueError(f"--{columns} needs a data set; set --dataset_name")
-    if columns and (skip_damaged or args.frames == "all"):
-        option = "skip_damaged" if skip_damaged else "frames all"
-        raise ValueError(f"--{columns} cannot be used with --{option}, because its rows must be those of the images")
-    shared = image_arguments(args, folder, False)
+    path, shared = str(args.dataset_name or folder), image_arguments(args, folder, False)
     names = ("config_name", "is_folder", "image_column", "label_column", "cache_dir", "allow_shared")
-    if args.cond_columns or args.caption_column:
-        rows = open_source(path, split, **{name: shared[name] for name in names}).data
+    rows, where = open_source(path, split, **{name: shared[name] for name in names}).data, f"{path!r} ({split})"
+    if args.cond_columns:
+        vectors, vector_names = read_vectors(rows, args.cond_columns, where)
+        found = replace(found, vectors=vectors, vector_names=vector_names)
     if args.caption_column:
-        captions = read_captions(rows, args.caption_column, f"{path!r} ({split})")
-        folder_of_texts = Path(args.cache_dir or HF_DATASETS_CACHE).expanduser() / "embedded_captions"
-        texts, chosen = embed_captions(*text_encoder, captions, folder_of_texts, progress_bar)
+        if text_encoder is None:
+            raise ValueError("--caption_column needs a text encoder")
+        captions = read_captions(rows, args.caption_column, where)
+        files = Path(args.cache_dir or HF_DATASETS_CACHE).expanduser() / "embedded_captions"
+        texts, chosen = embed_captions(text_encoder[0], text_encoder[1], captions, files, progress_bar)
         first = torch.tensor([each[0] for each in chosen])
         found = replace(found, texts=texts, captions=chosen, text_rows=first)
-    if args.cond_columns:
-        vectors, vector_names = read_vectors(rows, args.cond_columns, f"{path!r} ({split})")
-        found = replace(found, vectors=vectors, vector_names=vector_names)
     if args.cond_image_column:
         other = shared | {"image_column": args.cond_image_column, "image_mode": None}
         images = load_images(path, split, progress_bar=False, **other).images
@@ -81,15 +117,4 @@ def add_conditions(
                 f"{data.shape[2]}, got {images.shape[2]}×{images.shape[3]}; set --resolution"
             )
         found = replace(found, images=images)
-    if isinstance(data, ImageSet):
-        return replace_keeping_fingerprint(data, found)
-    data.conditions = found
-    return data
-
-
-def replace_keeping_fingerprint(data: Any, conditions: Any) -> Any:
-    """The images with conditions; their fingerprint is not computed again."""
-    result = replace(data, conditions=conditions)
-    if "fingerprint" in vars(data):
-        vars(result)["fingerprint"] = data.fingerprint
-    return result
+    return found

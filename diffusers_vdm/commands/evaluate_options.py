@@ -235,8 +235,12 @@ def load_data(
     num_classes: int | None,
     class_names: list[str] | None,
     progress_bar: bool,
+    with_conditions: bool = True,
 ):
-    """Loads the images to measure, with their classes if the model has `num_classes`, named `class_names` if known."""
+    """Loads the images to measure, with their classes if the model has `num_classes`, named `class_names` if known.
+
+    Without `with_conditions`, other conditions are left out, even if the model was trained with some.
+    """
     from ..data.image_sources import shared_with_other_splits
     from ..data.images import load_images
     from ..training.description import read_description
@@ -273,6 +277,8 @@ def load_data(
             raise SystemExit(f"--{name} must be that of the training, {trained}, or left out, got {given}")
         setattr(args, name, given or trained)
     try:
+        if not with_conditions:
+            args = argparse.Namespace(**vars(args) | dict.fromkeys(CONDITION_OPTIONS))
         encoder = text_encoder_of(args.model) if args.caption_column else None
         data = add_conditions(args, data, args.data_dir, args.split, 0, encoder, progress_bar)
     except (ValueError, OSError) as error:

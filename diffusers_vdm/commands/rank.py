@@ -12,7 +12,7 @@ probability that one of the other images has the higher score.
 
 The mean bits are those of --typical_split. Without it they are those of every second image, which this score then
 leaves out. Images of --other_data_dir and --other_dataset_name must be levels of the model: for a model with 17 levels
-their pixels are 0 to 16. A model with a null class measures images without their classes.
+their pixels are 0 to 16. A model measures images without the conditions whose null it knows, such as a null class.
 """
 
 from __future__ import annotations
@@ -180,18 +180,19 @@ def run_ranking(args: argparse.Namespace, device: Any) -> None:
             evaluate_mc(
                 model.bound,
                 data.images,
-                class_labels=labels_of(model, data),
                 num_samples=args.num_samples,
                 importance_sampling=args.importance_sampling,
                 batch_size=args.batch_size,
                 seed=seeds.get(name, args.seed),
                 device=device,
+                **conditions_needed(model, data),
             )
             for model in used
         ]
     seconds = time.perf_counter() - start
     measured = scored(args, sets, results, files)
-    report = report_of(args, sets, results, measured) | {"seconds": seconds}
+    conditions = sorted(conditions_needed(models[0], sets["in"]))
+    report = report_of(args, sets, results, measured, conditions) | {"seconds": seconds}
     for path, write in (
         (args.output, lambda path: write_atomically(path, json.dumps(report, allow_nan=False) + "\n")),
         (args.picture, lambda path: draw(path, args.num_images, measured, models[0].num_levels)),
@@ -253,7 +254,7 @@ def load_classes(args: argparse.Namespace, models: list[Model], num_levels: int)
     """Images, with the classes that some of the models need; `ValueError` if they are not known."""
     needing = [model for model in models if model.num_classes is not None]
     first = needing[0] if needing else replace(models[0], num_classes=None)
-    data = load_data(args, num_levels, first.num_classes, first.class_names, True)
+    data = load_data(args, num_levels, first.num_classes, first.class_names, True, any(map(needs, models)))
     for model in needing:
         if data.labels is None:
             raise ValueError(
@@ -287,8 +288,19 @@ def in_levels(data: Any, num_levels: int) -> Any:
     return replace(data, num_levels=num_levels)
 
 
-def labels_of(model: Model, data: Any) -> Any:
-    return data.labels if model.num_classes is not None else None
+def needs(model: Model) -> set[str]:
+    """The conditions whose null the network does not know."""
+    from ..conditions import conditions_taken
+
+    return {name for name, has_null in conditions_taken(model.bound.unet).items() if not has_null}
+
+
+def conditions_needed(model: Model, data: Any) -> dict[str, Any]:
+    """The conditions of the images without which the network cannot measure them."""
+    from ..data.conditions import conditions_of
+
+    given = conditions_of(model.bound.unet, data.images, model.num_levels, data.labels, data.conditions)
+    return {name: value for name, value in given.items() if name in needs(model) | {"encoder_attention_mask"}}
 
 
 def files_of(args: argparse.Namespace, name: str, data: Any) -> list[str] | None:
@@ -412,14 +424,18 @@ def summary_of(measured: Measured) -> dict[str, Any]:
 
 
 def report_of(
-    args: argparse.Namespace, sets: dict[str, Any], results: dict[str, list[Any]], measured: dict[str, Measured]
+    args: argparse.Namespace,
+    sets: dict[str, Any],
+    results: dict[str, list[Any]],
+    measured: dict[str, Measured],
+    conditions: list[str],
 ) -> dict[str, Any]:
     """Everything that was measured."""
     dims = sets["in"].images[0].numel()
     report: dict[str, Any] = {
         "model": args.model, "reference_model": args.reference_model, "num_samples": args.num_samples,
         "importance_sampling": args.importance_sampling,
-        "seed": args.seed, "num_dimensions": dims, **summary_of(measured["in"]),
+        "conditions": conditions, "seed": args.seed, "num_dimensions": dims, **summary_of(measured["in"]),
     }  # fmt: skip
     if "typical" in sets:
         report["typical"] = {"data": sets["typical"].name, "num_images": len(sets["typical"])}

@@ -40,7 +40,9 @@ def with_conditions(args: argparse.Namespace, train, test, progress_bar: bool):
 
         encoder = load_text_encoder(args.text_encoder)
     folder = args.train_data_dir
-    train, test = (add_conditions(args, *each[:1], folder, *each[1:], encoder, progress_bar) for each in splits)
+    train, test = (
+        add_conditions(args, data, folder, split, skip, encoder, progress_bar) for data, split, skip in splits
+    )
     if train.conditions is not None and train.conditions.images is not None and args.random_shift:
         raise ValueError("--random_shift cannot be used with --cond_image_column, whose images it does not move")
     return train, test

@@ -46,7 +46,7 @@ class ConditionData:
         for values in (self.vectors, self.images):
             if values is not None:
                 digest.update(repr(tuple(values.shape)).encode())
-                digest.update(values.contiguous().numpy())
+                digest.update(values.contiguous().numpy().tobytes())
         if self.texts is not None:
             digest.update(repr((self.texts.fingerprint, self.captions)).encode())
         return digest.hexdigest()
@@ -119,7 +119,7 @@ def conditions_of(
     labels: torch.Tensor | None,
     data: ConditionData | None,
     without_text: torch.Tensor | None = None,
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Any]:
     """Those conditions of a data set that a network takes, by their names in conditions.py, with a row for each image.
 
     Images become x in [−1, 1]. Conditions that the data set does not have are left out. Images for which

@@ -169,13 +169,12 @@ def load_text_encoder(name: str) -> tuple[Any, Any]:
     try:
         import transformers
     except ImportError:
-        raise ValueError(
-            "captions need transformers, which is not installed: pip install 'diffusers_vdm[text]'"
-        ) from None
-    shared = {"trust_remote_code": False}
+        raise ValueError("captions need transformers, which is not installed: pip install transformers") from None
+    shared: Any = {"trust_remote_code": False}
     config = transformers.AutoConfig.from_pretrained(name, **shared)
-    is_clip = config.model_type == "clip"
-    cls = transformers.CLIPTextModel if is_clip else transformers.AutoModelForTextEncoding
-    encoder = cls.from_pretrained(name, use_safetensors=True, **({} if is_clip else shared))
+    if config.model_type == "clip":  # both towers; AutoModelForTextEncoding knows only the text model alone
+        encoder: Any = transformers.CLIPTextModel.from_pretrained(name, use_safetensors=True)
+    else:
+        encoder = transformers.AutoModelForTextEncoding.from_pretrained(name, use_safetensors=True, **shared)
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, **shared)
     return encoder.eval().requires_grad_(False), tokenizer

@@ -122,6 +122,8 @@ def use_section(run: CardSource) -> str:
         label += f", cond_vectors={[0.0] * config.cond_dim}"
     if config.get("cond_channels") is not None and not config.get("null_images"):
         label += ", image=small_image"
+    if config.get("cross_attention_dim") is not None:
+        label += ', prompt="…"'
     loaded = literal(run.repo_id or ".") + (f", variant={literal(run.variant)}" if run.variant else "")
     code = [
         "import torch",
@@ -138,6 +140,8 @@ def use_section(run: CardSource) -> str:
     if classes is not None:
         null = "without `class_labels`, images are of all classes" if has_null else "`class_labels` must be given"
         hints.append(f"`class_labels` are classes in [0, {classes}), one for all images or one per image; {null}.")
+    if config.get("cross_attention_dim") is not None:
+        hints.append("`prompt` is a text for all images, or one per image; without it, the text is empty.")
     if config.get("cond_dim") is not None:
         null = "optional" if config.get("null_vectors") else "needed"
         hints.append(f"`cond_vectors` ({null}) are {config.cond_dim} numbers, one vector for all or one per image.")

@@ -87,6 +87,7 @@ def keyed_batch(
     positions = [step * global_batch_size + i for i in rows]
     known = data.conditions or ConditionData()
     vectors = others = text_rows = None
+    index = torch.zeros(0, dtype=torch.int64)
     if isinstance(data, ImageSet):
         index = batch_indices(positions, len(data), seed)
         images, labels = data.images[index], None if data.labels is None else data.labels[index]

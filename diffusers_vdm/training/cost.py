@@ -41,7 +41,7 @@ class TrainingCost:
         return self.fixed_bytes + batch_size * self.activation_bytes_per_image
 
 
-def conditions_of_zeros(unet: nn.Module, batch_size: int) -> dict[str, torch.Tensor]:
+def conditions_of_zeros(unet: nn.Module, batch_size: int) -> dict[str, Any]:
     """All conditions that a network takes, of zeros, in a batch."""
     config: Any = getattr(unet, "config", None) or {}
     size = config.get("sample_size") or 1

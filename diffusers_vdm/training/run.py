@@ -9,6 +9,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -171,7 +172,7 @@ class Run:
         workers = 1 if args.streaming else max(1, args.dataloader_num_workers)
         return in_order(make, keys, workers, look_ahead=2 * workers)
 
-    def conditions_of_batch(self, batch: KeyedBatch) -> dict[str, torch.Tensor]:
+    def conditions_of_batch(self, batch: KeyedBatch) -> dict[str, Any]:
         """The conditions of a batch, with the null instead of those that are withheld."""
         given = conditions_of(
             self.unet, batch.images, self.data.num_levels, batch.labels, batch.conditions,
@@ -187,7 +188,7 @@ class Run:
             for name, value in given.items()
         }
 
-    def example_conditions(self, rows: range) -> dict[str, torch.Tensor]:
+    def example_conditions(self, rows: range) -> dict[str, Any]:
         """The conditions of samples: those of held-out images, without classes that may be left out."""
         taken = conditions_taken(self.unet)
         given = {k: v for k, v in self.held_out_conditions.items() if k != "class_labels" or not taken[k]}
@@ -246,7 +247,7 @@ class Run:
         finally:
             self.bound.to("cpu")  # free the memory of the device for training
 
-    def held_out(self, test, num_images: int | None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def held_out(self, test, num_images: int | None) -> tuple[torch.Tensor, dict[str, Any]]:
         """The first held-out images, and their conditions."""
         images = test.images[:num_images]
         part = None if test.conditions is None else test.conditions.slice(slice(num_images))
