@@ -40,10 +40,11 @@ def test_prompts_are_obeyed_as_a_classifier_that_was_trained_apart_counts(tmp_pa
     median = captioned_digits(tmp_path / "digits")
     tiny_text_encoder(hidden_size=32).save_pretrained(tmp_path / "encoder")
     tiny_tokenizer().save_pretrained(tmp_path / "encoder")
+    # the unweighted objective: of the bits of an image, few depend on its text
     options = (
-        "--caption_column captions --width 32 --max_train_steps 1500 --optimizer muon --muon_learning_rate 0.02 "
-        "--learning_rate 2e-3 --gamma_min -7 --ema_max_decay 0.998 --lr_warmup_steps 100 --eval_steps 0 "
-        "--mixed_precision no --eval_samples 2 --num_images 4 --ddpm_num_inference_steps 5 --logger none"
+        "--caption_column captions --width 32 --max_train_steps 1500 --objective ddpm --schedule fixed_linear "
+        "--gamma_min -8 --learning_rate 2e-3 --ema_max_decay 0.998 --lr_warmup_steps 100 --eval_steps 0 "
+        "--mixed_precision no --num_threads 1 --eval_samples 2 --num_images 4 --ddpm_num_inference_steps 5"
     )
     out = tmp_path / "out"
     run_example("train.py", "--output_dir", out, "--train_data_dir", tmp_path / "digits", "--text_encoder",
@@ -63,4 +64,4 @@ def test_prompts_are_obeyed_as_a_classifier_that_was_trained_apart_counts(tmp_pa
         right += list(classifier.predict(images.reshape(len(images), -1)) == np.repeat(np.arange(10), EACH))
         styles += list((images.sum((1, 2)) > median) == (style == "bold"))
     # 0.1 and 0.5 by chance
-    assert np.mean(right) > 0.6 and np.mean(styles) > 0.75
+    assert np.mean(right) > 0.75 and np.mean(styles) > 0.75
