@@ -45,6 +45,7 @@ ENTRIES: dict[str, dict[str, dict[str, Any]]] = {
         "port-1e-3": {**_PAPER, **_PORT, "--learning_rate": 1e-3, "--train_batch_size": 32},
         "port-2e-3": {**_PAPER, **_PORT, "--learning_rate": 2e-3, "--train_batch_size": 32},
         "port-8e-3": {**_PAPER, **_PORT, "--learning_rate": 8e-3, "--train_batch_size": 32},
+        "port-16e-3": {**_PAPER, **_PORT, "--learning_rate": 16e-3, "--train_batch_size": 32},
         "default": {**_PAPER, **_HALF, "--learning_rate": 2e-3, "--ema_max_decay": 0.999, "--train_batch_size": 32},
         "fast": {"--preset": "cifar10-fast", **_HALF},
         # the same with other numbers of channels, for the scaling rule
@@ -73,7 +74,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--datasets", nargs="+", choices=sorted(ENTRIES), default=["digits", "cifar10"])
     parser.add_argument("--cifar10", default="uoft-cs/cifar10", help="data set on the Hub, or a local copy of it")
-    parser.add_argument("--names", nargs="+", help="entries to run, in the data sets that have them; all if not given")
+    parser.add_argument("--names", nargs="+", help="entries to run and to draw, in the data sets that have them")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--budget", type=float, default=1.0, help="FLOPs, in units of the reference run")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -282,7 +283,7 @@ def main() -> None:
         rows = save(args.output, train(args, *run))
     print(table(rows))
     if args.figure:
-        draw(rows, args.figure)
+        draw([row for row in rows if args.names is None or row["name"] in args.names], args.figure)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from . import call_arguments, diffusion
@@ -25,7 +26,8 @@ def condition_vectors(value: Any, cond_dim: int) -> torch.Tensor:
     Raises: `TypeError` or `ValueError` unless `value` is a list, an array or a tensor of numbers of these shapes.
     """
     try:
-        found = torch.as_tensor(value)
+        # Python's numbers are float64, as those of the training are; float32 would lose digits of large ones
+        found = torch.as_tensor(np.asarray(value) if isinstance(value, list | tuple) else value)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(
             f"cond_vectors must be a list, an array or a tensor of numbers, got a {type(value).__name__}."
@@ -101,6 +103,8 @@ def prompt_conditions(
         if not torch.is_tensor(embeds) or embeds.ndim != 3:
             raise TypeError(f"{name}_embeds must be a torch.Tensor of shape (B, L, D).")
         mask = torch.ones(embeds.shape[:2], dtype=torch.int64) if mask is None else mask
+        if not torch.is_tensor(mask):
+            raise TypeError(f"{name}_attention_mask must be a torch.Tensor of shape (B, L).")
         return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask.to(embeds.device)}
     if mask is not None:
         raise ValueError(f"{name}_attention_mask needs {name}_embeds; a {name} has its own.")

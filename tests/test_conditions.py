@@ -385,6 +385,13 @@ def test_a_vector_for_all_images_is_one_for_each():
     assert not torch.allclose(drawn(pipe, 3, cond_vectors=[[0.5, -2.0]] * 3, guidance_scale=3.0), one)
 
 
+def test_large_numbers_keep_the_digits_in_which_they_differ():
+    pipe = pipe_with(cond_dim=1, cond_mean=[1.7e9], cond_std=[10.0])
+    drawings = [drawn(pipe, 1, cond_vectors=[1.7e9 + shift]) for shift in (0.0, 5.0)]
+    assert not torch.allclose(*drawings, atol=1e-4)
+    torch.testing.assert_close(drawings[0], drawn(pipe_with(cond_dim=1), 1, cond_vectors=[0.0]))
+
+
 def test_classes_vectors_and_images_are_conditions_together():
     pipe = pipe_with(cond_dim=1, num_class_embeds=3, cond_channels=1, null_images=True)
     picture = torch.rand(1, 4, 4, generator=seeded(3))

@@ -243,6 +243,7 @@ class InpaintedPipeline(VDMPipeline):
     """A pipeline around a network that is no model of diffusers."""
 
     _execution_device = torch.device("cpu")
+    text_encoder = tokenizer = None
 
     def __init__(self, unet, scheduler):
         self._internal_dict = FrozenDict(num_levels=256)

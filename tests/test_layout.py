@@ -299,6 +299,7 @@ SUBJECTS = {
     "commands/test_locks.py": "two runs in one place",
     "commands/test_main.py": "commands/__main__.py",
     "commands/test_resume.py": "runs that were stopped",
+    "commands/test_text_training.py": "a training with captions",
     "data/test_hub_data_sets.py": "data sets on the Hub",
     "evaluation/test_exact_likelihood.py": "the bounds of data whose probabilities are known",
     "evaluation/test_monte_carlo_statistics.py": "the statistics of monte_carlo.py",

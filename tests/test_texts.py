@@ -234,6 +234,7 @@ CALLS = [
     ({"prompt_embeds": torch.zeros(2, 12, 8)}, ValueError, r"encoder_hidden_states must have shape \(2, L, 16\)"),
     ({"prompt_embeds": torch.full((2, 12, 16), math.nan)}, ValueError, "encoder_hidden_states must be finite"),
     ({"prompt_embeds": torch.zeros(12, 16)}, TypeError, r"prompt_embeds must be a torch.Tensor of shape \(B, L, D\)"),
+    ({"prompt_embeds": torch.zeros(1, 2, 16), "prompt_attention_mask": [[1, 1]]}, TypeError, "mask must be a torch.T"),
     ({"prompt_attention_mask": torch.ones(2, 12)}, ValueError, "prompt_attention_mask needs prompt_embeds"),
     ({"prompt": "a", "negative_prompt": "b"}, ValueError, "negative_prompt has no effect with guidance_scale=1"),
     ({"prompt": "a", "negative_prompt": ["b"] * 3, "guidance_scale": 2.0}, ValueError, "one text or 2 of them, got 3"),

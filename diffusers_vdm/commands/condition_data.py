@@ -68,7 +68,11 @@ def check_condition_options(
             f"{args.upscale_factor}; set --resolution"
         )
     if columns and path is None:
-        raise ValueError(f"--{columns[0]} needs a data set; set --dataset_name")
+        raise ValueError(f"--{columns[0]} needs a data set; set --dataset_name, or a folder of images")
+    if len(set(args.cond_columns or ())) < len(args.cond_columns or ()):
+        raise ValueError(f"--cond_columns must be different columns, got {args.cond_columns}")
+    if args.cond_image_column and args.cond_image_column == getattr(data, "image_column", None):
+        raise ValueError(f"--cond_image_column must not be the column of the images, {args.cond_image_column}")
     if columns and (skip_damaged or args.frames == "all"):
         option = "skip_damaged" if skip_damaged else "frames all"
         raise ValueError(
@@ -110,7 +114,10 @@ def read_columns(
         found = replace(found, texts=texts, captions=chosen, text_rows=first)
     if args.cond_image_column:
         other = shared | {"image_column": args.cond_image_column, "image_mode": None}
-        images = load_images(path, split, progress_bar=False, **other).images
+        try:
+            images = load_images(path, split, progress_bar=False, **other).images
+        except ValueError as error:
+            raise ValueError(f"--cond_image_column {args.cond_image_column}: {error}") from error
         if any(a > b for a, b in zip(images.shape[2:], data.shape[1:], strict=True)):
             raise ValueError(
                 f"--cond_image_column must have images of at most the size of the others, {data.shape[1]}×"

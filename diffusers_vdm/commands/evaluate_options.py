@@ -273,7 +273,8 @@ def load_data(
             raise SystemExit(f"the data: {error}{hint}") from error
     for name in CONDITION_OPTIONS:
         given, trained = getattr(args, name), recorded.get(name)
-        if given and trained and given != trained:
+        # another data set may have its texts and images in another column, but the numbers must be the same ones
+        if name in ("cond_columns", "upscale_factor") and given and trained and given != trained:
             raise SystemExit(f"--{name} must be that of the training, {trained}, or left out, got {given}")
         setattr(args, name, given or trained)
     try:

@@ -38,7 +38,14 @@ def with_conditions(args: argparse.Namespace, train, test, progress_bar: bool):
     if args.caption_column:
         from ..data.text_table import load_text_encoder
 
-        encoder = load_text_encoder(args.text_encoder)
+        try:
+            encoder = load_text_encoder(args.text_encoder)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"--text_encoder must be a folder or a repository with an encoder and a tokenizer of transformers, "
+                f"got {args.text_encoder!r} ({reason})"
+            ) from error
     folder = args.train_data_dir
     train, test = (
         add_conditions(args, data, folder, split, skip, encoder, progress_bar) for data, split, skip in splits

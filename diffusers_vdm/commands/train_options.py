@@ -228,6 +228,7 @@ def condition_arguments_of(args: argparse.Namespace, data) -> dict[str, Any]:
 def build(args: argparse.Namespace, data):
     """Builds the network and γ(t)."""
     from .. import noise_schedules as S
+    from ..conditions import conditions_taken
     from ..multiscale import VDMMultiscale2DModel, channels_of, fast_arguments
     from ..text_unet import text_arguments
     from ..training.batches import NUM_AUGMENTATION_FLAGS
@@ -258,6 +259,13 @@ def build(args: argparse.Namespace, data):
     config |= condition_arguments_of(args, data)
     # `from_config` would take a preset for a config of diffusers, which has another default initialization
     unet: Any = cls(**config) if args.preset else cls.from_config(config)
+    named = {
+        "class_labels": args.class_conditional, "cond_vectors": args.cond_columns,
+        "cond_images": args.cond_image_column or args.upscale_factor, "encoder_hidden_states": args.caption_column,
+    }  # fmt: skip
+    for name in conditions_taken(unet):
+        if not named[name]:
+            raise ValueError(f"the network takes {name}, but no option names them; see docs/conditions.md")
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     ends = {"gamma_min": args.gamma_min, "gamma_max": args.gamma_max}

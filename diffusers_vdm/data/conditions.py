@@ -55,8 +55,8 @@ class ConditionData:
         """Mean and standard deviation of each number; a number that is constant has the standard deviation 1."""
         if self.vectors is None:
             return [], []
-        std = self.vectors.std(0, correction=0)
-        return self.vectors.mean(0).tolist(), torch.where(std > 0, std, 1.0).tolist()
+        std, is_constant = self.vectors.std(0, correction=0), self.vectors.amax(0) == self.vectors.amin(0)
+        return self.vectors.mean(0).tolist(), torch.where(is_constant, 1.0, std).tolist()
 
     def num_channels(self, image_channels: int) -> int | None:
         """Channels of the images that are a condition of images with `image_channels`; `None` without them."""

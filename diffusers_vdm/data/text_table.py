@@ -21,6 +21,7 @@ from ..texts import NULL_TEXT, encode_texts, text_length
 # version of the files; increase it if the same texts give other values
 CACHE_VERSION = 1
 _BATCH = 64
+_NOT_OF_THE_MODEL = ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype")
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def embed_captions(
     indices = tuple(tuple(number[text] for text in each) for each in captions)
     length = text_length(text_encoder, tokenizer)
     digest = hashlib.blake2b(digest_size=16)
-    for part in (str(CACHE_VERSION), str(length), _tokenizer_json(tokenizer), text_encoder.config.to_json_string()):
+    for part in (str(CACHE_VERSION), str(length), _tokenizer_json(tokenizer), _config_json(text_encoder)):
         digest.update(part.encode())
     for name, value in sorted(text_encoder.state_dict().items()):
         digest.update(name.encode())
@@ -111,6 +112,13 @@ def embed_captions(
     if table is None:
         raise OSError(f"the embedded captions cannot be read from {path}, although they were just written.")
     return table, indices
+
+
+def _config_json(text_encoder: Any) -> str:
+    """The class and the config of an encoder, without what saving or loading it writes into the config."""
+    config = text_encoder.config.to_dict()
+    kept = {name: value for name, value in config.items() if name not in _NOT_OF_THE_MODEL}
+    return type(text_encoder).__name__ + json.dumps(kept, sort_keys=True, default=str)
 
 
 def _tokenizer_json(tokenizer: Any) -> str:

@@ -207,7 +207,7 @@ def test_a_conditional_model_is_refused(tmp_path):
     scheduler = VDMScheduler(gamma_min=-13.3)
     VDMPipeline(tiny_unet(num_class_embeds=3), scheduler).save_pretrained(tmp_path / "m")
     np.savez(tmp_path / "a.npz", np.zeros((2, 8, 8, 3), dtype=np.uint8))
-    with pytest.raises(SystemExit, match=r"without classes"):
+    with pytest.raises(SystemExit, match=r"works without class_labels"):
         run(compress, "--model", tmp_path / "m", "--data_dir", tmp_path / "a.npz", "--output", tmp_path / "f")
     assert not (tmp_path / "f").exists()
 

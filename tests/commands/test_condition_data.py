@@ -12,6 +12,7 @@ from diffusers_vdm import VariationalBound, VDMPipeline, evaluate_mc, noise_sche
 from diffusers_vdm.data.conditions import low_resolution
 from diffusers_vdm.data.images import load_digits_split
 from diffusers_vdm.diffusion import x_from_levels
+from tests.models import tiny_preset
 from tests.running import SHORT_TRAINING, metrics_of, run_command, run_example
 
 OPTIONS = f"{SHORT_TRAINING} --logger none --num_threads 1 --width 16 --preset fast"
@@ -138,7 +139,10 @@ REFUSED = [
     (["--train_data_dir", "{data}", "--cond_columns", "mass", "--streaming"], "cannot be used with --streaming"),
     (["--train_data_dir", "{data}", "--cond_columns", "mass", "--skip_damaged", "1"], "cannot be used with --skip_d"),
     (["--train_data_dir", "{data}", "--cond_image_column", "image", "--upscale_factor", "2"], "not both"),
-    (["--train_data_dir", "{data}", "--cond_image_column", "image", "--random_shift", "1"], "--random_shift cannot"),
+    (["--train_data_dir", "{data}", "--cond_image_column", "image"], "must not be the column of the images"),
+    (["--train_data_dir", "{data}", "--cond_image_column", "mass"], "--cond_image_column mass: image_column must"),
+    (["--train_data_dir", "{data}", "--cond_columns", "mass", "mass"], "--cond_columns must be different columns"),
+    (["--train_data_dir", "{data}", "--caption_column", "mass", "--text_encoder", "{data}"], "--text_encoder must be"),
 ]
 
 
@@ -151,3 +155,14 @@ def test_wrong_conditions_are_refused_before_any_step(folder, tmp_path, argument
     given += ["--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache")]
     with pytest.raises(ValueError, match=message):
         load_data(parse_options("", given), progress_bar=False)
+
+
+def test_a_network_of_a_condition_that_nothing_names_is_refused(tmp_path):
+    from diffusers_vdm.commands.train_data import load_data
+    from diffusers_vdm.commands.train_options import build, parse_options
+
+    tiny_preset(cond_dim=2, null_vectors=True).save_config(tmp_path / "network")
+    arguments = ["--output_dir", str(tmp_path / "out"), "--model_config_name_or_path", str(tmp_path / "network")]
+    args = parse_options("", arguments)
+    with pytest.raises(ValueError, match="the network takes cond_vectors, but no option names them"):
+        build(args, load_data(args, progress_bar=False)[0])

@@ -41,7 +41,8 @@ def test_values_that_are_no_numbers_are_refused_by_their_column(columns, names, 
 
 
 def test_statistics_standardize_and_a_constant_is_left_as_it_is():
-    values = torch.tensor([[1.0, 7.0], [3.0, 7.0], [8.0, 7.0]], dtype=torch.float64)
+    # the mean of three times 0.1 is not 0.1
+    values = torch.tensor([[1.0, 0.1], [3.0, 0.1], [8.0, 0.1]], dtype=torch.float64)
     mean, std = ConditionData(values, ("a", "b")).statistics()
     standard = (values - torch.tensor(mean)) / torch.tensor(std)
     torch.testing.assert_close(standard.mean(0), torch.zeros(2).double(), rtol=0, atol=1e-6)

@@ -42,6 +42,9 @@ def test_the_file_is_read_again_and_another_encoder_has_another_one(tmp_path, mo
     changed, _ = embedded(tmp_path, encoder=other)
     assert changed.fingerprint != table.fingerprint and not torch.equal(changed.tokens, table.tokens)
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    again = tiny_text_encoder()
+    again.save_pretrained(tmp_path / "saved")  # writes its class into its config
+    assert embedded(tmp_path, encoder=again)[0].fingerprint == table.fingerprint
     more, _ = embedded(tmp_path, [*CAPTIONS, ["nine"]])
     assert more.fingerprint not in (table.fingerprint, changed.fingerprint)
 
