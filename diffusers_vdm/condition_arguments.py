@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from . import call_arguments, diffusion
-from .conditions import check_conditions
-from .editing import unit_values
+from .conditions import check_conditions, given_conditions
+from .editing import image_levels
 from .texts import check_texts, encode_texts
 
 _WORDS = {"class_labels": "class", "cond_vectors": "vector", "cond_images": "image",
@@ -37,12 +37,6 @@ def condition_vectors(value: Any, cond_dim: int) -> torch.Tensor:
     if found.ndim not in (1, 2) or found.shape[-1] != cond_dim or not len(found):
         raise ValueError(f"cond_vectors must have shape ({cond_dim},) or (B, {cond_dim}), got {tuple(found.shape)}.")
     return found.to(torch.promote_types(found.dtype, torch.float32))
-
-
-def condition_images(value: Any, num_levels: int) -> torch.Tensor:
-    """Images in [0, 1], as [`image_levels`] takes them, rounded to levels and then in [−1, 1]: `(B, C, h, w)`."""
-    levels = (unit_values("image", value) * (num_levels - 1)).round().long()
-    return diffusion.x_from_levels(levels, num_levels, torch.float32)
 
 
 def conditions_of_call(
@@ -71,7 +65,8 @@ def conditions_of_call(
     single = {name for name, value in given.items() if value.ndim < dimensions[name]}
     given = {name: value[None] if name in single else value for name, value in given.items()}
     if image is not None:
-        given["cond_images"] = condition_images(image, num_levels)
+        levels = image_levels("image", image, None, num_levels)
+        given["cond_images"] = diffusion.x_from_levels(levels, num_levels, torch.float32)
     elif cond_images is not None:
         if not torch.is_tensor(cond_images) or cond_images.ndim != 4 or not cond_images.is_floating_point():
             raise TypeError("cond_images must be a floating-point torch.Tensor of shape (B, C, h, w).")
@@ -135,7 +130,7 @@ def batch_of_conditions(
 
     Raises: `ValueError`, `TypeError` for numbers that do not fit each other, and as [`check_conditions`].
     """
-    given = {name: value for name, value in conditions.items() if value is not None}
+    given = given_conditions(conditions)
     if batch_size is not None:
         batch_size = call_arguments.positive_integer("batch_size", batch_size)
     each = call_arguments.positive_integer("num_images_per_prompt", each)

@@ -38,6 +38,11 @@ def conditions_taken(network: Any) -> dict[str, bool]:
     return {name: bool(config.get(_NULLS.get(name, ""), False)) for name in names}
 
 
+def conditions_needed(network: Any) -> list[str]:
+    """The conditions without which a network cannot be called, because it does not know their null."""
+    return [name for name, has_null in conditions_taken(network).items() if not has_null]
+
+
 def given_conditions(conditions: Mapping[str, Any]) -> dict[str, Any]:
     """The conditions that are not `None`; raises `TypeError` for arguments that are no conditions."""
     for name in conditions:

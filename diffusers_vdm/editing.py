@@ -129,21 +129,21 @@ def checked_edit(
     return Edit(levels, num_levels, repainted_values(mask_image, shape), strength or 1.0, num_resamples)
 
 
-def image_levels(name: str, image: Any, shape: tuple[int, int, int], num_levels: int) -> torch.Tensor:
+def image_levels(name: str, image: Any, shape: tuple[int, int, int] | None, num_levels: int) -> torch.Tensor:
     """Images as integers in [0, `num_levels`).
 
     Args:
         name (`str`): the argument that `image` is, for errors.
         image: a PIL image, an array `(H, W, C)` or `(B, H, W, C)`, a tensor `(C, H, W)` or `(B, C, H, W)`, with values
             in [0, 1] or, if they are uint8, in [0, 255]; or a list of these.
-        shape (`tuple[int, int, int]`): `(C, H, W)` that they must have.
+        shape (`tuple[int, int, int]`, *optional*): `(C, H, W)` that they must have; any if not given.
         num_levels (`int`): levels of the model; values are rounded to k/(num_levels − 1).
 
     Returns: int64 `torch.Tensor` of shape `(B, C, H, W)`.
     Raises: `TypeError` for other types; `ValueError` for another shape, and for values outside of the range.
     """
-    values = unit_values(name, image)
-    if tuple(values.shape[1:]) != shape or not len(values):
+    values = _unit_values(name, image)
+    if shape is not None and (tuple(values.shape[1:]) != shape or not len(values)):
         raise ValueError(
             f"{name} must have the {shape[0]} channels and the size {shape[1:]} of the model, got "
             f"{values.shape[1]} channels and {tuple(values.shape[2:])}; convert and resize it."
@@ -156,7 +156,7 @@ def repainted_values(mask: Any, shape: tuple[int, int, int]) -> torch.Tensor:
 
     Raises: `TypeError` and `ValueError` as [`image_levels`]; the mask has one channel.
     """
-    values = unit_values("mask_image", mask, is_mask=True)
+    values = _unit_values("mask_image", mask, is_mask=True)
     if values.shape[1] == 3 and bool((values == values[:, :1]).all()):  # gray, saved in color
         values = values[:, :1]
     if tuple(values.shape[1:]) != (1, *shape[1:]):
@@ -186,7 +186,7 @@ def great_circle(a: torch.Tensor, b: torch.Tensor, share: torch.Tensor) -> torch
     return mixed.to(a.dtype)
 
 
-def unit_values(name: str, image: Any, is_mask: bool = False) -> torch.Tensor:
+def _unit_values(name: str, image: Any, is_mask: bool = False) -> torch.Tensor:
     """Images of any kind as float32 values in [0, 1], `(B, C, H, W)`."""
     each = image if isinstance(image, list | tuple) else [image]
     if not each:

@@ -1,17 +1,22 @@
-"""Atomic writes, file hashes, and a lock that is released when its process ends."""
+"""Atomic writes, files that one process writes for all, hashes, and a lock that is released when its process ends."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import json
+import math
 import os
+import struct
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeVar
+
+_Content = TypeVar("_Content")
 
 
 @contextmanager
@@ -34,6 +39,51 @@ def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
     """Writes `content` to `path` without ever replacing a good file by an incomplete one."""
     with whole_file(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def safetensors_header(tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str] | None) -> bytes:
+    """The start of a safetensors file, up to the values of its tensors, which follow in the same order.
+
+    Args:
+        tensors: the type, one of `"U8"`, `"F32"` and `"I64"`, and the shape of each; the largest type must come first.
+        metadata (`Mapping[str, str]`, *optional*): texts about the file.
+    """
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    stop = 0
+    for name, (dtype, shape) in tensors.items():
+        start, stop = stop, stop + {"U8": 1, "F32": 4, "I64": 8}[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
+    content = json.dumps(header).encode()
+    content += b" " * (-len(content) % 8)
+    return struct.pack("<Q", len(content)) + content
+
+
+def read_or_write(
+    path: Path, what: str, read: Callable[[bool], _Content | None], write: Callable[[], None]
+) -> _Content:
+    """What is in a file that one process writes if it does not exist or is damaged.
+
+    Args:
+        path (`Path`): the file; its folder is created.
+        what (`str`): its content, for the error.
+        read: returns its content, or `None`; called with whether it should warn of a damaged file.
+        write: writes it, while no other process does.
+
+    Raises: `OSError` if it cannot be read after it was written.
+    """
+    from filelock import FileLock
+
+    found = read(True)
+    if found is None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):  # released even if the process dies
+            found = read(False)  # another process may have written it meanwhile
+            if found is None:
+                write()
+                found = read(True)
+    if found is None:
+        raise OSError(f"{what} cannot be read from {path}, although they were just written.")
+    return found
 
 
 def file_digest(path: str | os.PathLike) -> str:

@@ -135,8 +135,8 @@ class GuidedNetwork(nn.Module):
         """
         if return_dict:
             raise ValueError("return_dict must be False for a GuidedNetwork, got True.")
-        self.check_guidable(conditions)
         given = given_conditions(conditions)
+        self.check_guidable(given)
         timesteps = one_for_each(timestep, sample)
         if self.guider is not None:
             return (self._by_guider(sample, timesteps, given),)

@@ -41,7 +41,7 @@ from .network_inputs import (
     one_for_each,
 )
 from .noise_schedules import check_ends, check_num_train_timesteps
-from .unet import ImageAttnProcessor, check_groups, check_preset, check_size
+from .unet import ImageAttnProcessor, check_groups, check_preset, check_size, num_resolutions
 from .whole_models import WholeModelMixin
 
 
@@ -293,13 +293,11 @@ MULTISCALE_PRESETS: dict[str, dict[str, Any]] = {
 def fast_arguments(size: tuple[int, int], num_levels: int, num_images: int | None) -> dict[str, Any]:
     """Arguments of [`VDMMultiscale2DModel`] for images of this size, of which there are `num_images` for training.
 
-    Each level halves the one above while the shorter side stays at 7 or more; images of 32×32 get the three levels of
-    `cifar10-fast`. Fewer than 10,000 images get dropout, because the network would learn them by heart. The output of
-    values of at most 32 levels is the probability of each level.
+    They have the levels of [`num_resolutions`]; images of 32×32 get the three of `cifar10-fast`. Fewer than 10,000
+    images get dropout, because the network would learn them by heart. The output of values of at most 32 levels is the
+    probability of each level.
     """
-    levels = 1
-    while all(side % 2**levels == 0 for side in size) and (min(size) >> levels >= 7 or levels == 1):
-        levels += 1
+    levels = num_resolutions(size)
     return {
         "block_out_channels": channels_of(32, levels),
         "layers_per_block": (2,) * (levels - 1) + (1,) if levels > 1 else (3,),

@@ -113,8 +113,7 @@ def check_inputs(
 ) -> None:
     """Raises `ValueError` for a sample, conditions or flags that a network of ours cannot take."""
     config = network.config
-    if sample.ndim != 4 or sample.shape[1] != config.in_channels:
-        raise ValueError(f"sample must have shape (B, {config.in_channels}, H, W), got {tuple(sample.shape)}.")
+    check_sample(config, sample)
     factor = 2 ** (len(config.block_out_channels) - 1)
     if sample.shape[2] % factor or sample.shape[3] % factor:
         raise ValueError(
@@ -137,21 +136,19 @@ def check_inputs(
             raise ValueError(
                 f"augmentation_flags must have shape {allowed[-1]}, got {tuple(augmentation_flags.shape)}."
             )
+    _check_condition(config, sample, "cond_vectors", cond_vectors, "cond_dim", "null_vectors", 2)
+    check_cond_images(config, sample, cond_images)
 
-    for name, value, size_name, null_name in (
-        ("cond_vectors", cond_vectors, "cond_dim", "null_vectors"),
-        ("cond_images", cond_images, "cond_channels", "null_images"),
-    ):
-        size = config[size_name]
-        if value is None:
-            if size is not None and not config[null_name]:
-                raise ValueError(f"{name} must be given to this network; build it with {null_name}=True to omit them.")
-            continue
-        if size is None:
-            raise ValueError(f"{name} were given to a network without them; build it with {size_name}.")
-        if value.ndim != (2 if name == "cond_vectors" else 4) or tuple(value.shape[:2]) != (len(sample), size):
-            expected = f"({len(sample)}, {size}{', h, w' if name == 'cond_images' else ''})"
-            raise ValueError(f"{name} must have shape {expected}, got {tuple(value.shape)}.")
+
+def check_sample(config: Any, sample: torch.Tensor) -> None:
+    """Raises `ValueError` for a sample of another number of dimensions or channels."""
+    if sample.ndim != 4 or sample.shape[1] != config.in_channels:
+        raise ValueError(f"sample must have shape (B, {config.in_channels}, H, W), got {tuple(sample.shape)}.")
+
+
+def check_cond_images(config: Any, sample: torch.Tensor, cond_images: torch.Tensor | None) -> None:
+    """Raises `ValueError` for images that a network of ours cannot take as a condition of `sample`."""
+    _check_condition(config, sample, "cond_images", cond_images, "cond_channels", "null_images", 4)
     if cond_images is not None and any(a > b for a, b in zip(cond_images.shape[2:], sample.shape[2:], strict=True)):
         raise ValueError(
             f"cond_images must be of at most the size of sample, {tuple(sample.shape[2:])}, got "
@@ -159,7 +156,23 @@ def check_inputs(
         )
 
 
-def check_condition_arguments(cond_dim, cond_mean, cond_std, null_vectors, cond_channels, null_images) -> None:
+def _check_condition(config, sample, name, value, size_name, null_name, ndim) -> None:
+    """Raises `ValueError` unless a condition has the shape that the config states, and is given if it has no null."""
+    size = config[size_name]
+    if value is None:
+        if size is not None and not config[null_name]:
+            raise ValueError(f"{name} must be given to this network; build it with {null_name}=True to omit them.")
+        return
+    if size is None:
+        raise ValueError(f"{name} were given to a network without them; build it with {size_name}.")
+    if value.ndim != ndim or tuple(value.shape[:2]) != (len(sample), size):
+        expected = f"({len(sample)}, {size}{', h, w' if ndim == 4 else ''})"
+        raise ValueError(f"{name} must have shape {expected}, got {tuple(value.shape)}.")
+
+
+def check_condition_arguments(
+    cond_dim=None, cond_mean=None, cond_std=None, null_vectors=False, cond_channels=None, null_images=False
+) -> None:
     """Raises `ValueError` for arguments of a network of ours that do not describe its conditions."""
     for name, size in (("cond_dim", cond_dim), ("cond_channels", cond_channels)):
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):

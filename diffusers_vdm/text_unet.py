@@ -13,8 +13,14 @@ from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  diffusers 
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import nn
 
-from .network_inputs import condition_channels, condition_features
-from .unet import fourier_features
+from .network_inputs import (
+    check_cond_images,
+    check_condition_arguments,
+    check_sample,
+    condition_channels,
+    condition_features,
+)
+from .unet import fourier_features, num_resolutions
 from .whole_models import WholeModelMixin
 
 
@@ -65,8 +71,7 @@ class VDMUNet2DConditionModel(WholeModelMixin, UNet2DConditionModel):  # pyright
             raise ValueError(
                 f"input_residual needs in_channels == out_channels, got {in_channels} and {out_channels}."
             )
-        if null_images and cond_channels is None:
-            raise ValueError("null_images needs cond_channels, got None.")
+        check_condition_arguments(cond_channels=cond_channels, null_images=null_images)
         super().__init__(in_channels=in_channels, out_channels=out_channels, **arguments)
         if fourier_exponents or cond_channels:
             features = in_channels * (1 + 2 * len(fourier_exponents)) + condition_channels(cond_channels, null_images)
@@ -102,8 +107,8 @@ class VDMUNet2DConditionModel(WholeModelMixin, UNet2DConditionModel):  # pyright
         Raises: `ValueError` for conditions of other sizes.
         """
         config: Any = self.config
-        if sample.ndim != 4 or sample.shape[1] != config.in_channels:
-            raise ValueError(f"sample must have shape (B, {config.in_channels}, H, W), got {tuple(sample.shape)}.")
+        check_sample(config, sample)
+        check_cond_images(config, sample, cond_images)
         expected = (len(sample), config.cross_attention_dim)
         if encoder_hidden_states.ndim != 3 or encoder_hidden_states.shape[::2] != expected:
             raise ValueError(
@@ -114,8 +119,6 @@ class VDMUNet2DConditionModel(WholeModelMixin, UNet2DConditionModel):  # pyright
         if config.fourier_exponents:
             hidden = torch.cat([hidden, fourier_features(hidden, config.fourier_exponents)], dim=1)
         if config.cond_channels:
-            if cond_images is None and not config.null_images:
-                raise ValueError("cond_images must be given to this network; build it with null_images=True.")
             hidden = torch.cat([hidden, condition_features(config, sample, cond_images)], dim=1)
         output = (
             super()
@@ -137,12 +140,10 @@ class VDMUNet2DConditionModel(WholeModelMixin, UNet2DConditionModel):  # pyright
 def text_arguments(size: tuple[int, int], width: int, cross_attention_dim: int) -> dict[str, Any]:
     """Arguments of [`VDMUNet2DConditionModel`] for images of this size.
 
-    Each level halves the one above while the shorter side stays at 7 or more. Levels of at most 16 pixels attend to
-    the text. `width` is the number of channels of the first level; the others have twice as many.
+    They have the levels of [`num_resolutions`]. Those of at most 16 pixels attend to the text. `width` is the number
+    of channels of the first level; the others have twice as many.
     """
-    levels = 1
-    while all(side % 2**levels == 0 for side in size) and (min(size) >> levels >= 7 or levels == 1):
-        levels += 1
+    levels = num_resolutions(size)
     attends = [min(size) >> i <= 16 for i in range(levels)]
     attends[-1] = True
     return {

@@ -6,7 +6,7 @@ length, `text_length`, and the network sees none of the padding. Text without an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,11 +59,3 @@ def encode_texts(text_encoder: Any, tokenizer: Any, texts: Sequence[str]) -> tup
     output = text_encoder(tokens.input_ids.to(device), attention_mask=mask.to(device))
     hidden = output.last_hidden_state.to(torch.float32)
     return hidden * mask.to(device, torch.float32)[..., None], mask.to(device)
-
-
-def encoded_in_batches(
-    text_encoder: Any, tokenizer: Any, texts: Sequence[str], batch_size: int = 64
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """[`encode_texts`] for any number of texts."""
-    for start in range(0, len(texts), batch_size):
-        yield encode_texts(text_encoder, tokenizer, texts[start : start + batch_size])

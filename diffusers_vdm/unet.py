@@ -420,6 +420,15 @@ def check_groups(block_out_channels: tuple[int, ...], norm_num_groups: int) -> N
         )
 
 
+def num_resolutions(size: tuple[int, int]) -> int:
+    """The levels of a network for images of this size: each halves the one above while the shorter side stays at 7 or
+    more, but at least one does if it can."""
+    levels = 1
+    while all(side % 2**levels == 0 for side in size) and (min(size) >> levels >= 7 or levels == 1):
+        levels += 1
+    return levels
+
+
 def check_size(sample_size: int | tuple[int, int] | None, num_resolutions: int) -> None:
     """Raises `ValueError` for images whose size cannot be halved for each resolution below the first."""
     if sample_size is not None:

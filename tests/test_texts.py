@@ -130,6 +130,16 @@ def test_texts_of_another_encoder_are_refused(arguments, message):
         text_unet()(Z, T, **arguments)
 
 
+def test_images_that_the_network_of_texts_does_not_take_are_refused():
+    hidden, images = normal(3, 6, 16).float(), normal(3, 1, 4, 4).float()
+    with pytest.raises(ValueError, match="cond_images were given to a network without them"):
+        text_unet()(Z, T, hidden, cond_images=images)
+    with pytest.raises(ValueError, match="cond_images must be given to this network"):
+        text_unet(cond_channels=1)(Z, T, hidden)
+    with pytest.raises(ValueError, match="cond_images must be of at most the size of sample"):
+        text_unet(cond_channels=1)(Z, T, hidden, cond_images=normal(3, 1, 9, 8).float())
+
+
 class TwoTexts(nn.Module):
     """The best network for two Gaussians, of which the first value of the first token says which."""
 

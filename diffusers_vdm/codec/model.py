@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..calibration import Variance
-from ..conditions import conditions_taken
+from ..conditions import conditions_needed
 from ..evaluation.chain import Chain, chain_of, chosen_variance, with_variance
 from ..evaluation.rows import weights_fingerprint
 from ..gamma_scheduler import GammaScheduler, best_timesteps_of
@@ -157,7 +157,7 @@ def _parts(pipe: Any) -> tuple[nn.Module, Any, tuple[int, int, int], int]:
     if not isinstance(scheduler, GammaScheduler):
         scheduler = VDMScheduler.from_diffusers(scheduler)
     config: Any = unet.config
-    needed = [name for name, has_null in conditions_taken(unet).items() if not has_null]
+    needed = conditions_needed(unet)
     if needed:
         raise ValueError(
             f"pipe must have a network that works without {needed[0]}, got one that was trained without their null: "

@@ -13,7 +13,7 @@ COMMANDS = {
     "evaluate": "measure bits per dimension of a model on images",
     "calibrate": "measure what the best variance and the best timesteps of few steps need",
     "classify": "classify images by their likelihood under each class",
-    "rank": "find the least likely images, and measure how well likelihoods tell other images",
+    "rank": "find the least likely images, and measure how well likelihoods separate others",
     "sample": "draw images from a saved model",
     "compress": "compress images losslessly; each costs its bound in bits",
     "decompress": "write the images of a compressed file",

@@ -29,11 +29,12 @@ from .evaluate_options import (
     IMAGE_OPTIONS,
     MACHINE_OPTIONS,
     MODEL,
+    bound_of,
     load_data,
     load_model,
     parse_checked,
 )
-from .processes import evaluation_accelerator
+from .processes import check_alone, evaluation_accelerator
 
 OPTIONS: dict[str, list[Option]] = {
     "model": [MODEL],
@@ -67,15 +68,11 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 def classify(args: argparse.Namespace) -> None:
     """Measures, writes the report and prints it."""
     with evaluation_accelerator(args) as accelerator:
-        if accelerator.num_processes > 1:
-            raise ValueError(f"classify runs in one process, got {accelerator.num_processes}; start it without launch")
+        check_alone(accelerator, "classify")
         run_classification(args, accelerator.device)
 
 
 def run_classification(args: argparse.Namespace, device: Any) -> None:
-    import torch
-
-    from .. import VariationalBound, noise_schedule_of
     from ..evaluation.classes import evaluate_classes
     from ..files import write_atomically
 
@@ -86,13 +83,7 @@ def run_classification(args: argparse.Namespace, device: Any) -> None:
     data = load_data(args, num_levels, num_classes, names, True)
     if data.labels is None and args.mutual_information:
         raise ValueError(f"--mutual_information needs images with classes, and {data.name} has none")
-    prediction_type = scheduler.config.get("prediction_type", "epsilon")
-    bound = VariationalBound(
-        unet.to(device, torch.float32),
-        noise_schedule_of(scheduler),
-        num_levels=num_levels,
-        prediction_type=prediction_type,
-    ).to(device)
+    bound = bound_of(unet, scheduler, num_levels, device)
     neighbors = None if args.neighbors is None else nearest_neighbors(args, data, num_levels, num_classes, names)
     start = time.perf_counter()
     result = evaluate_classes(

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ..data.conditions import ConditionData
 
 # the options that name columns of the data set
-_COLUMNS = ("cond_columns", "cond_image_column", "caption_column")
+COLUMNS = ("cond_columns", "cond_image_column", "caption_column")
 
 
 def add_conditions(
@@ -40,7 +40,7 @@ def add_conditions(
     """
     from ..data.conditions import ConditionData
 
-    columns = [name for name in _COLUMNS if getattr(args, name)]
+    columns = [name for name in COLUMNS if getattr(args, name)]
     if not columns and not args.upscale_factor:
         return data
     check_condition_options(args, data, args.dataset_name or folder, columns, skip_damaged)

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ..training.options import POSITIVE, Option, train_option
+from .condition_data import COLUMNS, add_conditions
 from .options import check_ranges, image_arguments, option_parser
 
 # options of the conditions of images, those of the training by default
-CONDITION_OPTIONS = ("cond_columns", "cond_image_column", "upscale_factor", "caption_column")
+CONDITION_OPTIONS = (*COLUMNS, "upscale_factor")
 # rows that calibrate, classify and rank share
 MODEL = Option("model", str, "folder or Hub repository of a VDMPipeline or of a pixel-space pipeline of diffusers")
 DATA_SET_OPTIONS = [
@@ -220,6 +221,20 @@ def load_model(name: str):
     return pipe.unet, pipe.scheduler, pipe.config.get("num_levels", 256), weights, class_names
 
 
+def bound_of(unet: Any, scheduler: Any, num_levels: int, device: Any) -> Any:
+    """The bound in continuous time of a loaded network, in float32 on `device`."""
+    import torch
+
+    from .. import VariationalBound, noise_schedule_of
+
+    return VariationalBound(
+        unet.to(device, torch.float32),
+        noise_schedule_of(scheduler),
+        num_levels=num_levels,
+        prediction_type=scheduler.config.get("prediction_type", "epsilon"),
+    ).to(device)
+
+
 def check_works_on_pixels(index: Mapping[str, Any], name: str) -> None:
     """Raises `SystemExit` for a pipeline with an autoencoder, by its model_index.json."""
     if any(part in index for part in ("vae", "vqvae", "movq", "prior")):
@@ -244,7 +259,6 @@ def load_data(
     from ..data.image_sources import shared_with_other_splits
     from ..data.images import load_images
     from ..training.description import read_description
-    from .condition_data import add_conditions
 
     run = read_description(args.model)
     recorded = {} if run is None else run.options

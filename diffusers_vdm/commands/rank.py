@@ -1,4 +1,4 @@
-"""Rank images by their likelihood: the most and the least likely ones, and how well a score tells other images.
+"""Rank images by their likelihood: the most and the least likely ones, and how well a score separates other images.
 
     diffusers-vdm rank --model runs/digits --picture ranking.png                         # the bundled digits
     diffusers-vdm rank --model runs/digits --other_transform rotate180       # against digits that are upside down
@@ -35,13 +35,14 @@ from .evaluate_options import (
     IMAGE_OPTIONS,
     MACHINE_OPTIONS,
     MODEL,
+    bound_of,
     check_classes,
     digits_part,
     load_data,
     load_model,
     parse_checked,
 )
-from .processes import evaluation_accelerator
+from .processes import check_alone, evaluation_accelerator
 
 # changes of images `(N, C, H, W)` with levels below `num_levels`
 TRANSFORMS: dict[str, Callable[[Any, int], Any]] = {
@@ -67,7 +68,7 @@ OPTIONS: dict[str, list[Option]] = {
         ALLOW_SHARED,
         Option("typical_split", str, "split whose mean bits are typical; otherwise those of every second image"),
     ],
-    "other images, to be told from these": [
+    "other images, to compare with": [
         Option("other_dataset_name", str, "data set on the Hub, or a local copy"),
         Option("other_data_dir", str, "folder of image files"),
         Option("other_split", str, "split of the other images, defaults to test; alone: of the same data set"),
@@ -147,8 +148,7 @@ class Measured:
 def rank(args: argparse.Namespace) -> None:
     """Measures, writes the report and prints it."""
     with evaluation_accelerator(args) as accelerator:
-        if accelerator.num_processes > 1:
-            raise ValueError(f"rank runs in one process, got {accelerator.num_processes}; start it without launch")
+        check_alone(accelerator, "rank")
         run_ranking(args, accelerator.device)
 
 
@@ -185,13 +185,13 @@ def run_ranking(args: argparse.Namespace, device: Any) -> None:
                 batch_size=args.batch_size,
                 seed=seeds.get(name, args.seed),
                 device=device,
-                **conditions_needed(model, data),
+                **conditions_without_null(model, data),
             )
             for model in used
         ]
     seconds = time.perf_counter() - start
     measured = scored(args, sets, results, files)
-    conditions = sorted(conditions_needed(models[0], sets["in"]))
+    conditions = sorted(conditions_without_null(models[0], sets["in"]))
     report = report_of(args, sets, results, measured, conditions) | {"seconds": seconds}
     for path, write in (
         (args.output, lambda path: write_atomically(path, json.dumps(report, allow_nan=False) + "\n")),
@@ -205,22 +205,12 @@ def run_ranking(args: argparse.Namespace, device: Any) -> None:
 
 def load_bound(option: str, name: str, device: Any) -> Model:
     """The bound of a saved model, in float32; errors name the option that gave the model."""
-    import torch
-
-    from .. import VariationalBound, noise_schedule_of
-
     try:
         unet, scheduler, num_levels, _, class_names = load_model(name)
     except SystemExit as error:
         raise SystemExit(str(error).replace("--model", f"--{option}", 1)) from error
-    bound = VariationalBound(
-        unet.to(device, torch.float32),
-        noise_schedule_of(scheduler),
-        num_levels=num_levels,
-        prediction_type=scheduler.config.get("prediction_type", "epsilon"),
-    ).to(device)
     num_classes = None if unet.config.get("null_class", False) else unet.config.get("num_class_embeds")
-    return Model(name, bound, num_levels, num_classes, class_names)
+    return Model(name, bound_of(unet, scheduler, num_levels, device), num_levels, num_classes, class_names)
 
 
 # ---- the images --------------------------------------------------------------------------------------------------
@@ -252,9 +242,12 @@ def load_sets(args: argparse.Namespace, models: list[Model]) -> dict[str, Any]:
 
 def load_classes(args: argparse.Namespace, models: list[Model], num_levels: int) -> Any:
     """Images, with the classes that some of the models need; `ValueError` if they are not known."""
+    from ..conditions import conditions_needed
+
     needing = [model for model in models if model.num_classes is not None]
     first = needing[0] if needing else replace(models[0], num_classes=None)
-    data = load_data(args, num_levels, first.num_classes, first.class_names, True, any(map(needs, models)))
+    needs_some = any(conditions_needed(model.bound.unet) for model in models)
+    data = load_data(args, num_levels, first.num_classes, first.class_names, True, needs_some)
     for model in needing:
         if data.labels is None:
             raise ValueError(
@@ -288,19 +281,14 @@ def in_levels(data: Any, num_levels: int) -> Any:
     return replace(data, num_levels=num_levels)
 
 
-def needs(model: Model) -> set[str]:
-    """The conditions whose null the network does not know."""
-    from ..conditions import conditions_taken
-
-    return {name for name, has_null in conditions_taken(model.bound.unet).items() if not has_null}
-
-
-def conditions_needed(model: Model, data: Any) -> dict[str, Any]:
+def conditions_without_null(model: Model, data: Any) -> dict[str, Any]:
     """The conditions of the images without which the network cannot measure them."""
+    from ..conditions import conditions_needed
     from ..data.conditions import conditions_of
 
     given = conditions_of(model.bound.unet, data.images, model.num_levels, data.labels, data.conditions)
-    return {name: value for name, value in given.items() if name in needs(model) | {"encoder_attention_mask"}}
+    needed = [*conditions_needed(model.bound.unet), "encoder_attention_mask"]
+    return {name: value for name, value in given.items() if name in needed}
 
 
 def files_of(args: argparse.Namespace, name: str, data: Any) -> list[str] | None:

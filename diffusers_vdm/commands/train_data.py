@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 
-from .condition_data import add_conditions
+from .condition_data import COLUMNS, add_conditions
 from .options import image_arguments
 
 
@@ -29,10 +29,9 @@ def load_data(args: argparse.Namespace, progress_bar: bool):
 
 def with_conditions(args: argparse.Namespace, train, test, progress_bar: bool):
     """The training and the held-out images with the conditions that the options name, beside the classes."""
-    names = [name for name in ("cond_columns", "cond_image_column", "caption_column") if getattr(args, name)]
+    names = [name for name in COLUMNS if getattr(args, name)]
     if args.streaming and names:
-        name = names[0]
-        raise ValueError(f"--{name} cannot be used with --streaming, which reads only images and classes")
+        raise ValueError(f"--{names[0]} cannot be used with --streaming, which reads only images and classes")
     splits = ((train, args.train_split, args.skip_damaged), (test, args.eval_split, 0))
     encoder = None
     if args.caption_column:

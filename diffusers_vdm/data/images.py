@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import shutil
-import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
-from ..files import whole_file
+from ..files import read_or_write, safetensors_header, whole_file
 from ..threads import in_order
 from .conditions import ConditionData
 from .image_files import (
@@ -379,21 +378,14 @@ def _load_or_write_cache(
     decoded: Callable[[], _ImagesToStore],
 ) -> _DecodedImages:
     """The images of the cache file in `folder` for `pixels_of`; one process writes the file if it does not exist."""
-    from filelock import FileLock
-
     key = json.dumps(pixels_of, sort_keys=True)
     path = folder / f"{hashlib.blake2b(key.encode(), digest_size=16).hexdigest()}.safetensors"
-    data = _read_cache(path, name)
-    if data is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):  # released even if the process dies
-            data = _read_cache(path, name, warn=False)  # another process may have written it meanwhile
-            if data is None:
-                _write_cache(path, decoded(), {"pixels_of": key})
-                data = _read_cache(path, name)
-    if data is None:
-        raise OSError(f"the decoded images of {name} cannot be read from {path}, although they were just written.")
-    return data
+    return read_or_write(
+        path,
+        f"the decoded images of {name}",
+        lambda warn: _read_cache(path, name, warn),
+        lambda: _write_cache(path, decoded(), {"pixels_of": key}),
+    )
 
 
 def _read_cache(path: Path, name: str, warn: bool = True) -> _DecodedImages | None:
@@ -444,15 +436,8 @@ def _write_cache(
 
 def _header(shape: tuple[int, ...], has_labels: bool, metadata: dict[str, str]) -> bytes:
     """Header of a safetensors file with `digests`, `labels` and `images`; the int64 tensors go first for alignment."""
-    header: dict[str, Any] = {"__metadata__": metadata}
-    stop = 0
-    for name in ("digests", *(("labels",) if has_labels else ())):
-        start, stop = stop, stop + 8 * shape[0]
-        header[name] = {"dtype": "I64", "shape": [shape[0]], "data_offsets": [start, stop]}
-    header["images"] = {"dtype": "U8", "shape": list(shape), "data_offsets": [stop, stop + math.prod(shape)]}
-    content = json.dumps(header).encode()
-    content += b" " * (-len(content) % 8)
-    return struct.pack("<Q", len(content)) + content
+    names = ("digests", "labels") if has_labels else ("digests",)
+    return safetensors_header({**dict.fromkeys(names, ("I64", shape[:1])), "images": ("U8", shape)}, metadata)
 
 
 def count_shared(train: ImageSet, test: ImageSet) -> int:

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
-from ..files import whole_file
+from ..files import read_or_write, safetensors_header, whole_file
 from ..texts import NULL_TEXT, encode_texts, text_length
 
 # version of the files; increase it if the same texts give other values
@@ -84,8 +84,6 @@ def embed_captions(
 
     Returns: the table, and the numbers of the texts of each image in it.
     """
-    from filelock import FileLock
-
     texts = list(dict.fromkeys([NULL_TEXT, *(text for each in captions for text in each)]))
     number = {text: i for i, text in enumerate(texts)}
     indices = tuple(tuple(number[text] for text in each) for each in captions)
@@ -99,18 +97,13 @@ def embed_captions(
     for text in texts:
         digest.update(struct.pack("<q", len(text)) + text.encode())
     key = digest.hexdigest()
-    folder = Path(folder)
-    path = folder / f"{key}.safetensors"
-    table = _read(path, length, key)
-    if table is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):  # another process may write the same file
-            table = _read(path, length, key)
-            if table is None:
-                _write(path, text_encoder, tokenizer, texts, length, progress_bar)
-                table = _read(path, length, key)
-    if table is None:
-        raise OSError(f"the embedded captions cannot be read from {path}, although they were just written.")
+    path = Path(folder) / f"{key}.safetensors"
+    table = read_or_write(
+        path,
+        "the embedded captions",
+        lambda _: _read(path, length, key),
+        lambda: _write(path, text_encoder, tokenizer, texts, length, progress_bar),
+    )
     return table, indices
 
 
@@ -148,16 +141,9 @@ def _write(
         counts += [len(tokens) for tokens in part.input_ids]
     offsets = torch.tensor([0, *counts]).cumsum(0)
     total, size = int(offsets[-1]), int(encode_texts(text_encoder, tokenizer, [NULL_TEXT])[0].shape[-1])
-    stop = 8 * len(offsets)
-    header = json.dumps(
-        {
-            "offsets": {"dtype": "I64", "shape": [len(offsets)], "data_offsets": [0, stop]},
-            "tokens": {"dtype": "F32", "shape": [total, size], "data_offsets": [stop, stop + 4 * total * size]},
-        }
-    ).encode()
-    header += b" " * (-len(header) % 8)
+    header = safetensors_header({"offsets": ("I64", offsets.shape), "tokens": ("F32", (total, size))}, None)
     with whole_file(path) as file:
-        file.write(struct.pack("<Q", len(header)) + header)
+        file.write(header)
         file.write(offsets.numpy().tobytes())
         starts = range(0, len(texts), _BATCH)
         for start in tqdm(starts, desc="embedding captions", unit="batch", disable=not progress_bar, leave=False):

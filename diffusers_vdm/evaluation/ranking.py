@@ -1,4 +1,4 @@
-"""What a likelihood says about single images: scores that are high for unusual images, and how well they tell them.
+"""What a likelihood says about single images: scores that are high for unusual ones, and how well they separate them.
 
 The bits of an image, −log₂ p(x), are not a good score by themselves: an image of another kind gets fewer bits than
 those the model was trained on if it is simpler [Nalisnick et al. 2019a]. Three corrections are known: the distance to
