@@ -1,18 +1,30 @@
 """How tests run commands, examples and trainings in other processes, and how they read what a run leaves."""
 
+import io
 import json
+import logging
 import os
 import random
+import runpy
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import TextIO
+from unittest.mock import patch
 
+import numpy as np
 import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
 
+import diffusers_vdm.commands.__main__
 from diffusers_vdm.training.checkpoints import list_checkpoints
 from diffusers_vdm.training.metrics import read_metrics
 from tests.paths import EXAMPLES
@@ -40,15 +52,91 @@ def run_python(*arguments, check: bool = True, timeout: float = 200, environment
     return done
 
 
-def run_example(script: str, *arguments, processes: int | None = None, check: bool = True, **more):
-    """Runs a file of `examples/`, by `accelerate launch` if `processes` are given."""
-    launch = [*LAUNCH.split(), processes] if processes else []
-    return run_python(*launch, EXAMPLES / script, *arguments, check=check, timeout=600, **more)
+def run_example(
+    script: str, *arguments, processes: int | None = None, check: bool = True, new_process: bool = False, **more
+):
+    """Runs a file of `examples/`, by `accelerate launch` if `processes` are given; else as [`run_here`]."""
+    if processes or more or new_process:
+        launch = [*LAUNCH.split(), processes] if processes else []
+        return run_python(*launch, EXAMPLES / script, *arguments, check=check, timeout=600, **more)
+    return run_here(
+        lambda: runpy.run_path(str(EXAMPLES / script), run_name="__main__"), script, *arguments, check=check
+    )
 
 
-def run_command(*arguments, check: bool = False, **more):
-    """Runs a command of `diffusers-vdm`."""
-    return run_python("-m", "diffusers_vdm.commands", *arguments, check=check, **more)
+def run_command(*arguments, check: bool = False, new_process: bool = False, **more):
+    """Runs a command of `diffusers-vdm` as [`run_here`]."""
+    if more or new_process:
+        return run_python("-m", "diffusers_vdm.commands", *arguments, check=check, **more)
+    return run_here(diffusers_vdm.commands.__main__.main, "diffusers-vdm", *arguments, check=check)
+
+
+def run_here(program: Callable[[], object], name: str, *arguments, check: bool = True):
+    """Runs a program in this process, which saves the seconds that importing torch and diffusers takes.
+
+    The command line, the environment, the standard output and the global state of random numbers, threads, signals and
+    Accelerate are those of a new process, and are put back. Returns what [`run_python`] returns.
+    """
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with ExitStack() as stack:
+        stack.enter_context(_state_of_process())
+        stack.enter_context(patch.object(sys, "argv", [name, *map(str, arguments)]))
+        stack.enter_context(patch.dict(os.environ, ENVIRONMENT))
+        stack.enter_context(redirect_stdout(out))
+        stack.enter_context(redirect_stderr(err))
+        stack.enter_context(_logging_to(err))
+        found = stack.enter_context(warnings.catch_warnings(record=True))
+        warnings.simplefilter("default")
+        try:
+            program()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            if isinstance(end.code, str):
+                print(end.code, file=err)
+        except Exception:
+            code = 1
+            traceback.print_exc(file=err)
+        for warning in found:
+            print(
+                warnings.formatwarning(warning.message, warning.category, warning.filename, warning.lineno), file=err
+            )
+    done = subprocess.CompletedProcess([name, *arguments], code, out.getvalue(), err.getvalue())
+    if check:
+        assert code == 0, done.stderr[-3000:]
+    return done
+
+
+@contextmanager
+def _state_of_process() -> Iterator[None]:
+    """What a program may change in its process, as at its start and put back at its end."""
+    random_states = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    threads, folder = torch.get_num_threads(), Path.cwd()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        os.chdir(folder)
+        torch.set_num_threads(threads)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        torch.set_rng_state(random_states[0])
+        np.random.set_state(random_states[1])  # noqa: NPY002
+        random.setstate(random_states[2])
+
+
+@contextmanager
+def _logging_to(stream: TextIO) -> Iterator[None]:
+    """Sends to `stream` what loggers of diffusers print, which have the standard error of this process."""
+    found = [h for h in logging.getLogger("diffusers").handlers if isinstance(h, logging.StreamHandler)]
+    before = [handler.setStream(stream) for handler in found]
+    try:
+        yield
+    finally:
+        for handler, earlier in zip(found, before, strict=True):
+            handler.setStream(earlier)
 
 
 def metrics_of(folder: Path) -> list[dict]:

@@ -21,9 +21,9 @@ NAMES = ("toy_2d", "train_minimal", "likelihood_of_a_diffusers_checkpoint", "own
 MAX_LINES = 120
 
 
-def run(name, *arguments, processes=None):
+def run(name, *arguments, **more):
     """What an example prints to the standard output."""
-    return run_example(f"{name}.py", *arguments, processes=processes).stdout
+    return run_example(f"{name}.py", *arguments, **more).stdout
 
 
 def numbers(line):
@@ -168,7 +168,7 @@ def test_a_checkpoint_of_a_folder_is_measured_on_the_images_of_a_folder(tmp_path
 
 
 def test_a_custom_schedule_is_trained_saved_and_loaded(tmp_path):
-    output = run("own_noise_schedule", "--train_steps", 10, "--output_dir", tmp_path)
+    output = run("own_noise_schedule", "--train_steps", 10, "--output_dir", tmp_path, new_process=True)
     began, trained, loaded = (numbers(line_of(output, f"γ(t) {word}")) for word in ("when", "trained", "loaded"))
     assert began != trained and trained == loaded
     assert trained[0] == -7.5 and trained[-1] == 5.0 and trained == sorted(trained)

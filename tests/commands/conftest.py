@@ -15,7 +15,8 @@ from tests.running import SHORT_TRAINING, TRAINING_OPTIONS, run_example
 def trained_run(tmp_path_factory) -> tuple[Path, str]:
     """A folder that train.py left after six steps, which no test writes to; and what it printed."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    return folder, run_example("train.py", "--output_dir", folder, *SHORT_TRAINING.split()).stdout
+    done = run_example("train.py", "--output_dir", folder, *SHORT_TRAINING.split(), new_process=True)
+    return folder, done.stdout
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,17 @@ def packed(tmp_path_factory):
     """A file of 60 digits, whose size the command has printed."""
     path = tmp_path_factory.mktemp("packed") / "digits.vdm"
     done = run_command(
-        "compress", "--model", DIGITS_MODEL, "--split", "test[:60]", "--num_steps", 12, "--output", path, check=True
+        "compress",
+        "--model",
+        DIGITS_MODEL,
+        "--split",
+        "test[:60]",
+        "--num_steps",
+        12,
+        "--output",
+        path,
+        check=True,
+        new_process=True,
     )
     return path, done.stdout
 

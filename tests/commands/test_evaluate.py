@@ -23,7 +23,9 @@ from tests.running import ENVIRONMENT, run_example, run_python
 def mc_report(trained_run, tmp_path_factory):
     """The path of a report by Monte Carlo, and what the command printed."""
     path = tmp_path_factory.mktemp("reports") / "new folder" / "r.json"
-    done = run_example("evaluate.py", "--model", trained_run[0], "--num_samples", 2, "--table", 3, "--output", path)
+    done = run_example(
+        "evaluate.py", "--model", trained_run[0], "--num_samples", 2, "--table", 3, "--output", path, new_process=True
+    )
     return path, done.stdout
 
 

@@ -114,7 +114,7 @@ def test_images_are_drawn_as_a_grid_and_one_by_one(trained_run, tmp_path):
     grid = tmp_path / "grids" / "s.png"
     done = run_example("sample.py", "--model", trained_run[0], "--num_images", 3, "--batch_size", 2,
                        "--num_inference_steps", 4, "--output", grid, "--images_dir", tmp_path / "each", "--decode",
-                       "sample")  # fmt: skip
+                       "sample", new_process=True)  # fmt: skip
     assert grid.exists() and len(list((tmp_path / "each").iterdir())) == 3
     assert f"{metrics_of(trained_run[0])[-1]['eval_bpd']:.4f}" in done.stdout
 

@@ -143,7 +143,7 @@ def test_ddpm_bound_of_each_image(prediction, clip):
     assert_ddpm(network, scheduler, betas, draw_images(3, 3, 4, 4))
 
 
-@pytest.mark.parametrize("kind", ["linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("kind", [pytest.param("linear", marks=pytest.mark.slow), "squaredcos_cap_v2"])
 def test_checkpoint_of_diffusers_with_all_its_steps(kind):
     """A UNet2DModel with random weights: the default 1000 steps, and v-prediction along the cosine."""
     unet = tiny_unet(UNet2DModel, down_block_types=("AttnDownBlock2D",)).double()

@@ -221,6 +221,7 @@ def measured(images, net=None, **arguments):
     return evaluate_mc(bound, images, progress_bar=False, batch_size=2000, **{"num_samples": 200} | arguments)
 
 
+@pytest.mark.slow
 def test_order_and_area_are_those_of_the_exact_density():
     images = levels_of(MIXTURE.sample(100, seeded(1)))
     others = levels_of(MIXTURE.sample(100, seeded(2)) + 0.2 * uniform(100, 1, seed=6) * normal(100, 16, seed=7))
@@ -235,6 +236,7 @@ def test_order_and_area_are_those_of_the_exact_density():
     assert auroc(bits_out, bits_in)[0] == pytest.approx(expected, abs=0.03)
 
 
+@pytest.mark.slow
 def test_bits_fail_for_images_that_are_too_simple_and_typicality_does_not():
     """Data with 16 independent values around 0; the other images are nearer to 0 than any of the data."""
     data = GaussianMixture(f64([1.0]), torch.zeros(1, 16, dtype=torch.float64), f64([0.04]))
