@@ -65,7 +65,7 @@ def write_means(pipe, file: str, dtype: str, output: str) -> None:
     """Saves the means of each step at latents that are drawn from the forward process of the digits."""
     header = read_headers(file)[0].header
     header = type(header)(**vars(header) | {"dtype": dtype})
-    model = model_to_decode(pipe, header, int(os.environ.get("BATCH", "64")))
+    model = model_to_decode(pipe, header, int(os.environ.get("BATCH", "64")), {})
     images = load_digits_split()[1].images[:64].reshape(64, -1).numpy().astype(np.int64)
     rng, z, means = np.random.default_rng(0), images, []
     for k in range(header.num_steps):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 import diffusers_vdm
 from diffusers_vdm.diffusers_schedulers import EXPORTABLE
@@ -119,11 +120,15 @@ def test_the_code_about_few_steps_runs(tmp_path, monkeypatch):
 
 
 def test_the_code_about_compressing_runs(tmp_path, monkeypatch):
-    [code] = python_of("docs/compressing.md")
+    code, of_classes = python_of("docs/compressing.md")
     monkeypatch.chdir(tmp_path)
     diffusers_vdm.VDMPipeline.from_pretrained(DIGITS_MODEL).save_pretrained("runs/digits")
     scope = {}
     exec(code.replace("num_steps=100", "num_steps=20, verify=False"), scope)
+    classes = diffusers_vdm.VDMPipeline(tiny_preset(num_class_embeds=10), diffusers_vdm.VDMScheduler(), num_levels=17)
+    classes.save_pretrained("runs/classes")
+    exec(of_classes.replace("class_labels=labels)\n", "class_labels=labels, num_steps=2, verify=False)\n", 1), scope)
+    assert load_file("labels.safetensors")["class_labels"].equal(scope["labels"])
     summary = scope["summary"]
     assert summary.num_images == 297 and summary.bound_bpd - 0.1 < summary.marginal_bpd < summary.file_bpd < 3
 

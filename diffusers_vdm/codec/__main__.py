@@ -1,27 +1,30 @@
 """The process that verifies a new file.
 
-python -m diffusers_vdm.codec MODEL FILE BATCH_SIZE THREADS DEVICE PROGRESS_BAR
+python -m diffusers_vdm.codec MODEL FILE BATCH_SIZE THREADS DEVICE PROGRESS_BAR CONDITIONS
 """
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 
 from ..pipeline import VDMPipeline
 from ..registration import pipeline_class
+from .conditions import read_conditions
 from .errors import CodecError
 from .files import iterate
 
 
 def main(arguments: list[str]) -> int:
     """Decodes a file; prints an error and returns 1 if that fails."""
-    model, path, batch_size, threads, device, progress_bar = arguments
+    model, path, batch_size, threads, device, progress_bar, conditions = arguments
     torch.set_num_threads(int(threads))
     pipe = pipeline_class(VDMPipeline.load_config(model)).from_pretrained(model).to(device)
     try:
-        for _ in iterate(pipe, path, batch_size=int(batch_size), progress_bar=bool(int(progress_bar))):
+        given: dict[str, Any] = read_conditions(conditions)
+        for _ in iterate(pipe, path, batch_size=int(batch_size), progress_bar=bool(int(progress_bar)), **given):
             pass
     except CodecError as error:
         print(error)

@@ -11,7 +11,7 @@ the bits of about two latents on the stack, not of T [Kingma et al. 2019, Bit-Sw
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -62,7 +62,15 @@ class ChainCode:
 
     # ---- one batch -----------------------------------------------------------------------------------------------
 
-    def encode(self, stack: Stack, items: np.ndarray, real: np.ndarray, start: int, tick: Callable[[int], object]):
+    def encode(
+        self,
+        stack: Stack,
+        items: np.ndarray,
+        real: np.ndarray,
+        start: int,
+        tick: Callable[[int], object],
+        conditions: Mapping[str, torch.Tensor] | None = None,
+    ) -> Accounts:
         """Pushes a batch of images.
 
         Args:
@@ -71,6 +79,7 @@ class ChainCode:
             real (`np.ndarray` of bool, `(B, D)`): which of them are coded; the others follow from these.
             start (`int`): position of the first rounded value, see [`Rounding`].
             tick (`Callable`): called with the number of images after each network call.
+            conditions (`Mapping[str, torch.Tensor]`, *optional*): those of the network, with B rows.
 
         Returns: [`Accounts`].
         Raises: [`NotEnoughBits`] if the stack is too small, [`NotCodable`] for latents that are too far from their
@@ -90,7 +99,7 @@ class ChainCode:
             low = min(low, stack.bits)
             if np.abs(upper).max() > _LARGEST:
                 raise NotCodable
-            means, classes, terms, _ = self._step(k, upper.reshape(items.shape), start, x)
+            means, classes, terms, _ = self._step(k, upper.reshape(items.shape), start, x, conditions)
             stack.push_gaussian(z, means, classes)
             bound += terms
             z = upper
@@ -107,11 +116,12 @@ class ChainCode:
         fill: Callable[[np.ndarray], np.ndarray],
         start: int,
         tick: Callable[[int], object],
+        conditions: Mapping[str, torch.Tensor] | None = None,
     ) -> tuple[np.ndarray, Accounts]:
         """Pops a batch: the inverse of [`ChainCode.encode`].
 
         Args:
-            stack, real, start, tick: as there.
+            stack, real, start, tick, conditions: as there.
             fill (`Callable`): fills in the items what is not coded, `(B, D)` to `(B, D)`.
 
         Returns: the items, int64 of shape `(B, D)`, and [`Accounts`] without a bound.
@@ -128,7 +138,7 @@ class ChainCode:
         for k in range(self.num_steps - 1, -1, -1):
             if np.abs(z).max() > _LARGEST:
                 raise codec_error("an impossible latent")
-            means, classes, _, x_hat = self._step(k, z.reshape(real.shape), start, None)
+            means, classes, _, x_hat = self._step(k, z.reshape(real.shape), start, None, conditions)
             lower = stack.pop_gaussian(means, classes)
             count(1)
             if np.abs(lower).max() > _LARGEST:
@@ -152,8 +162,15 @@ class ChainCode:
 
     # ---- one step ------------------------------------------------------------------------------------------------
 
-    def _step(self, k: int, z: np.ndarray, start: int, x: torch.Tensor | None):
-        means, classes, terms, x_hat = self.steps(k, z, x)
+    def _step(
+        self,
+        k: int,
+        z: np.ndarray,
+        start: int,
+        x: torch.Tensor | None,
+        conditions: Mapping[str, torch.Tensor] | None,
+    ):
+        means, classes, terms, x_hat = self.steps(k, z, x, conditions)
         at = start + 2 * k * z.size
         rounded = self.rounding(means, at)
         fixed = self.levels.step_class[k]

@@ -1,4 +1,4 @@
-"""The format of a compressed file, version 1.
+"""The format of a compressed file, version 1, or version 2 for files with conditions.
 
     signature, header, segment, segment, …, end
 
@@ -17,12 +17,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ..conditions import NAMES
 from .errors import CodecError
 from .integers import read_varint, write_varint
 
 SIGNATURE = b"\x89VDM"
-VERSION = 1
+VERSION, VERSION_WITH_CONDITIONS = 1, 2
 SEGMENT_VALUES = 1 << 25
+HASH_BYTES = 8  # of the hash of a condition
 CHECKED_VALUES = 1 << 15  # a CRC-32 covers at least as many values, or one image
 _MOST_PART = 1 << 28  # bytes of a part other than a message
 _SEGMENT, _END = 1, 0
@@ -51,6 +53,7 @@ class Header:
         coder (`bytes`): 2 bytes of the hash of a test message of the entropy coder.
         versions (`str`): of torch, diffusers, constriction and this package.
         sides (`bytes`): recorded sides of rounded values, see rounding.py.
+        conditions (`dict[str, bytes]`): the conditions that the decoder must be given, and 8 bytes of a hash of each.
     """
 
     num_steps: int
@@ -67,6 +70,12 @@ class Header:
     coder: bytes
     versions: str
     sides: bytes = b"\0"
+    conditions: dict[str, bytes] = field(default_factory=dict)
+
+    @property
+    def version(self) -> int:
+        """Of the format."""
+        return VERSION_WITH_CONDITIONS if self.conditions else VERSION
 
     def to_bytes(self) -> bytes:
         content = bytearray()
@@ -88,11 +97,15 @@ class Header:
         content += self.weights + self.numbers + self.coder
         text = self.versions.encode()
         write_varint(content, len(text))
-        content += text + self.sides
-        return bytes(content)
+        content += text
+        if self.conditions:
+            write_varint(content, len(self.conditions))
+        for name, digest in self.conditions.items():
+            content += bytes([NAMES.index(name)]) + digest
+        return bytes(content + self.sides)
 
     @classmethod
-    def from_bytes(cls, content: bytes) -> Header:
+    def from_bytes(cls, content: bytes, version: int = VERSION) -> Header:
         at, values = 0, []
         for most in (63, 1 << 20, 1 << 12, 1 << 10, 1 << 16, 1 << 16, 1 << 16):
             value, at = read_varint(content, at, most)
@@ -115,6 +128,16 @@ class Header:
         weights, numbers, coder = _slice(content, at, 8), _slice(content, at + 8, 4), _slice(content, at + 12, 2)
         length, at = read_varint(content, at + 14, 1 << 10)
         versions = _slice(content, at, length).decode("utf-8", "replace")
+        at += length
+        conditions: dict[str, bytes] = {}
+        if version == VERSION_WITH_CONDITIONS:
+            count, at = read_varint(content, at, len(NAMES))
+            for _ in range(count):
+                name, digest = _slice(content, at, 1)[0], _slice(content, at + 1, HASH_BYTES)
+                if name >= len(NAMES):
+                    raise CodecError("the file is damaged: its header has impossible values.")
+                conditions[NAMES[name]] = digest
+                at += 1 + HASH_BYTES
         return cls(
             num_steps=num_steps,
             levels=levels,
@@ -129,7 +152,8 @@ class Header:
             numbers=numbers,
             coder=coder,
             versions=versions,
-            sides=content[at + length :],
+            sides=content[at:],
+            conditions=conditions,
         )
 
 
@@ -259,7 +283,7 @@ class Writer:
 
     def __init__(self, file: BinaryIO, header: Header):
         self.file, self.header, self.num_images = file, header, 0
-        self.size = file.write(SIGNATURE + bytes([VERSION]))
+        self.size = file.write(SIGNATURE + bytes([header.version]))
         self._part(header.to_bytes())
 
     def segment(self, segment: Segment, words: np.ndarray) -> None:
@@ -299,10 +323,13 @@ class Reader:
             raise CodecError("the file is not one that `diffusers-vdm compress` wrote.")
         if len(start) == len(SIGNATURE):
             raise CodecError("the file is truncated.")
-        if start[-1] != VERSION:
-            raise CodecError(f"the file has version {start[-1]} of the format, and this package reads {VERSION}.")
+        if start[-1] not in (VERSION, VERSION_WITH_CONDITIONS):
+            raise CodecError(
+                f"the file has version {start[-1]} of the format, and this package reads {VERSION} and "
+                f"{VERSION_WITH_CONDITIONS}."
+            )
         self.size = len(start)
-        self.header = Header.from_bytes(self._part())
+        self.header = Header.from_bytes(self._part(), start[-1])
 
     def segments(self, keep: bool = False):
         """Yields each segment with its words; `keep` yields a damaged or truncated message as well.

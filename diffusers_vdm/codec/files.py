@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from .. import call_arguments
 from ..calibration import Variance
 from ..files import whole_file
 from .chain_code import Accounts
+from .conditions import check_count
 from .container import SEGMENT_VALUES, Header, ImageEntry, Reader, Segment, Writer
 from .errors import CodecError
 from .model import CodingModel, Dtype, Timesteps, model_to_decode, model_to_encode, num_levels_of
@@ -43,6 +44,7 @@ def compress(
     batch_size: int = 64,
     verify: bool = True,
     progress_bar: bool = True,
+    **conditions: torch.Tensor | None,
 ) -> CompressionSummary:
     """Writes images into a file from which [`decompress`] gets the same pixels back.
 
@@ -69,6 +71,9 @@ def compress(
         verify (`bool`, defaults to `True`): decode the file in another process, with another number of threads and
             another batch size, before it replaces an earlier one.
         progress_bar (`bool`, defaults to `True`): show progress.
+        conditions (`torch.Tensor`): those of the network, with a row for each image: `class_labels`, `cond_vectors`,
+            `cond_images`, `encoder_hidden_states` and `encoder_attention_mask`. The file has a hash of them, and
+            not the conditions themselves: [`decompress`] must be given the same ones.
 
     Returns: [`CompressionSummary`].
     Raises: `TypeError` or `ValueError` for images and pipelines that cannot be coded, [`CodecError`] if the file could
@@ -90,6 +95,7 @@ def compress(
         batch_size=batch_size,
         image_size=given.size,
         layout=given.layout,
+        conditions=conditions,
     )
     spent = Spent(edge_values=len(Rounding.sides_from(model.header.sides, 0)[0]))
     with whole_file(path) as file:
@@ -99,18 +105,23 @@ def compress(
                 tiles = sum(len(tile_sizes(entry.height, entry.width, model.header.shape[1:])) for entry in entries)
                 bar.total = (bar.total or 0) + tiles * num_steps
                 bar.refresh()
-                segment, words, of_segment = encode_segment(model, arrays, entries, batch_size, bar.update)
+                first = writer.num_images
+                segment, words, of_segment = encode_segment(model, arrays, entries, first, batch_size, bar.update)
                 writer.segment(segment, words)
                 spent.add(of_segment)
         if writer.num_images == 0:
             raise ValueError("images must not be empty, got none.")
+        check_count(model.conditions, writer.num_images)
         writer.end()
         seconds = time.perf_counter() - start
         if verify:
             from .verification import verify_file
 
             file.flush()
-            verify_file(pipe, file.name, batch_size, is_portable=dtype == "float64", progress_bar=progress_bar)
+            is_portable = dtype == "float64"
+            verify_file(
+                pipe, file.name, batch_size, model.conditions, is_portable=is_portable, progress_bar=progress_bar
+            )
     values = spent.plain_values + spent.model_values
     unknown = math.nan
     return CompressionSummary(
@@ -132,7 +143,13 @@ def compress(
 
 
 def decompress(
-    pipe: Any, path: str | os.PathLike, *, batch_size: int = 64, keep: bool = False, progress_bar: bool = True
+    pipe: Any,
+    path: str | os.PathLike,
+    *,
+    batch_size: int = 64,
+    keep: bool = False,
+    progress_bar: bool = True,
+    **conditions: torch.Tensor | None,
 ) -> torch.Tensor | list[torch.Tensor]:
     """The images in a file, with the pixels that [`compress`] was given.
 
@@ -143,6 +160,7 @@ def decompress(
         keep (`bool`, defaults to `False`): return the images before a damaged part, with a warning, instead of
             raising. Small images are only returned in groups of 32,768 values, which share a checksum.
         progress_bar (`bool`, defaults to `True`): show progress.
+        conditions (`torch.Tensor`): those that [`compress`] was given, with a row for each image.
 
     Returns: uint8 `torch.Tensor` of shape `(N, C, H, W)`, int32 for more than 256 levels; a list of tensors
         `(C, H, W)` for images of several sizes.
@@ -150,7 +168,7 @@ def decompress(
         wrong.
     """
     images = []
-    with opened(pipe, path, batch_size) as (reader, model):  # another model is no damage
+    with opened(pipe, path, batch_size, conditions) as (reader, model):  # another model is no damage
         try:
             for _, image in decoded(reader, model, keep=keep, progress_bar=progress_bar):
                 images.append(image)
@@ -164,23 +182,31 @@ def decompress(
 
 
 def iterate(
-    pipe: Any, path: str | os.PathLike, *, batch_size: int = 64, keep: bool = False, progress_bar: bool = True
+    pipe: Any,
+    path: str | os.PathLike,
+    *,
+    batch_size: int = 64,
+    keep: bool = False,
+    progress_bar: bool = True,
+    **conditions: torch.Tensor | None,
 ) -> Iterator[tuple[ImageEntry, torch.Tensor]]:
     """Yields each image of a file with its description, in order, without holding all of them in memory.
 
     Arguments and errors are those of [`decompress`]; with `keep`, it yields what comes before a damage, then raises.
     """
-    with opened(pipe, path, batch_size) as (reader, model):
+    with opened(pipe, path, batch_size, conditions) as (reader, model):
         yield from decoded(reader, model, keep=keep, progress_bar=progress_bar)
 
 
 @contextmanager
-def opened(pipe: Any, path: str | os.PathLike, batch_size: int) -> Iterator[tuple[Reader, CodingModel]]:
-    """A file and the model that decodes it; raises [`CodecError`] if it was written with another model."""
+def opened(
+    pipe: Any, path: str | os.PathLike, batch_size: int, conditions: Mapping[str, torch.Tensor | None]
+) -> Iterator[tuple[Reader, CodingModel]]:
+    """A file and the model that decodes it; raises [`CodecError`] if it was written with another one."""
     batch_size = call_arguments.positive_integer("batch_size", batch_size)
     with open(path, "rb") as file, _clear_errors():
         reader = Reader(file)
-        yield reader, model_to_decode(pipe, reader.header, batch_size)
+        yield reader, model_to_decode(pipe, reader.header, batch_size, conditions)
 
 
 def decoded(
@@ -194,10 +220,12 @@ def decoded(
     """The images of an opened file; `inspect` is called with the [`Accounts`] and the integers of each batch."""
     dtype = torch.uint8 if reader.header.num_levels <= 256 else torch.int32
     with _clear_errors(), tqdm(desc="decompressing", unit="call", disable=not progress_bar, leave=False) as bar:
+        first = 0
         for segment, words in reader.segments(keep):
             bar.total = (bar.total or 0) + sum(segment.batches) * reader.header.num_steps
             bar.refresh()
-            images = decode_segment(model, segment, words, bar.update, inspect)
+            images = decode_segment(model, segment, words, first, bar.update, inspect)
+            first += len(segment.images)
             for entry, image in zip(segment.images, images, strict=False):
                 yield entry, torch.from_numpy(np.ascontiguousarray(image)).to(dtype)
 

@@ -56,15 +56,22 @@ class Inspection:
         return spent / self.num_values, np.sqrt(self.x_hat_mse[::-1])
 
 
-def inspect_bits(pipe: Any, path: str | os.PathLike, *, batch_size: int = 64, progress_bar: bool = True) -> Inspection:
+def inspect_bits(
+    pipe: Any,
+    path: str | os.PathLike,
+    *,
+    batch_size: int = 64,
+    progress_bar: bool = True,
+    **conditions: torch.Tensor | None,
+) -> Inspection:
     """Decodes a file and measures where its bits went.
 
     Args:
-        pipe, path, batch_size, progress_bar: as in `decompress`.
+        pipe, path, batch_size, progress_bar, conditions: as in `decompress`.
 
     Raises: `CodecError` as `decompress`.
     """
-    with opened(pipe, path, batch_size) as (reader, model):
+    with opened(pipe, path, batch_size, conditions) as (reader, model):
         return _inspected(reader, model, progress_bar)
 
 

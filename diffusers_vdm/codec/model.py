@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -12,11 +13,11 @@ import torch
 from torch import nn
 
 from ..calibration import Variance
-from ..conditions import conditions_needed
 from ..evaluation.chain import Chain, chain_of, chosen_variance, with_variance
 from ..evaluation.rows import weights_fingerprint
 from ..gamma_scheduler import GammaScheduler, best_timesteps_of
 from ..schedulers import VDMScheduler
+from .conditions import check_hashes, coding_conditions, hashes_of
 from .container import Header
 from .errors import CodecError
 from .lattice import LatticeGaussians
@@ -40,6 +41,7 @@ class CodingModel:
         header ([`Header`]): the settings, as a file has them.
         chain ([`Chain`]), levels ([`Levels`]), steps ([`Steps`]): the chain, its lattices and its network.
         tables ([`LatticeGaussians`]): probabilities.
+        conditions (`dict[str, torch.Tensor]`): those of the network, with a row for each image of the file.
     """
 
     header: Header
@@ -47,6 +49,7 @@ class CodingModel:
     levels: Levels
     steps: Steps
     tables: LatticeGaussians
+    conditions: dict[str, torch.Tensor]
 
     @property
     def tolerance(self) -> float:
@@ -65,12 +68,14 @@ def model_to_encode(
     batch_size: int,
     image_size: tuple[int, int] | None,
     layout: str,
+    conditions: Mapping[str, torch.Tensor | None],
 ) -> CodingModel:
     """The model and the header of a new file; `timesteps` and `variance` default to the best with a calibration.
 
     Raises: `TypeError` or `ValueError` for pipelines and arguments that the codec cannot use.
     """
     unet, scheduler, shape, num_levels = _parts(pipe)
+    given = coding_conditions(unet, conditions)
     if timesteps not in (None, "best", "uniform"):
         raise ValueError(f"timesteps must be 'best' or 'uniform', got {timesteps!r}.")
     if dtype not in ("float64", "float32"):
@@ -104,14 +109,17 @@ def model_to_encode(
         numbers=bytes(4),
         coder=coder_fingerprint(),
         versions=versions(),
+        conditions=hashes_of(given),
     )
-    return _model(unet, scheduler, unfinished, batch_size, Rounding(TOLERANCE))
+    return _model(unet, scheduler, unfinished, given, batch_size, Rounding(TOLERANCE))
 
 
-def model_to_decode(pipe: Any, header: Header, batch_size: int) -> CodingModel:
+def model_to_decode(
+    pipe: Any, header: Header, batch_size: int, conditions: Mapping[str, torch.Tensor | None]
+) -> CodingModel:
     """The model of a file.
 
-    Raises: [`CodecError`] with what differs, if the file was coded with another model or coder.
+    Raises: [`CodecError`] with what differs, if the file was coded with another model, coder or conditions.
     """
     unet, scheduler, shape, num_levels = _parts(pipe)
     if bytes.fromhex(weights_fingerprint(unet))[:8] != header.weights:
@@ -126,13 +134,22 @@ def model_to_decode(pipe: Any, header: Header, batch_size: int) -> CodingModel:
             f"the file was coded with another entropy coder: it names {header.versions}, and here is {versions()}; "
             "install that version of constriction."
         )
+    given = coding_conditions(unet, conditions)
+    check_hashes(given, header.conditions)
     if header.levels is not None and (not header.levels or header.levels[-1] >= len(_grid(scheduler)[0])):
         raise CodecError("the file was coded with another scheduler: it has no such levels.")
     sides, _ = Rounding.sides_from(header.sides, 0)
-    return _model(unet, scheduler, header, batch_size, Rounding(TOLERANCE, sides))
+    return _model(unet, scheduler, header, given, batch_size, Rounding(TOLERANCE, sides))
 
 
-def _model(unet: nn.Module, scheduler: Any, header: Header, batch_size: int, rounding: Rounding) -> CodingModel:
+def _model(
+    unet: nn.Module,
+    scheduler: Any,
+    header: Header,
+    conditions: dict[str, torch.Tensor],
+    batch_size: int,
+    rounding: Rounding,
+) -> CodingModel:
     chain = _chain(scheduler, header)
     levels = Levels.of(chain, header.shape, header.spacing / SPACING_UNITS, rounding)
     settings = (header.variance, chain.variance_type, chain.prediction_type, chain.clip_sample, chain.clip_range)
@@ -146,7 +163,7 @@ def _model(unet: nn.Module, scheduler: Any, header: Header, batch_size: int, rou
     steps = Steps(network, chain, levels, header.shape, batch_size)
     if not rounding.decodes:
         header = replace(header, numbers=numbers, sides=rounding.to_bytes())
-    return CodingModel(header, chain, levels, steps, LatticeGaussians())
+    return CodingModel(header, chain, levels, steps, LatticeGaussians(), conditions)
 
 
 def _parts(pipe: Any) -> tuple[nn.Module, Any, tuple[int, int, int], int]:
@@ -157,12 +174,6 @@ def _parts(pipe: Any) -> tuple[nn.Module, Any, tuple[int, int, int], int]:
     if not isinstance(scheduler, GammaScheduler):
         scheduler = VDMScheduler.from_diffusers(scheduler)
     config: Any = unet.config
-    needed = conditions_needed(unet)
-    if needed:
-        raise ValueError(
-            f"pipe must have a network that works without {needed[0]}, got one that was trained without their null: "
-            "the file does not hold them."
-        )
     size = config.get("sample_size")
     if size is None:
         raise ValueError("pipe.unet must have a sample_size in its config, which is the size of its images.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -68,7 +69,11 @@ class Steps:
 
     @torch.no_grad()
     def __call__(
-        self, k: int, z: np.ndarray, x: torch.Tensor | None = None
+        self,
+        k: int,
+        z: np.ndarray,
+        x: torch.Tensor | None = None,
+        conditions: Mapping[str, torch.Tensor] | None = None,
     ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None, np.ndarray | None]:
         """Step k, from z_{k+1} down to z_k.
 
@@ -76,24 +81,31 @@ class Steps:
             k (`int`): 0 to T − 1.
             z (`np.ndarray` of shape `(B, D)`): the integers of z_{k+1}.
             x (`torch.Tensor` of shape `(B, C, H, W)`, *optional*): the data, to compute the bound.
+            conditions (`Mapping[str, torch.Tensor]`, *optional*): those of the network, with B rows.
 
         Returns: means `(B D,)` in units of δ_k/PHASES, and predicted classes `(B D,)` or `None`, as float64 to be
             rounded; the bound's term of each image `(B,)` in bits, or `None` without `x`; and x̂ `(B, D)`, float32.
         """
-        parts = [self._part(k, z[i : i + self.batch_size], None if x is None else x[i : i + self.batch_size])
-                 for i in range(0, len(z), self.batch_size)]  # fmt: skip
+        parts = []
+        for i in range(0, len(z), self.batch_size):
+            here = slice(i, i + self.batch_size)
+            rows = {name: self._on_network(value[here]) for name, value in (conditions or {}).items()}
+            parts.append(self._part(k, z[here], None if x is None else x[here], rows))
         means, classes, bits, x_hat = zip(*parts, strict=True)
         whole = [None if part[0] is None else np.concatenate(part) for part in (means, classes, bits, x_hat)]
         return whole[0], whole[1], whole[2], whole[3]  # pyright: ignore[reportReturnType]
 
-    def _part(self, k: int, z: np.ndarray, x: torch.Tensor | None):
+    def _on_network(self, condition: torch.Tensor) -> torch.Tensor:
+        return condition.to(self.device, self.dtype if condition.is_floating_point() else condition.dtype)
+
+    def _part(self, k: int, z: np.ndarray, x: torch.Tensor | None, conditions: Mapping[str, torch.Tensor]):
         chain, gamma_t, gamma_s = self._on_device, self._on_device.gammas[k], lower_level(self._on_device, k)
         spacing = self.levels.spacing
         latents = torch.from_numpy(z * spacing[k + 1]).reshape(len(z), *self.shape)
         z_t = latents.to(self.device, self.dtype)
         timestep = chain.timesteps[k].to(self.device)
         timestep = timestep if timestep.dtype == torch.long else timestep.to(self.dtype)
-        prediction = denoiser.predict(self.network, z_t, gamma_t, timestep, chain.prediction_type)
+        prediction = denoiser.predict(self.network, z_t, gamma_t, timestep, chain.prediction_type, **conditions)
         values = prediction.variance_values
         denoiser.check_variance_values(chain.variance_type, values)
         z_t = z_t.double()

@@ -8,12 +8,14 @@ so that decoding yields them in order.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from .chain_code import Accounts, ChainCode
+from .conditions import rows_of_tiles
 from .container import ImageEntry, Segment, check_groups, message_check
 from .errors import CodecError, NotCodable, NotEnoughBits, codec_error
 from .model import CodingModel
@@ -59,6 +61,7 @@ def encode_segment(
     model: CodingModel,
     images: list[np.ndarray],
     entries: list[ImageEntry],
+    first: int,
     max_batch: int,
     tick: Callable[[int], object],
 ) -> tuple[Segment, np.ndarray, Spent]:
@@ -68,6 +71,7 @@ def encode_segment(
         model ([`CodingModel`]): from `model_to_encode`.
         images (`list[np.ndarray]`): integers.
         entries (`list[ImageEntry]`): their descriptions.
+        first (`int`): how many images of the file come before them.
         max_batch (`int`): tiles that are coded at the same time at most.
         tick (`Callable`): called with the number of tiles after each network call.
 
@@ -78,7 +82,8 @@ def encode_segment(
     tiles = [tile for image in images for tile in split(image, size)]
     rounding = Rounding(model.tolerance)
     code = ChainCode(model.levels, model.steps, header.num_levels, rounding)
-    coded = _encode_tiles(code, tiles, model, max_batch, tick)
+    conditions = rows_of_tiles(model.conditions, entries, first, header.shape)
+    coded = _encode_tiles(code, tiles, conditions, model, max_batch, tick)
     if coded is None or (coded[1] and _plain_may_be_smaller(tiles, header.num_levels, coded[0].bits, model)):
         plain, spent = _plain_stack(tiles, header.num_levels, model)
         if coded is None or plain.bits < coded[0].bits:
@@ -103,7 +108,12 @@ def encode_segment(
 
 
 def _encode_tiles(
-    code: ChainCode, tiles: list[np.ndarray], model: CodingModel, max_batch: int, tick: Callable[[int], object]
+    code: ChainCode,
+    tiles: list[np.ndarray],
+    conditions: Mapping[str, torch.Tensor],
+    model: CodingModel,
+    max_batch: int,
+    tick: Callable[[int], object],
 ) -> tuple[Stack, list[int], int, Spent] | None:
     """The message, the sizes of its batches, the number of tiles in plain code, and what was spent.
 
@@ -126,9 +136,10 @@ def _encode_tiles(
             count = int((stack.bits - _LEFT_BITS) / (_SLACK * needs))
             count = min(max(count, 1), max_batch, rest)
             before, trial = stack.bits, stack.copy()
-            batch = tiles[rest - count : rest]
+            here = slice(rest - count, rest)
+            batch, of_batch = tiles[here], {name: value[here] for name, value in conditions.items()}
             try:
-                accounts = _encode_batch(code, trial, batch, model, position, tick)
+                accounts = _encode_batch(code, trial, batch, of_batch, model, position, tick)
             except NotEnoughBits:
                 code.rounding.forget(position)
                 needs *= 1.25
@@ -150,12 +161,18 @@ def _encode_tiles(
 
 
 def _encode_batch(
-    code: ChainCode, stack: Stack, batch: list[np.ndarray], model: CodingModel, position: int, tick
+    code: ChainCode,
+    stack: Stack,
+    batch: list[np.ndarray],
+    conditions: Mapping[str, torch.Tensor],
+    model: CodingModel,
+    position: int,
+    tick: Callable[[int], object],
 ) -> Accounts:
     shape = model.header.shape
     items = padded(batch, shape[1:]).reshape(len(batch), -1)
     real = real_pixels([tile.shape[1:] for tile in batch], shape)
-    return code.encode(stack, items, real, position, tick)
+    return code.encode(stack, items, real, position, tick, conditions)
 
 
 def _plain_stack(tiles: list[np.ndarray], num_levels: int, model: CodingModel) -> tuple[Stack, Spent]:
@@ -189,6 +206,7 @@ def decode_segment(
     model: CodingModel,
     segment: Segment,
     words: np.ndarray,
+    first: int,
     tick: Callable[[int], object],
     inspect: Callable[[Accounts, np.ndarray], object] | None = None,
 ) -> Iterator[np.ndarray]:
@@ -197,15 +215,17 @@ def decode_segment(
     Args:
         model ([`CodingModel`]): from `model_to_decode`.
         segment, words: from `Reader.segments`.
-        tick (`Callable`): as in [`encode_segment`].
+        first, tick: as in [`encode_segment`].
         inspect (`Callable`, *optional*): called with the [`Accounts`] and the items of each batch, `(B, D)`.
 
-    Raises: [`CodecError`] if the message is damaged or this machine computes other numbers.
+    Raises: [`CodecError`] if the message is damaged or this machine computes other numbers, `ValueError` as
+        [`rows_of_tiles`].
     """
     header = model.header
     sizes = [tile_sizes(entry.height, entry.width, header.shape[1:]) for entry in segment.images]
     counts = [len(of_image) for of_image in sizes]
-    decoded = _tiles(model, segment, words, [s for of_image in sizes for s in of_image], tick, inspect)
+    conditions = rows_of_tiles(model.conditions, segment.images, first, header.shape)
+    decoded = _tiles(model, segment, words, [s for of_image in sizes for s in of_image], conditions, tick, inspect)
     groups, at = check_groups(segment.images, header.shape[0]), 0
     for size, check in zip(groups, segment.checks, strict=True):
         images = []
@@ -223,6 +243,7 @@ def _tiles(
     segment: Segment,
     words: np.ndarray,
     sizes: list[tuple[int, int]],
+    conditions: Mapping[str, torch.Tensor],
     tick: Callable[[int], object],
     inspect: Callable[[Accounts, np.ndarray], object] | None,
 ) -> Iterator[np.ndarray]:
@@ -239,13 +260,14 @@ def _tiles(
     for count in reversed(segment.batches):
         position -= code.positions(count)
         of_batch = sizes[at : at + count]
+        rows = {name: value[at : at + count] for name, value in conditions.items()}
 
         def fill(items: np.ndarray, of_batch: list[tuple[int, int]] = of_batch) -> np.ndarray:
             images = items.reshape(-1, *shape)
             repeat_edges(images, of_batch)
             return images.reshape(len(of_batch), -1)
 
-        items, accounts = code.decode(stack, real_pixels(of_batch, shape), fill, position, tick)
+        items, accounts = code.decode(stack, real_pixels(of_batch, shape), fill, position, tick, rows)
         if inspect is not None:
             inspect(accounts, items)
         for item, (height, width) in zip(items.reshape(-1, *shape), of_batch, strict=True):

@@ -6,22 +6,30 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from ..evaluation.rows import device_of
 from .errors import CodecError
 
 
 def verify_file(
-    pipe: Any, path: str | os.PathLike, batch_size: int, *, is_portable: bool = True, progress_bar: bool = False
+    pipe: Any,
+    path: str | os.PathLike,
+    batch_size: int,
+    conditions: Mapping[str, torch.Tensor],
+    *,
+    is_portable: bool = True,
+    progress_bar: bool = False,
 ) -> None:
     """Raises [`CodecError`] unless another process decodes the file; the checksums are those of the pixels.
 
     Args:
-        pipe (`DiffusionPipeline`), path (`str` or `os.PathLike`), batch_size (`int`): of the encoder.
+        pipe, path, batch_size, conditions: those of the encoder.
         is_portable (`bool`, defaults to `True`): decode with another number of threads and another batch size.
         progress_bar (`bool`, defaults to `False`): show progress.
     """
@@ -31,7 +39,11 @@ def verify_file(
     with tempfile.TemporaryDirectory() as folder:
         pipe.save_pretrained(folder)
         command = [sys.executable, "-m", "diffusers_vdm.codec"]
-        arguments = [folder, os.path.abspath(path), batch_size, threads, device_of(pipe.unet), int(progress_bar)]
+        of_images = os.path.join(folder, "conditions.safetensors")
+        save_file({name: value.contiguous() for name, value in conditions.items()}, of_images)
+        arguments = [
+            folder, os.path.abspath(path), batch_size, threads, device_of(pipe.unet), int(progress_bar), of_images,
+        ]  # fmt: skip
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
         done = subprocess.run(
             [*command, *map(str, arguments)], env=environment, stdout=subprocess.PIPE, text=True, check=False,

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..training.options import POSITIVE, Option
 
+CONDITIONS = Option("conditions", str, "safetensors file with a row for each image: class_labels, cond_vectors, …")
 DEVICE_OPTIONS = [
     Option("batch_size", 64, "images that the network sees at once", range=POSITIVE),
     Option("device", str, "defaults to cuda if available, else cpu"),
@@ -23,6 +24,13 @@ def check_required(args: argparse.Namespace, *names: str) -> None:
     for name in names:
         if getattr(args, name) is None:
             raise ValueError(f"--{name} must be given")
+
+
+def conditions_of_file(path: str | None) -> dict[str, Any]:
+    """The conditions in the file of the option; none without it."""
+    from ..codec.conditions import read_conditions
+
+    return {} if path is None else read_conditions(path)
 
 
 def load_pipeline(args: argparse.Namespace) -> Any:

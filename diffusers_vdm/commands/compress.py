@@ -20,7 +20,14 @@ from typing import Any
 
 from ..console import tolerate_any_encoding
 from ..training.options import Option, train_option
-from .codec_options import DEVICE_OPTIONS, check_required, load_pipeline, one_line_errors
+from .codec_options import (
+    CONDITIONS,
+    DEVICE_OPTIONS,
+    check_required,
+    conditions_of_file,
+    load_pipeline,
+    one_line_errors,
+)
 from .evaluate_options import DATA_SET_OPTIONS, MODEL, digits_of, digits_part
 from .options import check_ranges, option_parser
 
@@ -32,6 +39,7 @@ OPTIONS: dict[str, list[Option]] = {
         Option("split", "test", "split of the data set; slices such as test[:500] are allowed"),
         train_option("image_column"),
         train_option("cache_dir"),
+        CONDITIONS,
     ],
     "code": [
         Option("num_steps", 100, "T, network calls for each image; more give a smaller file", range=(1, 1 << 20)),
@@ -93,18 +101,25 @@ def run(args: argparse.Namespace) -> None:
     from ..codec import compress
     from ..codec.comparison import OtherFormats
     from ..codec.model import num_levels_of
+    from ..conditions import conditions_needed
 
+    conditions = conditions_of_file(args.conditions)
     pipe = load_pipeline(args)
+    for name in conditions_needed(pipe.unet):
+        if name not in conditions:
+            raise ValueError(f"--conditions must name a safetensors file with {name}, which this model needs")
     images = images_to_compress(args, pipe.unet.config["in_channels"])
     others = OtherFormats(num_levels_of(pipe))
     if args.compare:
         images = replace(images, pairs=others.watch(images.pairs))
     names = ("num_steps", "timesteps", "variance", "spacing", "dtype", "batch_size", "verify")
-    summary = compress(pipe, images, args.output, **{name: getattr(args, name) for name in names})
-    print_summary(summary, args.output, others.bpd() if args.compare else {}, others.note)
+    summary = compress(pipe, images, args.output, **{name: getattr(args, name) for name in names}, **conditions)
+    print_summary(summary, args.output, others.bpd() if args.compare else {}, others.note, args.conditions)
 
 
-def print_summary(summary, path: str, others: dict[str, float], note: str | None) -> None:
+def print_summary(
+    summary: Any, path: str, others: dict[str, float], note: str | None, conditions: str | None = None
+) -> None:
     images = f"{summary.num_images} images, {summary.num_values:,} values"
     print(f"{path}: {images}, {summary.file_bytes:,} bytes, encoded in {summary.seconds:.0f} s")
     rows = [("whole file", summary.file_bpd)]
@@ -126,7 +141,8 @@ def print_summary(summary, path: str, others: dict[str, float], note: str | None
     if not summary.is_plain:
         plain = f"{summary.num_plain_images} tiles in plain code"
         print(f"  initial bits {summary.initial_bits:,} ({plain}); values near an edge {summary.num_edge_values}")
-    print(f"  a decoder needs the model: {summary.model_bytes:,} bytes in float32")
+    and_conditions = "" if conditions is None else f", and {conditions}"
+    print(f"  a decoder needs the model: {summary.model_bytes:,} bytes in float32{and_conditions}")
     print("  " + ("another process has decoded it" if summary.verified else "not verified"))
 
 

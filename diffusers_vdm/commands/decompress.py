@@ -12,7 +12,14 @@ from pathlib import Path
 
 from ..console import tolerate_any_encoding
 from ..training.options import Option
-from .codec_options import DEVICE_OPTIONS, check_required, load_pipeline, one_line_errors
+from .codec_options import (
+    CONDITIONS,
+    DEVICE_OPTIONS,
+    check_required,
+    conditions_of_file,
+    load_pipeline,
+    one_line_errors,
+)
 from .evaluate_options import MODEL
 from .options import check_ranges, option_parser
 
@@ -21,6 +28,7 @@ OPTIONS: dict[str, list[Option]] = {
     "files": [
         Option("input", str, "file of diffusers-vdm compress"),
         Option("output_dir", str, "new or empty folder for the images"),
+        CONDITIONS,
         Option("keep", False, "keep the images before a damaged part of the file"),
     ],
     "work": DEVICE_OPTIONS,
@@ -52,10 +60,11 @@ def run(args: argparse.Namespace) -> None:
     from ..codec.sources import file_name, write_array, write_image
 
     header = read_header(args.input)
+    conditions = conditions_of_file(args.conditions)
     pipe, folder = load_pipeline(args), Path(args.output_dir)
     count, arrays, taken, damage = 0, [], set(), None
     try:
-        for entry, image in iterate(pipe, args.input, batch_size=args.batch_size, keep=args.keep):
+        for entry, image in iterate(pipe, args.input, batch_size=args.batch_size, keep=args.keep, **conditions):
             count += 1
             if header.layout == "files":
                 write_image(folder / file_name(entry, taken), image.numpy(), entry)

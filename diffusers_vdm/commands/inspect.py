@@ -14,12 +14,13 @@ from pathlib import Path
 
 from ..console import tolerate_any_encoding
 from ..training.options import Option
-from .codec_options import DEVICE_OPTIONS, load_pipeline, one_line_errors
+from .codec_options import CONDITIONS, DEVICE_OPTIONS, conditions_of_file, load_pipeline, one_line_errors
 from .evaluate_options import MODEL
 from .options import check_ranges, option_parser
 
 OPTIONS: dict[str, list[Option]] = {
     "model": [MODEL],
+    "data": [CONDITIONS],
     "work": [Option("output", str, "figure to write, with --model; defaults to FILE.png"), *DEVICE_OPTIONS],
 }
 
@@ -68,6 +69,7 @@ def run(args: argparse.Namespace) -> None:
         "steps": f"{header.num_steps}, {levels} levels, {header.variance} variance",
         "lattice": f"spacing {header.spacing / 64:g} standard deviations, network in {header.dtype}",
         "written as": header.layout,
+        "conditions": ", ".join(header.conditions) or "none",
         "weights": header.weights.hex(),
         "versions": header.versions + " (torch, diffusers, constriction, diffusers-vdm)",
     }
@@ -84,7 +86,8 @@ def measure(args: argparse.Namespace, coded: int) -> None:
     if coded == 0:
         print("  all images have the plain code, so there are no noise levels to show")
         return
-    found = inspect_bits(load_pipeline(args), args.file, batch_size=args.batch_size)
+    conditions = conditions_of_file(args.conditions)
+    found = inspect_bits(load_pipeline(args), args.file, batch_size=args.batch_size, **conditions)
     per_value = found.num_values
     print(f"\n  bits/dim of the {coded} tiles that the network codes")
     print(f"    decoder         {found.decoder_bits / per_value:.4f}")

@@ -35,12 +35,30 @@ class IndependentPixels(nn.Module):
         return self.levels.dtype
 
     def forward(self, z, timestep, return_dict=False):
+        return self.of_distribution(z, timestep, self.log_probabilities)
+
+    def of_distribution(self, z, timestep, log_probabilities):
         gamma = gamma_of_timestep(self.schedule, torch.as_tensor(timestep).reshape(-1)).to(z)
         gamma = gamma.reshape(-1, 1, 1, 1)
         a, s = torch.sigmoid(-gamma).sqrt(), torch.sigmoid(gamma).sqrt()
-        logits = self.log_probabilities - 0.5 * ((z[..., None] - a[..., None] * self.levels) / s[..., None]).square()
+        logits = log_probabilities - 0.5 * ((z[..., None] - a[..., None] * self.levels) / s[..., None]).square()
         eps_hat = (z - a * (logits.softmax(-1) @ self.levels)) / s * (1 + self.shift)
         return (torch.cat([eps_hat, 0.3 * torch.tanh(z)], dim=1) if self.learned else eps_hat,)
+
+
+class PixelsOfClasses(IndependentPixels):
+    """The same for pixels with one distribution for each class; without a label, for their mean."""
+
+    def __init__(self, shape, probabilities, schedule):
+        super().__init__(shape, probabilities.mean(0), schedule)
+        own = torch.from_numpy(np.log(np.concatenate([probabilities, probabilities.mean(0)[None]])))
+        self.register_buffer("log_probabilities_of_class", own)
+        self.config |= {"num_class_embeds": len(probabilities), "null_class": True}
+
+    def forward(self, z, timestep, class_labels=None, return_dict=False):
+        null = torch.full((len(z),), self.config["num_class_embeds"])
+        labels = null if class_labels is None else class_labels
+        return self.of_distribution(z, timestep, self.log_probabilities_of_class[labels][:, None, None, None])
 
 
 def pixel_pipeline(shape=(1, 4, 4), num_levels=256, seed=0, learned=False, gamma_min=None, **scheduler):

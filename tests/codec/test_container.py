@@ -259,7 +259,7 @@ def test_what_comes_before_a_damage_is_kept():
         (b"", "not one that `diffusers-vdm compress` wrote"),
         (b"\x89PNG\r\n\x1a\n", "not one that `diffusers-vdm compress` wrote"),
         (b"\x89VDM", "the file is truncated"),
-        (b"\x89VDM\x02", "has version 2 of the format, and this package reads 1"),
+        (b"\x89VDM\x03", "has version 3 of the format, and this package reads 1 and 2"),
         (b"\x89VDM\x01", "the file is truncated"),
     ],
 )

@@ -485,7 +485,7 @@ def test_no_two_files_have_one_fingerprint_of_the_levels(pixels):
     for steps, spacing in itertools.product((5, 6), (0.5, 1.0)):
         coding = model.model_to_encode(
             pixels[0], num_steps=steps, timesteps=None, variance=None, spacing=spacing, dtype="float64", batch_size=1,
-            image_size=None, layout="files",
+            image_size=None, layout="files", conditions={},
         )  # fmt: skip
         prints.add(coding.header.numbers)
     assert len(prints) == 4

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from diffusers_vdm import UNET_PRESETS, FixedLinearGamma, VDMPipeline, VDMScheduler
 from diffusers_vdm.codec import CodecError, decompress
 from diffusers_vdm.commands import compress, inspect
 from diffusers_vdm.commands import decompress as decompress_command
 from diffusers_vdm.data.images import load_digits_split
-from tests.models import tiny_unet
+from tests.models import network, tiny_unet
 from tests.paths import DIGITS_MODEL, FIXTURES
 from tests.pictures import picture
 from tests.running import ENVIRONMENT, run_command, run_python, wait_for
@@ -213,11 +214,11 @@ def test_decompress_refuses_a_full_folder_and_damage(packed, tmp_path, capsys):
         run(inspect, __file__)
 
 
-def test_a_conditional_model_is_refused(tmp_path):
+def test_a_model_that_needs_conditions_is_refused_without_them(tmp_path):
     scheduler = VDMScheduler(gamma_min=-13.3)
     VDMPipeline(tiny_unet(num_class_embeds=3), scheduler).save_pretrained(tmp_path / "m")
     np.savez(tmp_path / "a.npz", np.zeros((2, 8, 8, 3), dtype=np.uint8))
-    with pytest.raises(SystemExit, match=r"works without class_labels"):
+    with pytest.raises(SystemExit, match="--conditions must name a safetensors file with class_labels"):
         run(compress, "--model", tmp_path / "m", "--data_dir", tmp_path / "a.npz", "--output", tmp_path / "f")
     assert not (tmp_path / "f").exists()
 
@@ -297,3 +298,44 @@ def test_a_summary_is_json(tmp_path):
     pipe = VDMPipeline.from_pretrained(DIGITS_MODEL)
     summary = write(pipe, torch.zeros(1, 1, 8, 8, dtype=torch.uint8), tmp_path / "f", verify=False, progress_bar=False)
     assert json.loads(json.dumps(summary.to_json()))["marginal_bpd"] is None
+
+
+# ---- conditions ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def packed_classes(tmp_path_factory):
+    """The folder of a model with ten classes, the file of the classes of 60 digits, and a file of these digits."""
+    folder = tmp_path_factory.mktemp("classes")
+    unet = network(1, num_class_embeds=10, null_class=True)
+    scheduler = VDMScheduler.from_noise_schedule(FixedLinearGamma(gamma_min=-8.0, gamma_max=5.0))
+    VDMPipeline(unet, scheduler, num_levels=17).save_pretrained(folder / "model")
+    labels = load_digits_split()[1].labels[:60]
+    save_file({"class_labels": labels}, folder / "labels.safetensors")
+    model = ("--model", folder / "model")
+    run(compress, *model, "--split", "test[:60]", "--num_steps", 3, "--conditions", folder / "labels.safetensors",
+        "--no-compare", "--output", folder / "digits.vdm")  # fmt: skip
+    return folder, model
+
+
+def test_digits_of_known_classes_come_back(packed_classes, tmp_path, capsys):
+    folder, model = packed_classes
+    conditions = ("--conditions", folder / "labels.safetensors")
+    run(decompress_command, *model, "--input", folder / "digits.vdm", "--output_dir", tmp_path / "out", *conditions)
+    back = np.load(tmp_path / "out" / "images.npz")["images"]
+    assert np.array_equal(back, load_digits_split()[1].images[:60].numpy())
+    run(inspect, folder / "digits.vdm", *model, *conditions, "--output", tmp_path / "bits.png")
+    assert re.search(r"conditions +class_labels\n", capsys.readouterr().out)
+
+
+def test_a_file_of_known_classes_needs_them(packed_classes, tmp_path):
+    folder, model = packed_classes
+    command = (*model, "--input", folder / "digits.vdm", "--output_dir", tmp_path / "out")
+    with pytest.raises(SystemExit, match=r"coded with class_labels.*--conditions"):
+        run(decompress_command, *command)
+    with pytest.raises(SystemExit, match="conditions must be a safetensors file"):
+        run(decompress_command, *command, "--conditions", folder / "digits.vdm")
+    save_file({"class_labels": torch.zeros(60, dtype=torch.long)}, tmp_path / "other")
+    with pytest.raises(SystemExit, match="coded with other class_labels"):
+        run(decompress_command, *command, "--conditions", tmp_path / "other")
+    assert not (tmp_path / "out").exists()
