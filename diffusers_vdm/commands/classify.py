@@ -34,7 +34,7 @@ from .evaluate_options import (
     load_model,
     parse_checked,
 )
-from .processes import check_alone, evaluation_accelerator
+from .processes import evaluation_accelerator
 
 OPTIONS: dict[str, list[Option]] = {
     "model": [MODEL],
@@ -68,11 +68,10 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 def classify(args: argparse.Namespace) -> None:
     """Measures, writes the report and prints it."""
     with evaluation_accelerator(args) as accelerator:
-        check_alone(accelerator, "classify")
-        run_classification(args, accelerator.device)
+        run_classification(args, accelerator)
 
 
-def run_classification(args: argparse.Namespace, device: Any) -> None:
+def run_classification(args: argparse.Namespace, accelerator: Any) -> None:
     from ..evaluation.classes import evaluate_classes
     from ..files import write_atomically
 
@@ -80,11 +79,14 @@ def run_classification(args: argparse.Namespace, device: Any) -> None:
     num_classes = unet.config.get("num_class_embeds")
     if num_classes is None:
         raise ValueError(f"{args.model} has no classes; train one by train.py --class_conditional")
-    data = load_data(args, num_levels, num_classes, names, True)
+    is_main = accelerator.is_main_process
+    data = load_data(args, num_levels, num_classes, names, is_main)
     if data.labels is None and args.mutual_information:
         raise ValueError(f"--mutual_information needs images with classes, and {data.name} has none")
-    bound = bound_of(unet, scheduler, num_levels, device)
-    neighbors = None if args.neighbors is None else nearest_neighbors(args, data, num_levels, num_classes, names)
+    bound = bound_of(unet, scheduler, num_levels, accelerator.device)
+    neighbors = None
+    if args.neighbors is not None and is_main:
+        neighbors = nearest_neighbors(args, data, num_levels, num_classes, names)
     start = time.perf_counter()
     result = evaluate_classes(
         bound,
@@ -95,8 +97,12 @@ def run_classification(args: argparse.Namespace, device: Any) -> None:
         rejection=args.rejection,
         batch_size=args.batch_size,
         seed=args.seed,
-        device=device,
+        device=accelerator.device,
+        accelerator=accelerator,
+        progress_bar=is_main,
     )
+    if not is_main:
+        return
     seconds = (time.perf_counter() - start) / len(data.images)
     possible = args.num_samples * (num_classes + args.mutual_information)
     report: dict[str, Any] = {

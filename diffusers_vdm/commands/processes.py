@@ -155,9 +155,3 @@ def only_run(accelerator, lock_file: Path, message: str, check: Callable[[], obj
         yield
     finally:
         lock.release()
-
-
-def check_alone(accelerator: Any, program: str) -> None:
-    """Raises `ValueError` for several processes, which `program` cannot share its work among."""
-    if accelerator.num_processes > 1:
-        raise ValueError(f"{program} runs in one process, got {accelerator.num_processes}; start it without launch")

@@ -42,7 +42,7 @@ from .evaluate_options import (
     load_model,
     parse_checked,
 )
-from .processes import check_alone, evaluation_accelerator
+from .processes import evaluation_accelerator
 
 # changes of images `(N, C, H, W)` with levels below `num_levels`
 TRANSFORMS: dict[str, Callable[[Any, int], Any]] = {
@@ -148,21 +148,21 @@ class Measured:
 def rank(args: argparse.Namespace) -> None:
     """Measures, writes the report and prints it."""
     with evaluation_accelerator(args) as accelerator:
-        check_alone(accelerator, "rank")
-        run_ranking(args, accelerator.device)
+        run_ranking(args, accelerator)
 
 
-def run_ranking(args: argparse.Namespace, device: Any) -> None:
+def run_ranking(args: argparse.Namespace, accelerator: Any) -> None:
     from .. import evaluate_mc
     from ..evaluation.rows import check_images
     from ..files import write_atomically
 
     names = ["model", *(["reference_model"] if args.reference_model else [])]
-    models = [load_bound(option, getattr(args, option), device) for option in names]
+    models = [load_bound(option, getattr(args, option), accelerator.device) for option in names]
     levels = [model.num_levels for model in models]
     if len(set(levels)) > 1:
         raise ValueError(f"--reference_model must have the {levels[0]} levels of the model, got {levels[1]}")
-    sets = load_sets(args, models)
+    is_main = accelerator.is_main_process
+    sets = load_sets(args, models, is_main)
     for model in models:  # before any of them is measured
         for data in sets.values():
             try:
@@ -184,12 +184,16 @@ def run_ranking(args: argparse.Namespace, device: Any) -> None:
                 importance_sampling=args.importance_sampling,
                 batch_size=args.batch_size,
                 seed=seeds.get(name, args.seed),
-                device=device,
+                device=accelerator.device,
+                accelerator=accelerator,
+                progress_bar=is_main,
                 **conditions_without_null(model, data),
             )
             for model in used
         ]
     seconds = time.perf_counter() - start
+    if not is_main:
+        return
     measured = scored(args, sets, results, files)
     conditions = sorted(conditions_without_null(models[0], sets["in"]))
     report = report_of(args, sets, results, measured, conditions) | {"seconds": seconds}
@@ -216,13 +220,13 @@ def load_bound(option: str, name: str, device: Any) -> Model:
 # ---- the images --------------------------------------------------------------------------------------------------
 
 
-def load_sets(args: argparse.Namespace, models: list[Model]) -> dict[str, Any]:
+def load_sets(args: argparse.Namespace, models: list[Model], is_main: bool) -> dict[str, Any]:
     """The images to rank, `in`, and those that are asked for of `typical` and `other`."""
     given, num_levels = vars(args), models[0].num_levels
-    sets = {"in": load_classes(args, models, num_levels)}
+    sets = {"in": load_classes(args, models, num_levels, is_main)}
     if args.typical_split:
         typical = argparse.Namespace(**given | {"split": args.typical_split, "allow_shared": True})
-        sets["typical"] = load_classes(typical, models, num_levels)
+        sets["typical"] = load_classes(typical, models, num_levels, is_main)
     if args.other_transform:
         data = sets["in"]
         changed = TRANSFORMS[args.other_transform](data.images, num_levels).contiguous()
@@ -233,21 +237,21 @@ def load_sets(args: argparse.Namespace, models: list[Model]) -> dict[str, Any]:
             "image_column": args.other_image_column, "split": args.other_split or "test",
             "dataset_config_name": None, "label_column": None, "allow_shared": True,
         }  # fmt: skip
-        sets["other"] = in_levels(load_classes(argparse.Namespace(**given | source), models, 256), num_levels)
+        sets["other"] = in_levels(load_classes(argparse.Namespace(**given | source), models, 256, is_main), num_levels)
     elif args.other_split:
         other = argparse.Namespace(**given | {"split": args.other_split, "allow_shared": True})
-        sets["other"] = load_classes(other, models, num_levels)
+        sets["other"] = load_classes(other, models, num_levels, is_main)
     return sets
 
 
-def load_classes(args: argparse.Namespace, models: list[Model], num_levels: int) -> Any:
+def load_classes(args: argparse.Namespace, models: list[Model], num_levels: int, is_main: bool) -> Any:
     """Images, with the classes that some of the models need; `ValueError` if they are not known."""
     from ..conditions import conditions_needed
 
     needing = [model for model in models if model.num_classes is not None]
     first = needing[0] if needing else replace(models[0], num_classes=None)
     needs_some = any(conditions_needed(model.bound.unet) for model in models)
-    data = load_data(args, num_levels, first.num_classes, first.class_names, True, needs_some)
+    data = load_data(args, num_levels, first.num_classes, first.class_names, is_main, needs_some)
     for model in needing:
         if data.labels is None:
             raise ValueError(

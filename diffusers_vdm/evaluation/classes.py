@@ -89,13 +89,14 @@ def evaluate_classes(
     batch_size: int = 256,
     seed: int = 0,
     device: str | torch.device | None = None,
+    accelerator: Any = None,
     progress_bar: bool | Callable = True,
 ) -> ClassEvaluation:
     """The bound of each image under each class of a class-conditional network.
 
     A draw of (t, ε, ε_0) of an image is the same for all classes. The times of an image form a golden-ratio lattice,
     warped so that more of them are where the classes differ, as measured in the first quarter of the draws. Noise is
-    keyed on (seed, draw, image index), so the result does not depend on the batch size.
+    keyed on (seed, draw, image index), so the result does not depend on the batch size and on the number of processes.
 
     Args:
         bound ([`VariationalBound`]): evaluated in `eval()` mode; its mode is restored afterwards.
@@ -109,6 +110,8 @@ def evaluate_classes(
         batch_size (`int`, defaults to 256): pairs of image and class per network call.
         seed (`int`, defaults to 0): key of all randomness.
         device (`str` or `torch.device`, *optional*): defaults to the network's device.
+        accelerator (`accelerate.Accelerator`, *optional*): shares the images among its processes. All processes must
+            call this function with the same arguments, and all get the result.
         progress_bar (`bool` or `Callable`, defaults to `True`): show a tqdm bar, or the tqdm-like class to use.
 
     Returns: [`ClassEvaluation`].
@@ -135,7 +138,9 @@ def evaluate_classes(
     shifts = torch.stack([torch.rand((), generator=keyed_generator(seed, "classes", i)).double() for i in range(n)])
     bits = torch.full((num_samples, n, num_classes + with_null), torch.nan, dtype=torch.float64)
     shared = torch.zeros(num_samples, n, dtype=torch.float64)  # prior and reconstruction, which have no class
-    active = torch.ones(n, num_classes + with_null, dtype=torch.bool)
+    rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    active = torch.zeros(n, num_classes + with_null, dtype=torch.bool)
+    active[rank::world] = True
     kept = torch.zeros_like(active)
     kept[:, num_classes:] = True
     if class_labels is not None:
@@ -147,28 +152,31 @@ def evaluate_classes(
     with (
         evaluation_mode(bound),
         bar_class(
-            total=num_samples * active.numel(), desc="classes", disable=progress_bar is False, leave=False
+            total=num_samples * int(active.sum()), desc="classes", disable=progress_bar is False, leave=False
         ) as bar,
     ):
         for draw in range(num_samples):
-            if draw == pilot:
-                warp = _warp_of_differences(times[:draw], bits[:draw, :, :num_classes])
             u = lattice_times(torch.full((n,), draw), shifts)
             times[draw], density = (u, torch.ones_like(u)) if warp is None else warp(u)
-            for pairs in active.nonzero().split(batch_size):
+            for pairs in active.nonzero().split(batch_size) if bool(active.any()) else ():
                 index, labels = pairs.unbind(1)
                 out = _bound_of_pairs(bound, images, index, labels, times[draw], density, (seed, draw), device)
                 terms = [out["diffusion"], out["prior"] + out["reconstruction"]]
                 terms = check_rows_finite(dims * torch.stack(terms, dim=1).double().cpu(), index)
                 bits[draw, index, labels], shared[draw, index] = terms.unbind(1)
             calls += int(active.sum())
-            bar.update(active.numel())
+            bar.update(len(range(rank, n, world)) * active.shape[1])
+            if draw + 1 == pilot:  # before any class is dropped, and before any process has ended
+                differences = _shared(bits[:pilot, :, :num_classes], rank, accelerator)
+                warp = _warp_of_differences(times[:pilot], differences)
             if rejection and draw + 1 >= _MIN_DRAWS and draw + 1 >= pilot:
                 active &= kept | ~_hopeless(bits[: draw + 1, :, :num_classes], active)
                 alone = (active[:, :num_classes].sum(1) == 1) & ~kept.any(1)
                 active[alone] = False
                 if not bool(active.any()):
                     break
+    bits, shared = _shared(bits, rank, accelerator), _shared(shared[..., None], rank, accelerator)[..., 0]
+    calls = int(_shared(torch.full((1, world, 1), calls).double(), rank, accelerator).sum())
     num_draws = (~bits.isnan()).sum(0)
     total = _combined(bits, num_classes) + (shared.sum(0) / num_draws.amax(1))[:, None]
     null = total[:, num_classes] if with_null else None
@@ -265,6 +273,17 @@ def _bound_of_pairs(bound, images, index, labels, t, density, key, device) -> An
         eps=noise[:, 0],
         eps_0=noise[:, 1],
     )
+
+
+def _shared(values: torch.Tensor, rank: int, accelerator: Any) -> torch.Tensor:
+    """`values`, `(draws, N, K)`, with the images of each process: image i is that of process i mod their number."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return values
+    mine = torch.zeros_like(values)
+    mine[:, rank :: accelerator.num_processes] = values[:, rank :: accelerator.num_processes]
+    both = torch.stack([mine.nan_to_num(), mine.isnan().double()])  # a sum of numbers and zeros is exact
+    found, missing = accelerator.reduce(high_precision_on(both, accelerator.device), "sum").double().cpu()
+    return torch.where(missing > 0, torch.nan, found)
 
 
 def _warp_of_differences(t: torch.Tensor, bits: torch.Tensor) -> Callable:

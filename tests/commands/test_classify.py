@@ -9,6 +9,7 @@ from diffusers_vdm import FixedLinearGamma, VDMPipeline, VDMScheduler
 from diffusers_vdm.commands import classify
 from diffusers_vdm.data.images import load_digits_split
 from tests.models import tiny_preset
+from tests.running import LAUNCH, run_python
 
 
 @pytest.fixture
@@ -113,3 +114,20 @@ def test_wrong_arguments_are_refused(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         classify.parse_options(["--model", "m", *arguments])
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(model, tmp_path):
+    """Classes are dropped, and one process has an image less than the other."""
+    options = ["--model", model(num_class_embeds=10, null_class=True, zero_init=False), "--split", "test[:13]",
+               "--num_samples", 8, "--mutual_information"]  # fmt: skip
+    reports = []
+    for name, launch in (("one.json", []), ("two.json", [*LAUNCH.split(), 2])):
+        run_python(*launch, "-m", "diffusers_vdm.commands.classify", *options, "--output", tmp_path / name)
+        reports.append(json.loads((tmp_path / name).read_text(encoding="utf-8")))
+    one, two = reports
+    assert two["num_calls_per_image"] == pytest.approx(one["num_calls_per_image"], rel=0.02)
+    for left, right in zip(one["images"], two["images"], strict=True):
+        assert left["class_bits"] == pytest.approx(right["class_bits"], rel=1e-4)
+        assert left["null_bits"] == pytest.approx(right["null_bits"], rel=1e-4)
+    assert two["mutual_information_bits"] == pytest.approx(one["mutual_information_bits"], abs=1e-3)

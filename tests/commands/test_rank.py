@@ -14,6 +14,7 @@ from diffusers_vdm.data.images import load_digits_split
 from diffusers_vdm.evaluation.monte_carlo import mean_stderr
 from diffusers_vdm.evaluation.ranking import auroc, png_bits
 from tests.models import tiny_preset
+from tests.running import LAUNCH, run_python
 from tests.tensors import f64, random_levels
 
 SCHEDULE = FixedLinearGamma(-7.5, 5.0)
@@ -253,3 +254,19 @@ def test_wrong_arguments_are_refused(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         rank.parse_options(["--model", "m", *arguments])
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(model, tmp_path):
+    options = ["--model", model(), "--split", "test[:13]", "--num_samples", 4, "--other_transform", "rotate180",
+               "--reference_model", model(name="reference", seed=1)]  # fmt: skip
+    reports = []
+    for name, launch in (("one.json", []), ("two.json", [*LAUNCH.split(), 2])):
+        run_python(*launch, "-m", "diffusers_vdm.commands.rank", *options, "--output", tmp_path / name)
+        reports.append(json.loads((tmp_path / name).read_text(encoding="utf-8")))
+    one, two = reports
+    for part in ("images", "other_images"):
+        for left, right in zip(one[part], two[part], strict=True):
+            left, right = ({k: v for k, v in row.items() if v is not None} for row in (left, right))
+            assert left == pytest.approx(right, rel=1e-4, abs=1e-4)  # other batches have other rounding errors
+    assert one["auroc"].keys() == two["auroc"].keys() and one["typical"]["bpd"] == pytest.approx(two["typical"]["bpd"])
