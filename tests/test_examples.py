@@ -6,6 +6,7 @@ import importlib.metadata
 import re
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,6 +15,7 @@ import diffusers_vdm
 from diffusers_vdm import FixedLinearGamma, VDMPipeline, VDMScheduler
 from tests.models import tiny_preset
 from tests.paths import EXAMPLES
+from tests.pictures import picture
 from tests.running import run_example
 
 NAMES = ("toy_2d", "train_minimal", "likelihood_of_a_diffusers_checkpoint", "own_noise_schedule",
@@ -247,3 +249,22 @@ def test_images_are_enlarged_and_compared(tmp_path):
     VDMPipeline(tiny_preset(), pipe.scheduler, num_levels=17).save_pretrained(tmp_path / "other")
     done = run_example("upscale_images.py", "--model", tmp_path / "other", check=False)
     assert done.returncode == 2 and "trained by --upscale_factor" in done.stderr
+
+
+def test_files_are_enlarged(tmp_path):
+    unet = tiny_preset("cifar10", sample_size=16, cond_channels=3)
+    pipe = VDMPipeline(unet, VDMScheduler.from_noise_schedule(FixedLinearGamma(-9.0, 4.0)))
+    pipe.save_pretrained(tmp_path / "model")
+    rng = np.random.default_rng(0)
+    files = [tmp_path / "a.png", tmp_path / "b.jpg"]
+    for path, size in zip(files, ((40, 30), (16, 16)), strict=True):
+        picture(rng, size).save(path)
+    common = ["--model", tmp_path / "model", "--num_inference_steps", 2, "--output", tmp_path / "up.png"]
+    printed = run("upscale_images", *common, "--images", *files, "--upscale_factor", 4)
+    assert size_of(tmp_path / "up.png") == (2 * 48, 4 * 48) and len(printed.splitlines()) == 4
+    for more, message in (
+        ([], "--images must be given"),
+        (["--images", *files, "--upscale_factor", 3], "must divide 16"),
+    ):
+        done = run_example("upscale_images.py", *common, *more, check=False)
+        assert done.returncode == 2 and message in done.stderr
