@@ -64,9 +64,15 @@ class Evaluation:
         self.partial = partial_folder(args)
         self.folders: list[Path] = []
         images, labels = self.data.images, self.data.labels
-        self.conditions = conditions_of(self.unet, images, self.num_levels, labels, self.data.conditions)
+        without_text = torch.ones(len(images), dtype=torch.bool) if args.null_conditions else None
+        given = conditions_of(self.unet, images, self.num_levels, labels, self.data.conditions, without_text)
+        self.conditions = sorted(given)
+        if args.null_conditions:
+            check_nulls(self.unet)  # the null of a text is the empty text
+            given = {name: value for name, value in given.items() if name.startswith("encoder_")}
+            self.conditions = []
         self.shared = {
-            **self.conditions,
+            **given,
             "batch_size": args.batch_size,
             "seed": args.seed,
             "accelerator": accelerator,
@@ -140,6 +146,17 @@ class Evaluation:
             **{name: getattr(self.args, name) for name in names},
             **self.shared,
         )
+
+
+def check_nulls(unet: Any) -> None:
+    """Raises `ValueError` for a network that takes no condition, or one whose null it does not know."""
+    from ..conditions import conditions_needed, conditions_taken
+
+    if not conditions_taken(unet):
+        raise ValueError("--null_conditions needs a model with conditions, and this one takes none")
+    for name in conditions_needed(unet):
+        if name != "encoder_hidden_states":
+            raise ValueError(f"--null_conditions needs a model that knows the null of {name}, and this one does not")
 
 
 def measure(evaluation: Evaluation) -> tuple[Any, dict[str, Any], dict[str, Any]]:
@@ -274,7 +291,7 @@ def run_evaluation(args: argparse.Namespace, accelerator) -> None:
         weights_fingerprint=weights_fingerprint(evaluation.unet),
         gammas_fingerprint=gammas_fingerprint(evaluation.scheduler),
         class_conditional="class_labels" in evaluation.conditions,
-        conditions=sorted(evaluation.conditions),
+        conditions=evaluation.conditions,
         dtype="float32" + (", TF32 products" if args.allow_tf32 else ""),
         seed=args.seed,
         data=MeasuredData(

@@ -73,6 +73,9 @@ OPTIONS: dict[str, list[Option]] = {
         Option("num_probes", 1, "ode: number of random probes of hutchinson", range=POSITIVE),
         Option("rtol", 1e-05, "ode: relative tolerance of a step", range=POSITIVE),
         Option("atol", 1e-05, "ode: absolute tolerance of a step, for z and for nats per dimension", range=POSITIVE),
+        Option(
+            "null_conditions", False, "measure images without their conditions, by the nulls that the network knows"
+        ),
         train_option("seed"),
     ],
     "data": [

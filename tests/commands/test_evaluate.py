@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
+from diffusers_vdm import VariationalBound, VDMPipeline, VDMScheduler, evaluate_mc
+from diffusers_vdm.data.images import load_digits_split
 from tests.commands.models import save_tiny_pipeline
-from tests.models import tiny_unet
+from tests.models import tiny_preset, tiny_unet
 from tests.paths import EXAMPLES
 from tests.pictures import picture, write_image_folder, write_images
 from tests.running import ENVIRONMENT, run_example, run_python
@@ -198,3 +200,42 @@ def test_the_progress_bar_shows_no_number_of_a_single_process(tmp_path, digits_p
     assert {float(text) for text in shown} <= {round(bpd, 4)} and "bits/dim" in done.stderr
     done = run_example("evaluate.py", *few)
     assert re.search(r"\d\.\d{4} ± \S+ bits/dim", done.stderr)
+
+
+# ---- without conditions --------------------------------------------------------------------------------------------
+
+
+def save_with(folder, **arguments):
+    """Saves a pipeline for digits whose network has these arguments."""
+    pipe = VDMPipeline(tiny_preset(zero_init=False, **arguments), VDMScheduler(gamma_min=-7.5), num_levels=17)
+    pipe.save_pretrained(folder)
+    return pipe
+
+
+def test_a_model_with_a_null_class_is_measured_without_classes(tmp_path):
+    pipe = save_with(tmp_path / "m", num_class_embeds=10, null_class=True)
+    command = ["--model", tmp_path / "m", "--split", "test[:20]", "--num_samples", 2, "--output", tmp_path / "r.json"]
+    bound, images = VariationalBound(pipe.unet, pipe.scheduler.noise_schedule(), num_levels=17), load_digits_split()[1]
+    for option, conditions, given in (
+        ("--null_conditions", [], {}),
+        ("--no-null_conditions", ["class_labels"], {"class_labels": images.labels[:20]}),
+    ):
+        run_example("evaluate.py", *command, option)
+        report = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+        expected = evaluate_mc(bound, images.images[:20], num_samples=2, progress_bar=False, **given)
+        assert report["conditions"] == conditions and report["class_conditional"] == bool(conditions)
+        assert report["bpd"] == pytest.approx(expected.bpd, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "--null_conditions needs a model with conditions"),
+        ({"num_class_embeds": 10}, "--null_conditions needs a model that knows the null of class_labels"),
+    ],
+)
+def test_nulls_that_a_model_does_not_know_are_named(tmp_path, arguments, message):
+    save_with(tmp_path / "m", **arguments)
+    done = run_example("evaluate.py", "--model", tmp_path / "m", "--null_conditions", "--output", tmp_path / "r.json",
+                       check=False)  # fmt: skip
+    assert done.returncode == 1 and message in done.stderr and not (tmp_path / "r.json").exists()
