@@ -43,7 +43,7 @@ def unnamed_encodings(done):
     [
         pytest.param(page, encoding, marks=[pytest.mark.slow] * (encoding != "ascii" or page not in DEFAULT))
         for page in HELP
-        for encoding in ENCODINGS
+        for encoding in (ENCODINGS if page in DEFAULT else ["ascii"])
     ],
 )
 def test_help_in_any_encoding(page, encoding):
@@ -59,7 +59,7 @@ def test_help_in_any_encoding(page, encoding):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
 def test_every_command_works_in_any_encoding(tmp_path, encoding, digits_pipeline):
     config = ["--model_config_name_or_path", digits_pipeline / "unet", "--train_batch_size", 4, "--max_train_steps", 2]
     few = ["--eval_samples", 1, "--num_images", 1, "--ddpm_num_inference_steps", 2, "--logger", "none"]
@@ -77,8 +77,7 @@ def test_every_command_works_in_any_encoding(tmp_path, encoding, digits_pipeline
         assert "Traceback" not in printed and "UnicodeEncodeError" not in printed and not unnamed_encodings(done)
     sign = "±" if encoding != "ascii" else "+/-"
     assert f" {sign} " in evaluated.stdout.decode(encoding) and f" {sign} " in sampled.stdout.decode(encoding)
-    assert ("∞" if encoding == "utf-8" else "inf") in evaluated.stdout.decode(encoding)
-    assert ("γ" if encoding == "utf-8" else "gamma") in refused.stderr.decode(encoding)
+    assert "inf" in evaluated.stdout.decode(encoding) and "gamma" in refused.stderr.decode(encoding)
     for name in ("options.json", "metrics.jsonl"):
         for line in (tmp_path / "run" / name).read_text(encoding="utf-8").splitlines()[: 1 if "l" in name[-1] else 0]:
             json.loads(line)

@@ -82,8 +82,10 @@ for kind in ("adamw", "muon"):
 state = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True))
 if rank == 0:  # what is saved is what an unsharded model loads
     build().load_state_dict(state)
-    print("the same")
+    print("the same", flush=True)
+dist.barrier()
 dist.destroy_process_group()
+os._exit(0)  # a thread of gloo may abort while Python is finalized (torch 2.13)
 """
 
 
