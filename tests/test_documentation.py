@@ -234,7 +234,7 @@ def run_parser(name: str, arguments: list[str]) -> None:
         with pytest.raises(SystemExit, match=r"diffusers-vdm card: folder must contain a saved pipeline"):
             card.main(arguments)  # the folder is the reader's
     elif name in ("edit_images", "upscale_images"):
-        assert arguments[0] == "--model" and len(arguments) == 2
+        assert arguments[0] == "--model" and arguments[2:] in ([], ["--images", "*.png"])
     else:
         assert name == "env" and not arguments
 
