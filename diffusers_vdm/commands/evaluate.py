@@ -277,6 +277,9 @@ def run_evaluation(args: argparse.Namespace, accelerator) -> None:
 
     modules = (torch, diffusers, accelerate, diffusers_vdm)
     data = evaluation.data
+    if "class_labels" in evaluation.conditions:  # p(x) ≥ p(x | c)/K, for equal p(c) of K classes
+        of_class = math.log2(evaluation.unet.config.num_class_embeds) / math.prod(data.images.shape[1:])
+        details["bpd_with_classes"] = result.bpd + of_class
     report = Report(
         model=args.model,
         method=args.method,

@@ -47,6 +47,8 @@ def print_report(args: argparse.Namespace, evaluation, report: Report) -> None:
     print(f"\n{args.model} on {report.data.name}: {report.num_images} images, {report.seconds:.0f} s")
     rows = [(f"bits/dim, {name}", value(report.bpd, report.stderr_bpd))]
     rows += [(f"  {term}", f"{bpd:.4f}") for term, bpd in report.terms_bpd.items()]
+    if "bpd_with_classes" in report.details:
+        rows.append(("with the bits of the class", value(report.details["bpd_with_classes"], report.stderr_bpd)))
     rows += [(f"bound at T = {row.num_steps or '∞'}", value(row.bpd, row.stderr_bpd)) for row in report.table]
     rows += [(f"bound with the best {row['num_steps']} timesteps", value(row["bpd"], None)) for row in best]
     variance = report.details.get("variance_per_call")

@@ -1,6 +1,7 @@
 """The command `evaluate`: its reports, on one process and on two, stopped and resumed; and what it cannot measure."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -220,11 +221,14 @@ def test_a_model_with_a_null_class_is_measured_without_classes(tmp_path):
         ("--null_conditions", [], {}),
         ("--no-null_conditions", ["class_labels"], {"class_labels": images.labels[:20]}),
     ):
-        run_example("evaluate.py", *command, option)
+        printed = run_example("evaluate.py", *command, option).stdout
         report = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
         expected = evaluate_mc(bound, images.images[:20], num_samples=2, progress_bar=False, **given)
         assert report["conditions"] == conditions and report["class_conditional"] == bool(conditions)
         assert report["bpd"] == pytest.approx(expected.bpd, rel=1e-6)
+        of_class = {"bpd_with_classes": pytest.approx(expected.bpd + math.log2(10) / 64, rel=1e-6)} if given else {}
+        assert {name: report[name] for name in report if name == "bpd_with_classes"} == of_class
+        assert ("with the bits of the class" in printed) == bool(given)
 
 
 @pytest.mark.parametrize(
