@@ -208,11 +208,30 @@ def start_training(output_dir: Path, options: list[str], processes: int = 1, bat
     for rank, place in enumerate(ranks(processes)):
         environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONUNBUFFERED": "1"}
         environment |= {"PYTHONFAULTHANDLER": "1"} | place  # on SIGABRT, Python prints where it stands
-        command = [sys.executable, str(TRAIN), "--output_dir", str(output_dir), "--resume_from_checkpoint", "latest",
-                   "--train_batch_size", str(batch_size), *options]  # fmt: skip
+        command = [sys.executable, str(TRAIN), *_arguments(output_dir, options, batch_size)]
         with open(log_path(output_dir, rank), "ab") as log:
             started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
     return started
+
+
+def train_here(output_dir: Path, options: list[str], batch_size: int = 4) -> int:
+    """Runs train.py to its end as [`run_here`]; returns the exit code, and adds the output to the log file."""
+    done = run_example("train.py", *_arguments(output_dir, options, batch_size), check=False)
+    with open(log_path(output_dir), "a", encoding="utf-8") as log:
+        log.write(done.stdout + done.stderr)
+    return done.returncode
+
+
+def _arguments(output_dir: Path, options: list[str], batch_size: int) -> list[str]:
+    own = [
+        "--output_dir",
+        str(output_dir),
+        "--resume_from_checkpoint",
+        "latest",
+        "--train_batch_size",
+        str(batch_size),
+    ]
+    return [*own, *options]
 
 
 def log_path(output_dir: Path, rank: int = 0) -> Path:
@@ -241,7 +260,10 @@ def exit_codes(output_dir: Path, processes: list, seconds: float = 400) -> list[
 
 def train(output_dir: Path, options: list[str], processes: int = 1, batch_size: int = 4) -> None:
     """Runs train.py to its end, from the latest checkpoint if there is one."""
-    codes = exit_codes(output_dir, start_training(output_dir, options, processes, batch_size))
+    if processes == 1:
+        codes = [train_here(output_dir, options, batch_size)]
+    else:
+        codes = exit_codes(output_dir, start_training(output_dir, options, processes, batch_size))
     assert codes == [0] * processes, log_of(output_dir)[-3000:]
 
 

@@ -17,7 +17,7 @@ from diffusers_vdm import VDMMultiscale2DModel
 from diffusers_vdm.training.checkpoints import list_checkpoints
 from diffusers_vdm.training.metrics import read_metrics
 from tests.models import tiny_preset
-from tests.running import exit_codes, log_of, start_training, state_of, train, wait_for
+from tests.running import exit_codes, log_of, start_training, state_of, train, train_here, wait_for
 
 
 def count_files(folder):
@@ -236,7 +236,7 @@ def test_a_run_with_other_options_is_refused_and_changes_nothing(
     if channels != 8:
         tiny_preset(block_out_channels=(channels,)).save_config(tmp_path)
         options = ["--model_config_name_or_path", str(tmp_path), *options[2:]]
-    assert exit_codes(finished_run, start_training(finished_run, options))[0] in (1, 2)
+    assert train_here(finished_run, options) in (1, 2)
     log = log_of(finished_run)
     assert message in log.splitlines()[-1] and "Traceback" not in log, log[-500:]
     assert state_of(finished_run) == before
@@ -250,7 +250,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_is_not_resumed_by_ano
     early = tmp_path / "early"
     early.mkdir()
     (early / "options.json").write_text((finished_run / "options.json").read_text())
-    assert exit_codes(early, start_training(early, [*training_options, *SHORT, "--seed", "1"])) == [1]
+    assert train_here(early, [*training_options, *SHORT, "--seed", "1"]) == 1
     assert "seed: 0 → 1" in log_of(early)
 
 
@@ -265,7 +265,7 @@ def test_a_run_whose_gradients_are_not_finite_stops_and_can_be_resumed(tmp_path,
         (wild, 8),
         ([*wild, "--learning_rate", "1e-4", "--allow_changed", "learning_rate"], 15),  # it may try again
     ):
-        assert exit_codes(out, start_training(out, arguments)) == [1]
+        assert train_here(out, arguments) == 1
         log = out.with_suffix(".0.log").read_text()
         message = f"the gradients of 7 steps in a row, up to step {step}"
         assert (
