@@ -61,7 +61,7 @@ ENTRIES: dict[str, dict[str, dict[str, Any]]] = {
         "default": {"--preset": "digits"},
         "fast": {"--preset": "digits-fast"},
         # p(x) ≥ p(c) p(x | c) with the class c of the image, so its bits are log₂ 10 and those of x given c
-        "fast-classes": {"--preset": "digits-fast", "--class_conditional": True, "--condition_dropout": 0.0},
+        "fast-classes": {"--preset": "digits-fast", "--class_conditional": True},
         "fast-no-logits": {"network": {"level_logits": False}},
         "fast-no-augmentation": {"--preset": "digits-fast", "--augmentation_rate": 0.0},
     },
