@@ -4,7 +4,8 @@ A condition is an argument of the network with one row for each image:
 
 * `class_labels`, `(B,)` integers, if its config has `num_class_embeds`;
 * `cond_vectors`, `(B, cond_dim)` real numbers, which the network standardizes itself;
-* `cond_images`, `(B, cond_channels, h, w)`, of the size of the images or smaller;
+* `cond_images`, `(B, cond_channels, h, w)`, of the size of the images or smaller, in the range that the network was
+  trained with: train.py gives x in [−1, 1], `diffusion.x_from_levels` of the levels;
 * `encoder_hidden_states`, `(B, L, cross_attention_dim)`, the embedded tokens of a text, and optionally
   `encoder_attention_mask`, `(B, L)`, 1 for each token that counts.
 
@@ -114,7 +115,8 @@ def _check_labels(labels: Any, num_images: int, config: Mapping[str, Any]) -> No
             raise ValueError(f"class_labels must be given, in [0, {classes}): this network has no null class.")
         return
     if not torch.is_tensor(labels) or labels.is_floating_point():
-        raise TypeError(f"class_labels must be a tensor of integers, got {type(labels).__name__}.")
+        what = str(labels.dtype) if torch.is_tensor(labels) else type(labels).__name__
+        raise TypeError(f"class_labels must be a tensor of integers, got {what}; use torch.tensor(labels).long().")
     if labels.shape != (num_images,):
         raise ValueError(f"class_labels must have shape ({num_images},), got {tuple(labels.shape)}.")
     if "num_class_embeds" in config and classes is None:

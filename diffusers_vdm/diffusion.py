@@ -308,6 +308,21 @@ def prior_kl_nats(x: torch.Tensor, gamma_1: torch.Tensor) -> torch.Tensor:
 # ---- integer data ------------------------------------------------------------------------------------------------
 
 
+def low_resolution(images: torch.Tensor, factor: int) -> torch.Tensor:
+    """Images smaller by `factor`: the mean of each square of pixels, rounded to a level; uint8 `(B, C, h, w)`.
+
+    `x_from_levels(low_resolution(images, factor), num_levels)` are the `cond_images` of `train.py --upscale_factor`.
+
+    Raises: `ValueError` for a size that `factor` does not divide.
+    """
+    height, width = images.shape[-2:]
+    if height % factor or width % factor:
+        raise ValueError(f"upscale_factor must divide the size of the images, {height}×{width}, got {factor}.")
+    # of integers, so that every machine rounds the same way
+    squares = images.to(torch.int64).unflatten(-2, (-1, factor)).unflatten(-1, (-1, factor))
+    return ((2 * squares.sum((-3, -1)) + factor**2) // (2 * factor**2)).to(torch.uint8)
+
+
 def x_from_levels(levels: torch.Tensor, num_levels: int = 256, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Integers k in [0, num_levels) to data x = 2(k + ½)/num_levels − 1, so |x| ≤ 1 − 1/num_levels. Same shape."""
     return (2 * levels.to(dtype) + 1) / num_levels - 1

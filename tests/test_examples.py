@@ -248,7 +248,7 @@ def test_images_are_enlarged_and_compared(tmp_path):
     assert len(values) == 4 and all(0 < value < 1 for value in values)
     VDMPipeline(tiny_preset(), pipe.scheduler, num_levels=17).save_pretrained(tmp_path / "other")
     done = run_example("upscale_images.py", "--model", tmp_path / "other", check=False)
-    assert done.returncode == 2 and "trained by --upscale_factor" in done.stderr
+    assert done.returncode == 1 and "trained by --upscale_factor" in done.stderr
 
 
 def test_files_are_enlarged(tmp_path):
@@ -262,9 +262,15 @@ def test_files_are_enlarged(tmp_path):
     common = ["--model", tmp_path / "model", "--num_inference_steps", 2, "--output", tmp_path / "up.png"]
     printed = run("upscale_images", *common, "--images", *files, "--upscale_factor", 4)
     assert size_of(tmp_path / "up.png") == (2 * 48, 4 * 48) and len(printed.splitlines()) == 4
+    picture(rng, (20, 20), "L").convert("I;16").save(tmp_path / "deep.png")
     for more, message in (
         ([], "--images must be given"),
-        (["--images", *files, "--upscale_factor", 3], "must divide 16"),
+        (["--images", *files, "--upscale_factor", 3], "must divide"),
+        (["--images", tmp_path / "none.png"], "none.png"),
+        (["--images", tmp_path], "directory"),
+        (["--images", tmp_path / "deep.png"], "--images must have 8 bits"),
+        (["--images", *files, "--output", files[0]], "--output must not be one of --images"),
+        (["--images", *files, "--output", tmp_path / "no" / "up.png"], "--output must name a .png file"),
     ):
         done = run_example("upscale_images.py", *common, *more, check=False)
-        assert done.returncode == 2 and message in done.stderr
+        assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr

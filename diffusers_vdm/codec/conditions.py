@@ -62,7 +62,9 @@ def rows_of_tiles(
     entries = list(entries)
     for name, value in conditions.items():
         if first + len(entries) > len(value):
-            raise ValueError(f"{name} must have a row for each image, got {len(value)} for more images.")
+            raise ValueError(
+                f"{name} must have a row for each image, got {len(value)} for {first + len(entries)} or more."
+            )
     if "cond_images" in conditions:
         for entry in entries:
             if (entry.height, entry.width) != shape[1:]:
@@ -93,6 +95,8 @@ def read_conditions(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         found = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"conditions must be a safetensors file, got {os.fspath(path)!r}: {error}") from error
+    if not found:
+        raise ValueError(f"conditions must be in the safetensors file, got none in {os.fspath(path)!r}.")
     for name in found:
         if name not in NAMES:
             raise ValueError(f"conditions must be named {', '.join(NAMES)}, got {name!r} in {os.fspath(path)!r}.")

@@ -73,7 +73,8 @@ def compress(
         progress_bar (`bool`, defaults to `True`): show progress.
         conditions (`torch.Tensor`): those of the network, with a row for each image: `class_labels`, `cond_vectors`,
             `cond_images`, `encoder_hidden_states` and `encoder_attention_mask`. The file has a hash of them, and
-            not the conditions themselves: [`decompress`] must be given the same ones.
+            not the conditions themselves: [`decompress`] must be given the same ones. `cond_images` of networks of
+            train.py are x in [−1, 1], `x_from_levels(levels, num_levels)`.
 
     Returns: [`CompressionSummary`].
     Raises: `TypeError` or `ValueError` for images and pipelines that cannot be coded, [`CodecError`] if the file could
@@ -97,6 +98,8 @@ def compress(
         layout=given.layout,
         conditions=conditions,
     )
+    if isinstance(images, torch.Tensor | np.ndarray):  # the number of others is not known yet
+        check_count(model.conditions, len(images))
     spent = Spent(edge_values=len(Rounding.sides_from(model.header.sides, 0)[0]))
     with whole_file(path) as file:
         writer = Writer(file, model.header)

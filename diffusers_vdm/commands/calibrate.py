@@ -25,6 +25,7 @@ from .evaluate_options import (
     IMAGE_OPTIONS,
     MACHINE_OPTIONS,
     MODEL,
+    check_condition_options,
     load_data,
     load_model,
     parse_checked,
@@ -99,6 +100,7 @@ def run_calibration(args: argparse.Namespace, accelerator) -> None:
             f"{args.model} has a {type(scheduler).__name__}, which cannot hold the table; write a file by --output "
             "calibration.json, or convert the model first"
         )
+    check_condition_options(args, unet)
     num_classes = unet.config.get("num_class_embeds")
     data = load_data(args, num_levels, num_classes, class_names, accelerator.is_main_process)
     images = data.images

@@ -30,6 +30,8 @@ from .evaluate_options import (
     MACHINE_OPTIONS,
     MODEL,
     bound_of,
+    check_condition_options,
+    digits_part,
     load_data,
     load_model,
     parse_checked,
@@ -62,7 +64,13 @@ OPTIONS: dict[str, list[Option]] = {
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parses and checks the command line; wrong arguments end the program before any work starts."""
-    return parse_checked(__doc__ or "", OPTIONS, arguments)
+    return parse_checked(__doc__ or "", OPTIONS, arguments, check_neighbors)
+
+
+def check_neighbors(args: argparse.Namespace) -> None:
+    """Raises `ValueError` for a split that the bundled digits do not have."""
+    if args.neighbors is not None and args.dataset_name is None and args.data_dir is None:
+        digits_part(args.neighbors, "neighbors")
 
 
 def classify(args: argparse.Namespace) -> None:
@@ -79,14 +87,14 @@ def run_classification(args: argparse.Namespace, accelerator: Any) -> None:
     num_classes = unet.config.get("num_class_embeds")
     if num_classes is None:
         raise ValueError(f"{args.model} has no classes; train one by train.py --class_conditional")
+    check_condition_options(args, unet)
     is_main = accelerator.is_main_process
     data = load_data(args, num_levels, num_classes, names, is_main)
     if data.labels is None and args.mutual_information:
         raise ValueError(f"--mutual_information needs images with classes, and {data.name} has none")
     bound = bound_of(unet, scheduler, num_levels, accelerator.device)
-    neighbors = None
-    if args.neighbors is not None and is_main:
-        neighbors = nearest_neighbors(args, data, num_levels, num_classes, names)
+    # on all processes, because a wrong split must end all of them
+    neighbors = None if args.neighbors is None else nearest_neighbors(args, data, num_levels, num_classes, names)
     start = time.perf_counter()
     result = evaluate_classes(
         bound,
@@ -117,7 +125,7 @@ def run_classification(args: argparse.Namespace, accelerator: Any) -> None:
     report["images"] = of_images(report, result, data.labels)
     path = Path(args.output)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(report) + "\n")
+    write_atomically(path, json.dumps(report, allow_nan=False) + "\n")
     print_report(report, path)
 
 
@@ -145,17 +153,26 @@ def measured(args: argparse.Namespace, result: Any, labels: Any) -> dict[str, An
         "calibration_error_at_1": calibration_error(result.probabilities(), labels),
         "temperatures": temperatures,
         "information_bound_bits": lower,
-        "information_bound_stderr_bits": lower_error,
+        "information_bound_stderr_bits": finite(lower_error),
         "information_bound_bpd": lower / result.num_dimensions,
         "class_entropy_bits": -float((frequencies * frequencies.clamp(min=1e-300).log2()).sum()),
     }
     if result.null_bits is not None:
         information, error = result.mutual_information(labels)
         report |= {
-            "mutual_information_bits": information, "mutual_information_stderr_bits": error,
+            "mutual_information_bits": information, "mutual_information_stderr_bits": finite(error),
             "mutual_information_bpd": information / result.num_dimensions,
         }  # fmt: skip
     return report
+
+
+def finite(value: float) -> float | None:
+    """`None` for the error of a single image, which is not known."""
+    return value if math.isfinite(value) else None
+
+
+def plus_minus(value: float, error: float | None) -> str:
+    return f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def probabilities_of(result: Any, temperatures: list[float]) -> Any:
@@ -184,7 +201,10 @@ def nearest_neighbors(args: argparse.Namespace, data: Any, num_levels: int, num_
     import torch
 
     other = argparse.Namespace(**vars(args) | {"split": args.neighbors, "allow_shared": True})
-    train = load_data(other, num_levels, num_classes, names, True)
+    try:
+        train = load_data(other, num_levels, num_classes, names, False)
+    except SystemExit as error:
+        raise SystemExit(str(error).replace("--split", "--neighbors")) from error
     if train.labels is None:
         raise ValueError(f"--neighbors needs images with classes, and {train.name} has none")
     known, found = train.images.flatten(1).float(), []
@@ -216,7 +236,7 @@ def print_report(report: dict[str, Any], path: Path) -> None:
             ("entropy of the classes, bits", f"{report['class_entropy_bits']:.3f}"),
             (
                 "I(x; c), bits, at least",
-                f"{report['information_bound_bits']:.3f} ± {report['information_bound_stderr_bits']:.3f}",
+                plus_minus(report["information_bound_bits"], report["information_bound_stderr_bits"]),
             ),
             ("I(x; c), bits/dim, at least", f"{report['information_bound_bpd']:.5f}"),
         ]
@@ -225,7 +245,7 @@ def print_report(report: dict[str, Any], path: Path) -> None:
     if "mutual_information_bits" in report:
         value, error = report["mutual_information_bits"], report["mutual_information_stderr_bits"]
         rows += [
-            ("I(x; c), bits, by the null class", f"{value:.3f} ± {error:.3f}"),
+            ("I(x; c), bits, by the null class", plus_minus(value, error)),
             ("I(x; c), bits/dim, by the null class", f"{report['mutual_information_bpd']:.5f}"),
         ]
     for name, value in rows:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ..console import errors_in_one_line, tolerate_any_encoding
-from .evaluate_options import load_data, load_model, parse_options
+from .evaluate_options import check_condition_options, load_data, load_model, parse_options
 from .evaluate_report import check_partial, curve, draw, partial_folder, print_report
 from .processes import evaluation_accelerator, only_run
 
@@ -44,6 +44,7 @@ class Evaluation:
 
         self.args, self.accelerator = args, accelerator
         self.unet, self.scheduler, self.num_levels, self.weights, names = load_model(args.model)
+        check_condition_options(args, self.unet)
         num_classes = self.unet.config.get("num_class_embeds")
         self.data = load_data(args, self.num_levels, num_classes, names, accelerator.is_main_process)
         if accelerator.is_main_process and self.data.files:

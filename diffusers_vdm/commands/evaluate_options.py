@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -15,6 +16,8 @@ from .options import check_ranges, image_arguments, option_parser
 
 # options of the conditions of images, those of the training by default
 CONDITION_OPTIONS = (*COLUMNS, "upscale_factor")
+CONDITION_OF = {"cond_columns": "cond_vectors", "cond_image_column": "cond_images", "upscale_factor": "cond_images",
+                "caption_column": "encoder_hidden_states"}  # fmt: skip
 # rows that calibrate, classify and rank share
 MODEL = Option("model", str, "folder or Hub repository of a VDMPipeline or of a pixel-space pipeline of diffusers")
 DATA_SET_OPTIONS = [
@@ -189,13 +192,33 @@ def check_shared_options(args: argparse.Namespace, groups: dict[str, list[Option
         raise ValueError(f"--data_dir {args.data_dir} is not a folder")
     if args.output is not None and (Path(args.output).suffix != ".json" or Path(args.output).is_dir()):
         raise ValueError(f"--output must name a .json file, got {args.output}")
+    if args.output is not None:
+        check_writable("output", args.output)
 
 
-def digits_part(split: str) -> tuple[bool, slice]:
+def check_condition_options(args: argparse.Namespace, unet: Any) -> None:
+    """Raises `ValueError` for an option of a condition that the model does not take."""
+    from ..conditions import conditions_taken
+
+    for name, condition in CONDITION_OF.items():
+        if getattr(args, name) and condition not in conditions_taken(unet):
+            raise ValueError(f"--{name} needs a model that takes {condition}, and {args.model} does not")
+
+
+def check_writable(option: str, path: str) -> None:
+    """Raises `ValueError` if a file cannot be written because of its folder, which does not need to exist yet."""
+    folder = Path(path).absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"--{option} must be in a folder that can be written, got {path}")
+
+
+def digits_part(split: str, option: str = "split") -> tuple[bool, slice]:
     """Whether a split of the digits is the held-out one, and which of its images; raises `ValueError` for others."""
     found = DIGITS_SPLIT.fullmatch(split)
     if found is None:
-        raise ValueError(f"--split of the digits must be train, test or a slice such as test[:50], got {split!r}")
+        raise ValueError(f"--{option} of the digits must be train, test or a slice such as test[:50], got {split!r}")
     name, start, stop = found.groups()
     return name == "test", slice(int(start) if start else None, int(stop) if stop else None)
 

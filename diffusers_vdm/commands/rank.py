@@ -37,6 +37,8 @@ from .evaluate_options import (
     MODEL,
     bound_of,
     check_classes,
+    check_condition_options,
+    check_writable,
     digits_part,
     load_data,
     load_model,
@@ -101,6 +103,8 @@ def check_options_of_rank(args: argparse.Namespace) -> None:
     """Raises `ValueError` for a picture that is no PNG file, and for other images that are not defined once."""
     if args.picture is not None and (Path(args.picture).suffix.lower() != ".png" or Path(args.picture).is_dir()):
         raise ValueError(f"--picture must name a .png file, got {args.picture}")
+    if args.picture is not None:
+        check_writable("picture", args.picture)
     if args.other_dataset_name and args.other_data_dir:
         raise ValueError("give --other_dataset_name or --other_data_dir, not both")
     if args.other_data_dir and not Path(args.other_data_dir).is_dir():
@@ -118,10 +122,7 @@ def check_options_of_rank(args: argparse.Namespace) -> None:
         if split == args.split:
             raise ValueError(f"--{name} must not be --split, got {split!r} for both")
         if is_digits:
-            try:
-                digits_part(split)
-            except ValueError as error:
-                raise ValueError(str(error).replace("--split", f"--{name}", 1)) from error
+            digits_part(split, name)
 
 
 @dataclass
@@ -162,6 +163,7 @@ def run_ranking(args: argparse.Namespace, accelerator: Any) -> None:
     if len(set(levels)) > 1:
         raise ValueError(f"--reference_model must have the {levels[0]} levels of the model, got {levels[1]}")
     is_main = accelerator.is_main_process
+    check_condition_options(args, models[0].bound.unet)
     sets = load_sets(args, models, is_main)
     for model in models:  # before any of them is measured
         for data in sets.values():
@@ -237,7 +239,11 @@ def load_sets(args: argparse.Namespace, models: list[Model], is_main: bool) -> d
             "image_column": args.other_image_column, "split": args.other_split or "test",
             "dataset_config_name": None, "label_column": None, "allow_shared": True,
         }  # fmt: skip
-        sets["other"] = in_levels(load_classes(argparse.Namespace(**given | source), models, 256, is_main), num_levels)
+        try:
+            other = load_classes(argparse.Namespace(**given | source), models, 256, is_main)
+        except SystemExit as error:
+            raise SystemExit(str(error).replace("--split", "--other_split")) from error
+        sets["other"] = in_levels(other, num_levels)
     elif args.other_split:
         other = argparse.Namespace(**given | {"split": args.other_split, "allow_shared": True})
         sets["other"] = load_classes(other, models, num_levels, is_main)

@@ -255,7 +255,7 @@ def build(args: argparse.Namespace, data):
         config["fourier_exponents"] = [math.log2(data.num_levels) - 2, math.log2(data.num_levels) - 1]
     args.dropout = config["dropout"] = config.get("dropout", 0.0) if args.dropout is None else args.dropout
     if args.class_conditional:
-        config |= {"num_class_embeds": data.num_classes, "null_class": True}
+        config |= {"num_class_embeds": data.num_classes, "null_class": args.condition_dropout > 0}
     config |= condition_arguments_of(args, data)
     # `from_config` would take a preset for a config of diffusers, which has another default initialization
     unet: Any = cls(**config) if args.preset else cls.from_config(config)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..diffusion import x_from_levels
+from ..diffusion import low_resolution, x_from_levels
 from .text_table import TextTable
 
 
@@ -97,19 +97,6 @@ def read_vectors(rows: Any, columns: Sequence[str], where: str) -> tuple[torch.T
         parts.append(np.array(values, dtype=np.float64).reshape(len(values), length))
         names += [name] if length == 1 else [f"{name}[{i}]" for i in range(length)]
     return torch.from_numpy(np.concatenate(parts, axis=1)), tuple(names)
-
-
-def low_resolution(images: torch.Tensor, factor: int) -> torch.Tensor:
-    """Images smaller by `factor`: the mean of each square of pixels, rounded to a level; uint8 `(B, C, h, w)`.
-
-    Raises: `ValueError` for a size that `factor` does not divide.
-    """
-    height, width = images.shape[-2:]
-    if height % factor or width % factor:
-        raise ValueError(f"upscale_factor must divide the size of the images, {height}×{width}, got {factor}.")
-    # of integers, so that every machine rounds the same way
-    squares = images.to(torch.int64).unflatten(-2, (-1, factor)).unflatten(-1, (-1, factor))
-    return ((2 * squares.sum((-3, -1)) + factor**2) // (2 * factor**2)).to(torch.uint8)
 
 
 def conditions_of(

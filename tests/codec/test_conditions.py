@@ -207,6 +207,11 @@ def test_a_row_for_each_image(classes, tmp_path, count):
     pipe, images, _, _ = classes
     with pytest.raises(ValueError, match=f"class_labels must have a row for each image, got {count}"):
         pack(pipe, images, tmp_path / "f", class_labels=torch.zeros(count, dtype=torch.long))
+    pairs = ((ImageEntry(6, 6), image.numpy()) for image in images)  # their number is not known before
+    with pytest.raises(ValueError, match=f"class_labels must have a row for each image, got {count}"):
+        pack(pipe, pairs, tmp_path / "f", num_steps=2, class_labels=torch.zeros(count, dtype=torch.long))
+    with pytest.raises(TypeError, match=r"class_labels must be a tensor of integers, got torch.float32; use"):
+        pack(pipe, images, tmp_path / "f", class_labels=torch.zeros(120))
     assert not list(tmp_path.iterdir())
 
 
@@ -238,6 +243,9 @@ def test_files_of_conditions(tmp_path):
     assert read_conditions(tmp_path / "good")["class_labels"].tolist() == [0, 1, 2]
     save_file({"labels": torch.arange(3)}, tmp_path / "names")
     (tmp_path / "bad").write_bytes(b"no safetensors")
+    save_file({}, tmp_path / "empty")
+    with pytest.raises(ValueError, match="got none"):
+        read_conditions(tmp_path / "empty")
     for name, message in (
         ("names", "got 'labels'"),
         ("bad", "must be a safetensors file"),

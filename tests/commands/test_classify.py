@@ -85,13 +85,21 @@ def test_temperature_can_be_given(model, tmp_path):
     assert "mutual_information_bits" not in hot
 
 
+def test_a_single_image_has_no_errors(model, tmp_path, capsys):
+    """A standard error that is not known is null in the report, and left out of the table."""
+    folder = model(num_class_embeds=10, null_class=True)
+    report = run(tmp_path, folder, "--mutual_information", "--split", "test[:1]")
+    assert report["information_bound_stderr_bits"] is None and report["mutual_information_stderr_bits"] is None
+    assert "nan" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "more", "message"),
     [
         ({}, [], "has no classes; train one by train.py --class_conditional"),
         ({"num_class_embeds": 10}, ["--mutual_information"], "with_null needs a network with a null class"),
         ({"num_class_embeds": 3}, [], "images of class"),
-        ({"num_class_embeds": 10}, ["--neighbors", "other"], "--split of the digits must be train, test or a slice"),
+        ({"num_class_embeds": 10}, ["--upscale_factor", "2"], "--upscale_factor needs a model that takes cond_images"),
     ],
 )
 def test_models_and_data_that_do_not_fit_are_refused(model, tmp_path, arguments, more, message):
@@ -108,6 +116,8 @@ def test_models_and_data_that_do_not_fit_are_refused(model, tmp_path, arguments,
         (["--temperature", "0"], "--temperature must be positive"),
         (["--resolution", "8"], "--resolution needs a data set"),
         (["--output", "."], "--output must name a .json file"),
+        (["--output", __file__ + "/c.json"], "--output must be in a folder that can be written"),
+        (["--neighbors", "other"], "--neighbors of the digits must be train, test or a slice"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message, capsys):

@@ -9,9 +9,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_vdm import VariationalBound, VDMPipeline, evaluate_mc, noise_schedule_of
-from diffusers_vdm.data.conditions import low_resolution
 from diffusers_vdm.data.images import load_digits_split
-from diffusers_vdm.diffusion import x_from_levels
+from diffusers_vdm.diffusion import low_resolution, x_from_levels
 from tests.models import tiny_preset
 from tests.running import SHORT_TRAINING, metrics_of, run_command, run_example
 
@@ -95,6 +94,7 @@ def test_a_run_for_upscaling_is_conditioned_on_smaller_images(tmp_path):
     assert "10 classes, the image 2 times smaller; withheld from 0%" in printed
     pipe = VDMPipeline.from_pretrained(out)
     assert pipe.unet.config.cond_channels == 1 and not pipe.unet.config.null_images
+    assert pipe.unet.config.num_class_embeds == 10 and not pipe.unet.config.null_class
     _, test = load_digits_split()
     small = low_resolution(test.images[:20], 2)
     bound = VariationalBound(pipe.unet, noise_schedule_of(pipe.scheduler), num_levels=17)
@@ -104,8 +104,9 @@ def test_a_run_for_upscaling_is_conditioned_on_smaller_images(tmp_path):
                         cond_images=x_from_levels(low_resolution(test.images, 2), 17, torch.float32))  # fmt: skip
     assert last["eval_num_images"] == 297 and last["eval_bpd"] == pytest.approx(again.bpd, rel=1e-4)
     # the pipeline takes the same images in [0, 1]
-    pictures = pipe(20, 2, torch.Generator().manual_seed(0), image=small / 16, output_type="pt").images
-    tensors = pipe(20, 2, torch.Generator().manual_seed(0), cond_images=given["cond_images"], output_type="pt").images
+    arguments = {"class_labels": given["class_labels"], "output_type": "pt"}
+    pictures = pipe(20, 2, torch.Generator().manual_seed(0), image=small / 16, **arguments).images
+    tensors = pipe(20, 2, torch.Generator().manual_seed(0), cond_images=given["cond_images"], **arguments).images
     assert torch.equal(pictures, tensors)
     card = run_command("card", out)
     assert card.returncode == 0 and "image=small_image" in (out / "README.md").read_text()

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_vdm.data.conditions import ConditionData, conditions_of, low_resolution, read_vectors
+from diffusers_vdm.data.conditions import ConditionData, conditions_of, read_vectors
+from diffusers_vdm.diffusion import low_resolution
 from tests.models import tiny_preset
 from tests.tensors import random_levels
 
