@@ -195,8 +195,8 @@ def save(path: Path, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return merged
 
 
-def fit(rows: list[dict[str, Any]]) -> None:
-    """Prints the scaling rule L(N, D) = E + A N^−α + B D^−β with the least squares of the last rows of `FITTED`."""
+def fit(rows: list[dict[str, Any]]) -> Any:
+    """Prints and returns the rule L(N, D) = E + A N^−α + B D^−β with the least squares of the last rows of `FITTED`."""
     import numpy as np
     from scipy.optimize import least_squares
 
@@ -210,7 +210,7 @@ def fit(rows: list[dict[str, Any]]) -> None:
         cost = training_cost(
             VDMMultiscale2DModel.from_preset("cifar10-fast", block_out_channels=channels), (3, 32, 32)
         )
-        runs = [row for row in rows if row["name"] == name and row["is_last"]]
+        runs = [r for r in rows if (r["dataset"], r["name"]) == ("cifar10", name) and r["is_last"]]
         points += [(cost.num_parameters, row["flops"] / cost.flops_per_image, row["bpd"]) for row in runs]
     parameters, images, bpd = np.array(points).T
 
@@ -219,9 +219,11 @@ def fit(rows: list[dict[str, Any]]) -> None:
 
     found = least_squares(residuals, np.log([2.5, 0.2, 0.5, 0.2, 0.5]))
     error = math.sqrt(2 * found.cost / max(1, len(points) - 5))
-    print(ScalingRule(*(float(f"{value:.4g}") for value in np.exp(found.x)), round(error, 3)))
+    rule = ScalingRule(*(float(f"{value:.4g}") for value in np.exp(found.x)), round(error, 3))
+    print(rule)
     for (count, seen, measured), residual in zip(points, found.fun, strict=True):
         print(f"  {count:>9,} parameters, {seen:>9,.0f} images: {measured:.4f}, expected {measured + residual:.4f}")
+    return rule
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from diffusers_vdm.training.scaling import RULE
 from tests.paths import ROOT
 
 SCRIPT = ROOT / "benchmarks" / "gpu_report.py"
@@ -21,6 +22,18 @@ def script(name):
     return module
 
 
+def test_the_scaling_rule_is_the_fit_of_the_stored_runs(capsys):
+    race = script("race")
+    found = race.fit(json.loads((ROOT / "benchmarks/results/race.json").read_text(encoding="utf-8")))
+    for parameters in (250_000, 1_000_000, 2_200_000):
+        for images in (10_000, 50_000, 200_000):
+            assert found.expected_bpd(parameters, images) == pytest.approx(
+                RULE.expected_bpd(parameters, images), abs=2e-3
+            )
+    assert found.error_bpd == pytest.approx(RULE.error_bpd, abs=2e-3)
+    assert " 24,510 images" not in capsys.readouterr().out  # those of the digits
+
+
 def test_a_name_of_the_race_runs_where_it_is_an_entry_and_unknown_ones_are_refused(capsys):
     race = script("race")
     found = race.runs_of(race.parse_options(["--names", "fast-16", "--seeds", "0", "1"]))
@@ -28,7 +41,7 @@ def test_a_name_of_the_race_runs_where_it_is_an_entry_and_unknown_ones_are_refus
     assert {d for d, name, _ in race.runs_of(race.parse_options(["--names", "default"]))} == {"cifar10", "digits"}
     with pytest.raises(SystemExit):
         race.parse_options(["--datasets", "digits", "--names", "fast-16"])
-    assert "--names must be among ['default', 'fast', 'fast-no-" in capsys.readouterr().err
+    assert "--names must be among ['default', 'fast', 'fast-classes', 'fast-no-" in capsys.readouterr().err
 
 
 def test_a_part_of_the_report_that_is_cut_off_leaves_no_process(tmp_path, monkeypatch):

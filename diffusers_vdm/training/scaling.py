@@ -40,7 +40,7 @@ class ScalingRule:
         return self.limit_bpd + of_parameters + self.of_images_bpd * (num_images / 1e6) ** -self.image_exponent
 
 
-RULE = ScalingRule(0.0, 3.327, 0.02996, 0.03144, 0.5277, 0.011)
+RULE = ScalingRule(3.012, 0.3169, 0.2607, 0.03225, 0.5204, 0.016)
 
 
 def best_width(budget: float, cost: Callable[[int], tuple[int, float]]) -> tuple[int, float]:
