@@ -196,7 +196,7 @@ def save(path: Path, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def fit(rows: list[dict[str, Any]]) -> Any:
-    """Prints and returns the rule L(N, D) = E + A N^−α + B D^−β with the least squares of the last rows of `FITTED`."""
+    """Prints and returns the rule L(N, D) = E + A N^−α + B D^−β that fits the last rows of `FITTED` best."""
     import numpy as np
     from scipy.optimize import least_squares
 
