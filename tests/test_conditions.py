@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from diffusers import DDPMScheduler, UNet2DModel
 from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
@@ -447,3 +448,18 @@ def test_conditions_that_a_network_does_not_take_are_refused():
     for given in ({"cond_vectors": [1.0]}, {"cond_images": torch.zeros(1, 1, 4, 4)}):
         with pytest.raises(ValueError, match="takes none"):
             pipe_with()(1, 2, **given)
+
+
+def test_a_checkpoint_of_diffusers_with_classes_is_measured_given_them():
+    """`UNet2DModel` has class embeddings and no null class; its config says so in the same words."""
+    unet = network(1, UNet2DModel, num_class_embeds=3)
+    images = torch.randint(0, 256, (6, 1, 8, 8), generator=seeded(1))
+    found = []
+    for labels in (torch.arange(6) % 3, (torch.arange(6) + 1) % 3):
+        found += [evaluate_vlb(unet, DDPMScheduler(20), images, class_labels=labels, progress_bar=False).per_image_bpd]
+    assert (found[0] != found[1]).all()
+    with pytest.raises(ValueError, match=r"class_labels must be given, in \[0, 3\)"):
+        evaluate_vlb(unet, DDPMScheduler(20), images, progress_bar=False)
+    pipe = VDMPipeline(unet, VDMScheduler())
+    with pytest.raises(ValueError, match="guidance_scale"):  # it knows no null class to be guided against
+        pipe(class_labels=[0], guidance_scale=2.0, num_inference_steps=2)
