@@ -34,14 +34,20 @@ def hashes_of(conditions: Mapping[str, torch.Tensor]) -> dict[str, bytes]:
     return {name: _hash(value) for name, value in sorted(conditions.items())}
 
 
-def check_hashes(conditions: Mapping[str, torch.Tensor], expected: Mapping[str, bytes]) -> None:
-    """Raises [`CodecError`] unless the conditions are those of a file, whose hashes are `expected`."""
+def conditions_of_header(
+    network: Any, conditions: Mapping[str, torch.Tensor | None], expected: Mapping[str, bytes]
+) -> dict[str, torch.Tensor]:
+    """As [`coding_conditions`], for a file in which their hashes are `expected`.
+
+    Raises: [`CodecError`] unless they are those of the file, and as [`coding_conditions`].
+    """
     for name in expected:
-        if name not in conditions:
+        if conditions.get(name) is None:
             raise CodecError(
                 f"the file was coded with {name}, which a decoder must be given (--conditions of the commands)."
             )
-    for name, found in hashes_of(conditions).items():
+    given = coding_conditions(network, conditions)
+    for name, found in hashes_of(given).items():
         if name not in expected:
             raise CodecError(f"the file was coded without {name}; leave the argument out.")
         if found != expected[name]:
@@ -49,6 +55,7 @@ def check_hashes(conditions: Mapping[str, torch.Tensor], expected: Mapping[str, 
                 f"the file was coded with other {name}: they must have the same rows, in the same order and with "
                 "exactly the same values."
             )
+    return given
 
 
 def rows_of_tiles(

@@ -17,7 +17,7 @@ from ..evaluation.chain import Chain, chain_of, chosen_variance, with_variance
 from ..evaluation.rows import weights_fingerprint
 from ..gamma_scheduler import GammaScheduler, best_timesteps_of
 from ..schedulers import VDMScheduler
-from .conditions import check_hashes, coding_conditions, hashes_of
+from .conditions import coding_conditions, conditions_of_header, hashes_of
 from .container import Header
 from .errors import CodecError
 from .lattice import LatticeGaussians
@@ -134,8 +134,7 @@ def model_to_decode(
             f"the file was coded with another entropy coder: it names {header.versions}, and here is {versions()}; "
             "install that version of constriction."
         )
-    given = coding_conditions(unet, conditions)
-    check_hashes(given, header.conditions)
+    given = conditions_of_header(unet, conditions, header.conditions)
     if header.levels is not None and (not header.levels or header.levels[-1] >= len(_grid(scheduler)[0])):
         raise CodecError("the file was coded with another scheduler: it has no such levels.")
     sides, _ = Rounding.sides_from(header.sides, 0)

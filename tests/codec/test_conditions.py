@@ -231,6 +231,15 @@ def test_conditions_that_the_network_misses_or_cannot_take(three_conditions, cla
     assert not list(tmp_path.iterdir())
 
 
+def test_a_decoder_of_a_network_without_nulls_says_what_the_file_needs(three_conditions, tmp_path, monkeypatch):
+    pipe, images, conditions = three_conditions
+    coded_by_network(pipe, images, tmp_path / "f", monkeypatch, **conditions)
+    for name in conditions:
+        given = {other: value for other, value in conditions.items() if other != name}
+        with pytest.raises(CodecError, match=f"coded with {name}, which a decoder must be given"):
+            decompress(pipe, tmp_path / "f", **given, **QUIET)
+
+
 def test_images_conditioned_on_images_are_not_cut_into_tiles(three_conditions, tmp_path):
     pipe, _, conditions = three_conditions
     images = torch.zeros(60, pipe.unet.config.in_channels, 16, 8, dtype=torch.long)
