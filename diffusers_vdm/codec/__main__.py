@@ -1,6 +1,8 @@
 """The process that verifies a new file.
 
 python -m diffusers_vdm.codec MODEL FILE BATCH_SIZE THREADS DEVICE PROGRESS_BAR CONDITIONS
+
+CONDITIONS is a safetensors file, or empty.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(int(threads))
     pipe = pipeline_class(VDMPipeline.load_config(model)).from_pretrained(model).to(device)
     try:
-        given: dict[str, Any] = read_conditions(conditions)
+        given: dict[str, Any] = read_conditions(conditions) if conditions else {}
         for _ in iterate(pipe, path, batch_size=int(batch_size), progress_bar=bool(int(progress_bar)), **given):
             pass
     except CodecError as error:

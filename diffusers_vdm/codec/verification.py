@@ -39,8 +39,9 @@ def verify_file(
     with tempfile.TemporaryDirectory() as folder:
         pipe.save_pretrained(folder)
         command = [sys.executable, "-m", "diffusers_vdm.codec"]
-        of_images = os.path.join(folder, "conditions.safetensors")
-        save_file({name: value.contiguous() for name, value in conditions.items()}, of_images)
+        of_images = os.path.join(folder, "conditions.safetensors") if conditions else ""
+        if conditions:
+            save_file({name: value.contiguous() for name, value in conditions.items()}, of_images)
         arguments = [
             folder, os.path.abspath(path), batch_size, threads, device_of(pipe.unet), int(progress_bar), of_images,
         ]  # fmt: skip
