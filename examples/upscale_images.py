@@ -61,7 +61,7 @@ def enlarge(args: argparse.Namespace) -> None:
     options = Path(args.model) / "options.json"  # of train.py
     trained = json.loads(options.read_text())["options"].get("upscale_factor") if options.is_file() else None
     factor = args.upscale_factor or trained or 2
-    if pipe.unet.config.get("cond_channels") != shape[0] or factor != (trained or factor):
+    if pipe.unet.config.get("cond_channels") != shape[0] or trained not in (None, factor):
         raise ValueError(f"--model must have been trained by --upscale_factor {factor}, got {args.model}")
     if args.images is None and shape != (1, 8, 8):
         raise ValueError(f"--images must be given for a model of other images than the digits, got {args.model}")

@@ -223,15 +223,8 @@ def train_here(output_dir: Path, options: list[str], batch_size: int = 4) -> int
 
 
 def _arguments(output_dir: Path, options: list[str], batch_size: int) -> list[str]:
-    own = [
-        "--output_dir",
-        str(output_dir),
-        "--resume_from_checkpoint",
-        "latest",
-        "--train_batch_size",
-        str(batch_size),
-    ]
-    return [*own, *options]
+    own = f"--resume_from_checkpoint latest --train_batch_size {batch_size}"
+    return ["--output_dir", str(output_dir), *own.split(), *options]
 
 
 def log_path(output_dir: Path, rank: int = 0) -> Path:

@@ -8,7 +8,6 @@ CONDITIONS is a safetensors file, or empty.
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import torch
 
@@ -25,7 +24,7 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(int(threads))
     pipe = pipeline_class(VDMPipeline.load_config(model)).from_pretrained(model).to(device)
     try:
-        given: dict[str, Any] = read_conditions(conditions) if conditions else {}
+        given = read_conditions(conditions or None)
         for _ in iterate(pipe, path, batch_size=int(batch_size), progress_bar=bool(int(progress_bar)), **given):
             pass
     except CodecError as error:

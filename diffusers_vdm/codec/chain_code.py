@@ -79,7 +79,7 @@ class ChainCode:
             real (`np.ndarray` of bool, `(B, D)`): which of them are coded; the others follow from these.
             start (`int`): position of the first rounded value, see [`Rounding`].
             tick (`Callable`): called with the number of images after each network call.
-            conditions (`Mapping[str, torch.Tensor]`, *optional*): those of the network, with B rows.
+            conditions (`Mapping[str, torch.Tensor]`, *optional*): those of the B images, see `Steps.rows`.
 
         Returns: [`Accounts`].
         Raises: [`NotEnoughBits`] if the stack is too small, [`NotCodable`] for latents that are too far from their

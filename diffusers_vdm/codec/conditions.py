@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..conditions import NAMES, check_conditions
+from ..conditions import NAMES, check_conditions, rows_of_conditions
 from .container import HASH_BYTES, ImageEntry
 from .errors import CodecError
 from .tiles import tile_sizes
@@ -81,21 +81,23 @@ def rows_of_tiles(
                 )
     tiles = [len(tile_sizes(entry.height, entry.width, shape[1:])) for entry in entries]
     rows = first + torch.repeat_interleave(torch.arange(len(entries)), torch.tensor(tiles, dtype=torch.long))
-    return {name: value[rows] for name, value in conditions.items()}
+    return rows_of_conditions(conditions, rows)
 
 
 def check_count(conditions: Mapping[str, torch.Tensor], num_images: int) -> None:
-    """Raises `ValueError` if there are more rows than images."""
+    """Raises `ValueError` unless there is a row for each image."""
     for name, value in conditions.items():
         if len(value) != num_images:
             raise ValueError(f"{name} must have a row for each image, got {len(value)} for {num_images}.")
 
 
-def read_conditions(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """The conditions in a safetensors file, whose tensors are named like the arguments of the network.
+def read_conditions(path: str | os.PathLike | None) -> dict[str, Any]:
+    """The conditions in a safetensors file, whose tensors are named like the network's arguments; none for `None`.
 
     Raises: `ValueError` if it is none, or has tensors of other names.
     """
+    if path is None:
+        return {}
     if not os.path.isfile(path):
         raise ValueError(f"conditions must be a safetensors file, got {os.fspath(path)!r}, which is no file.")
     try:

@@ -81,7 +81,7 @@ class Steps:
             k (`int`): 0 to T − 1.
             z (`np.ndarray` of shape `(B, D)`): the integers of z_{k+1}.
             x (`torch.Tensor` of shape `(B, C, H, W)`, *optional*): the data, to compute the bound.
-            conditions (`Mapping[str, torch.Tensor]`, *optional*): those of the network, with B rows.
+            conditions (`Mapping[str, torch.Tensor]`, *optional*): those of the network, see [`Steps.rows`].
 
         Returns: means `(B D,)` in units of δ_k/PHASES, and predicted classes `(B D,)` or `None`, as float64 to be
             rounded; the bound's term of each image `(B,)` in bits, or `None` without `x`; and x̂ `(B, D)`, float32.
@@ -89,14 +89,16 @@ class Steps:
         parts = []
         for i in range(0, len(z), self.batch_size):
             here = slice(i, i + self.batch_size)
-            rows = {name: self._on_network(value[here]) for name, value in (conditions or {}).items()}
+            rows = {name: value[here] for name, value in (conditions or {}).items()}
             parts.append(self._part(k, z[here], None if x is None else x[here], rows))
         means, classes, bits, x_hat = zip(*parts, strict=True)
         whole = [None if part[0] is None else np.concatenate(part) for part in (means, classes, bits, x_hat)]
         return whole[0], whole[1], whole[2], whole[3]  # pyright: ignore[reportReturnType]
 
-    def _on_network(self, condition: torch.Tensor) -> torch.Tensor:
-        return condition.to(self.device, self.dtype if condition.is_floating_point() else condition.dtype)
+    def rows(self, conditions: Mapping[str, torch.Tensor], here: slice) -> dict[str, torch.Tensor]:
+        """The conditions of some tiles on the device of the network, real numbers in its precision."""
+        found = {name: value[here].to(self.device) for name, value in conditions.items()}
+        return {name: v.to(self.dtype) if v.is_floating_point() else v for name, v in found.items()}
 
     def _part(self, k: int, z: np.ndarray, x: torch.Tensor | None, conditions: Mapping[str, torch.Tensor]):
         chain, gamma_t, gamma_s = self._on_device, self._on_device.gammas[k], lower_level(self._on_device, k)

@@ -137,7 +137,7 @@ def _encode_tiles(
             count = min(max(count, 1), max_batch, rest)
             before, trial = stack.bits, stack.copy()
             here = slice(rest - count, rest)
-            batch, of_batch = tiles[here], {name: value[here] for name, value in conditions.items()}
+            batch, of_batch = tiles[here], model.steps.rows(conditions, here)
             try:
                 accounts = _encode_batch(code, trial, batch, of_batch, model, position, tick)
             except NotEnoughBits:
@@ -260,7 +260,7 @@ def _tiles(
     for count in reversed(segment.batches):
         position -= code.positions(count)
         of_batch = sizes[at : at + count]
-        rows = {name: value[at : at + count] for name, value in conditions.items()}
+        rows = model.steps.rows(conditions, slice(at, at + count))
 
         def fill(items: np.ndarray, of_batch: list[tuple[int, int]] = of_batch) -> np.ndarray:
             images = items.reshape(-1, *shape)

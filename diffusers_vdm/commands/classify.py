@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..console import errors_in_one_line, tolerate_any_encoding
+from ..json_values import number
 from ..training.options import POSITIVE, Option, train_option
 from .evaluate_options import (
     ALLOW_SHARED,
@@ -36,6 +37,7 @@ from .evaluate_options import (
     load_model,
     parse_checked,
 )
+from .evaluate_report import with_error
 from .processes import evaluation_accelerator
 
 OPTIONS: dict[str, list[Option]] = {
@@ -153,26 +155,17 @@ def measured(args: argparse.Namespace, result: Any, labels: Any) -> dict[str, An
         "calibration_error_at_1": calibration_error(result.probabilities(), labels),
         "temperatures": temperatures,
         "information_bound_bits": lower,
-        "information_bound_stderr_bits": finite(lower_error),
+        "information_bound_stderr_bits": number(lower_error),
         "information_bound_bpd": lower / result.num_dimensions,
         "class_entropy_bits": -float((frequencies * frequencies.clamp(min=1e-300).log2()).sum()),
     }
     if result.null_bits is not None:
         information, error = result.mutual_information(labels)
         report |= {
-            "mutual_information_bits": information, "mutual_information_stderr_bits": finite(error),
+            "mutual_information_bits": information, "mutual_information_stderr_bits": number(error),
             "mutual_information_bpd": information / result.num_dimensions,
         }  # fmt: skip
     return report
-
-
-def finite(value: float) -> float | None:
-    """`None` for the error of a single image, which is not known."""
-    return value if math.isfinite(value) else None
-
-
-def plus_minus(value: float, error: float | None) -> str:
-    return f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def probabilities_of(result: Any, temperatures: list[float]) -> Any:
@@ -201,10 +194,7 @@ def nearest_neighbors(args: argparse.Namespace, data: Any, num_levels: int, num_
     import torch
 
     other = argparse.Namespace(**vars(args) | {"split": args.neighbors, "allow_shared": True})
-    try:
-        train = load_data(other, num_levels, num_classes, names, False)
-    except SystemExit as error:
-        raise SystemExit(str(error).replace("--split", "--neighbors")) from error
+    train = load_data(other, num_levels, num_classes, names, False, split_option="neighbors")
     if train.labels is None:
         raise ValueError(f"--neighbors needs images with classes, and {train.name} has none")
     known, found = train.images.flatten(1).float(), []
@@ -229,14 +219,14 @@ def print_report(report: dict[str, Any], path: Path) -> None:
         if not all(1.01 * low < value < 0.99 * high for value in report["temperatures"]):
             temperatures += " (limit)"
         rows += [
-            ("accuracy", f"{report['accuracy']:.4f} ± {report['accuracy_stderr']:.4f}"),
+            ("accuracy", with_error(report["accuracy"], report["accuracy_stderr"])),
             ("expected calibration error", f"{report['calibration_error']:.4f}"),
             ("  at temperature 1", f"{report['calibration_error_at_1']:.4f}"),
             ("temperature", temperatures),
             ("entropy of the classes, bits", f"{report['class_entropy_bits']:.3f}"),
             (
                 "I(x; c), bits, at least",
-                plus_minus(report["information_bound_bits"], report["information_bound_stderr_bits"]),
+                with_error(report["information_bound_bits"], report["information_bound_stderr_bits"], 3),
             ),
             ("I(x; c), bits/dim, at least", f"{report['information_bound_bpd']:.5f}"),
         ]
@@ -245,7 +235,7 @@ def print_report(report: dict[str, Any], path: Path) -> None:
     if "mutual_information_bits" in report:
         value, error = report["mutual_information_bits"], report["mutual_information_stderr_bits"]
         rows += [
-            ("I(x; c), bits, by the null class", plus_minus(value, error)),
+            ("I(x; c), bits, by the null class", with_error(value, error, 3)),
             ("I(x; c), bits/dim, by the null class", f"{report['mutual_information_bpd']:.5f}"),
         ]
     for name, value in rows:

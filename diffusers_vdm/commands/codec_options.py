@@ -26,13 +26,6 @@ def check_required(args: argparse.Namespace, *names: str) -> None:
             raise ValueError(f"--{name} must be given")
 
 
-def conditions_of_file(path: str | None) -> dict[str, Any]:
-    """The conditions in the file of the option; none without it."""
-    from ..codec.conditions import read_conditions
-
-    return {} if path is None else read_conditions(path)
-
-
 def load_pipeline(args: argparse.Namespace) -> Any:
     """The pipeline on its device."""
     import torch

@@ -20,14 +20,7 @@ from typing import Any
 
 from ..console import tolerate_any_encoding
 from ..training.options import Option, train_option
-from .codec_options import (
-    CONDITIONS,
-    DEVICE_OPTIONS,
-    check_required,
-    conditions_of_file,
-    load_pipeline,
-    one_line_errors,
-)
+from .codec_options import CONDITIONS, DEVICE_OPTIONS, check_required, load_pipeline, one_line_errors
 from .evaluate_options import DATA_SET_OPTIONS, MODEL, digits_of, digits_part
 from .options import check_ranges, option_parser
 
@@ -100,10 +93,11 @@ def run(args: argparse.Namespace) -> None:
     """Compresses, and prints the summary."""
     from ..codec import compress
     from ..codec.comparison import OtherFormats
+    from ..codec.conditions import read_conditions
     from ..codec.model import num_levels_of
     from ..conditions import conditions_needed
 
-    conditions = conditions_of_file(args.conditions)
+    conditions = read_conditions(args.conditions)
     pipe = load_pipeline(args)
     for name in conditions_needed(pipe.unet):
         if name not in conditions:

@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from ..data.conditions import ConditionData
 
 # the options that name columns of the data set
-COLUMNS = ("cond_columns", "cond_image_column", "caption_column")
+# the condition that each option gives; all but one are columns of the data
+CONDITION_OF = {"cond_columns": "cond_vectors", "cond_image_column": "cond_images",
+                "caption_column": "encoder_hidden_states", "upscale_factor": "cond_images"}  # fmt: skip
+COLUMNS = tuple(name for name in CONDITION_OF if name != "upscale_factor")
 
 
 def add_conditions(

@@ -12,14 +12,7 @@ from pathlib import Path
 
 from ..console import tolerate_any_encoding
 from ..training.options import Option
-from .codec_options import (
-    CONDITIONS,
-    DEVICE_OPTIONS,
-    check_required,
-    conditions_of_file,
-    load_pipeline,
-    one_line_errors,
-)
+from .codec_options import CONDITIONS, DEVICE_OPTIONS, check_required, load_pipeline, one_line_errors
 from .evaluate_options import MODEL
 from .options import check_ranges, option_parser
 
@@ -56,11 +49,12 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     """Decodes the file and writes its images."""
     from ..codec import CodecError, iterate
+    from ..codec.conditions import read_conditions
     from ..codec.files import read_header
     from ..codec.sources import file_name, write_array, write_image
 
     header = read_header(args.input)
-    conditions = conditions_of_file(args.conditions)
+    conditions = read_conditions(args.conditions)
     pipe, folder = load_pipeline(args), Path(args.output_dir)
     count, arrays, taken, damage = 0, [], set(), None
     try:

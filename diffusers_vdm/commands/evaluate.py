@@ -45,6 +45,8 @@ class Evaluation:
         self.args, self.accelerator = args, accelerator
         self.unet, self.scheduler, self.num_levels, self.weights, names = load_model(args.model)
         check_condition_options(args, self.unet)
+        if args.null_conditions:
+            check_nulls(self.unet)
         num_classes = self.unet.config.get("num_class_embeds")
         self.data = load_data(args, self.num_levels, num_classes, names, accelerator.is_main_process)
         if accelerator.is_main_process and self.data.files:
@@ -69,7 +71,7 @@ class Evaluation:
         given = conditions_of(self.unet, images, self.num_levels, labels, self.data.conditions, without_text)
         self.conditions = sorted(given)
         if args.null_conditions:
-            check_nulls(self.unet)  # the null of a text is the empty text
+            # the null of a text is the empty text, which is given
             given = {name: value for name, value in given.items() if name.startswith("encoder_")}
             self.conditions = []
         self.shared = {

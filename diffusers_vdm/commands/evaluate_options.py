@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ..training.options import POSITIVE, Option, train_option
-from .condition_data import COLUMNS, add_conditions
+from .condition_data import CONDITION_OF, add_conditions
 from .options import check_ranges, image_arguments, option_parser
 
 # options of the conditions of images, those of the training by default
-CONDITION_OPTIONS = (*COLUMNS, "upscale_factor")
-CONDITION_OF = {"cond_columns": "cond_vectors", "cond_image_column": "cond_images", "upscale_factor": "cond_images",
-                "caption_column": "encoder_hidden_states"}  # fmt: skip
+CONDITION_OPTIONS = tuple(CONDITION_OF)
 # rows that calibrate, classify and rank share
 MODEL = Option("model", str, "folder or Hub repository of a VDMPipeline or of a pixel-space pipeline of diffusers")
 DATA_SET_OPTIONS = [
@@ -277,10 +275,12 @@ def load_data(
     class_names: list[str] | None,
     progress_bar: bool,
     with_conditions: bool = True,
+    split_option: str = "split",
 ):
     """Loads the images to measure, with their classes if the model has `num_classes`, named `class_names` if known.
 
-    Without `with_conditions`, other conditions are left out, even if the model was trained with some.
+    Without `with_conditions`, other conditions are left out, even if the model was trained with some. For an
+    unknown split of a data set, the error names `split_option`.
     """
     from ..data.image_sources import shared_with_other_splits
     from ..data.images import load_images
@@ -309,7 +309,9 @@ def load_data(
                         "trained on those, the result is not held out; set --allow_shared to measure it anyway"
                     )
         except (ValueError, OSError) as error:
-            hint = " Set --split, slices are allowed: 'train[:1000]'." if "nknown split" in str(error) else ""
+            hint = (
+                f" Set --{split_option}, slices are allowed: 'train[:1000]'." if "nknown split" in str(error) else ""
+            )
             raise SystemExit(f"the data: {error}{hint}") from error
     for name in CONDITION_OPTIONS:
         given, trained = getattr(args, name), recorded.get(name)

@@ -30,11 +30,15 @@ def check_partial(args: argparse.Namespace) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def with_error(value: float | None, error: float | None = None, digits: int = 4) -> str:
+    """A number with its standard error, if that is known."""
+    if value is None:
+        return "–"
+    return f"{value:.{digits}f}" + ("" if error is None or math.isnan(error) else f" ± {error:.{digits}f}")
+
+
 def print_report(args: argparse.Namespace, evaluation, report: Report) -> None:
     """Prints the table of results, and what is needed to quote them."""
-
-    def value(bpd: float | None, error: float | None) -> str:
-        return f"{bpd:.4f}" + ("" if error is None or math.isnan(error) else f" ± {error:.4f}")
 
     name = {"ode": "probability-flow ODE", "mc": "continuous time"}.get(args.method)
     is_optimal = report.details.get("variance_type") == "optimal"
@@ -45,12 +49,12 @@ def print_report(args: argparse.Namespace, evaluation, report: Report) -> None:
         name = f"T = {report.num_steps}" + (", best variance" if is_optimal else "") + chosen
     best = report.details.get("best", [])
     print(f"\n{args.model} on {report.data.name}: {report.num_images} images, {report.seconds:.0f} s")
-    rows = [(f"bits/dim, {name}", value(report.bpd, report.stderr_bpd))]
+    rows = [(f"bits/dim, {name}", with_error(report.bpd, report.stderr_bpd))]
     rows += [(f"  {term}", f"{bpd:.4f}") for term, bpd in report.terms_bpd.items()]
     if "bpd_with_classes" in report.details:
-        rows.append(("with the bits of the class", value(report.details["bpd_with_classes"], report.stderr_bpd)))
-    rows += [(f"bound at T = {row.num_steps or '∞'}", value(row.bpd, row.stderr_bpd)) for row in report.table]
-    rows += [(f"bound with the best {row['num_steps']} timesteps", value(row["bpd"], None)) for row in best]
+        rows.append(("with the bits of the class", with_error(report.details["bpd_with_classes"], report.stderr_bpd)))
+    rows += [(f"bound at T = {row.num_steps or '∞'}", with_error(row.bpd, row.stderr_bpd)) for row in report.table]
+    rows += [(f"bound with the best {row['num_steps']} timesteps", with_error(row["bpd"], None)) for row in best]
     variance = report.details.get("variance_per_call")
     if variance is not None and not math.isnan(variance):  # a single draw of a single image has none
         rows.append(("variance per network call", f"{variance:.3g}"))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..console import tolerate_any_encoding
 from ..training.options import Option
-from .codec_options import CONDITIONS, DEVICE_OPTIONS, conditions_of_file, load_pipeline, one_line_errors
+from .codec_options import CONDITIONS, DEVICE_OPTIONS, load_pipeline, one_line_errors
 from .evaluate_options import MODEL
 from .options import check_ranges, option_parser
 
@@ -81,12 +81,13 @@ def run(args: argparse.Namespace) -> None:
 
 def measure(args: argparse.Namespace, coded: int) -> None:
     """Decodes the file, prints where the bits went, and draws it."""
+    from ..codec.conditions import read_conditions
     from ..codec.inspection import draw, inspect_bits
 
     if coded == 0:
         print("  all images have the plain code, so there are no noise levels to show")
         return
-    conditions = conditions_of_file(args.conditions)
+    conditions = read_conditions(args.conditions)
     found = inspect_bits(load_pipeline(args), args.file, batch_size=args.batch_size, **conditions)
     per_value = found.num_values
     print(f"\n  bits/dim of the {coded} tiles that the network codes")

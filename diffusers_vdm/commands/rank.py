@@ -44,6 +44,7 @@ from .evaluate_options import (
     load_model,
     parse_checked,
 )
+from .evaluate_report import with_error
 from .processes import evaluation_accelerator
 
 # changes of images `(N, C, H, W)` with levels below `num_levels`
@@ -228,7 +229,7 @@ def load_sets(args: argparse.Namespace, models: list[Model], is_main: bool) -> d
     sets = {"in": load_classes(args, models, num_levels, is_main)}
     if args.typical_split:
         typical = argparse.Namespace(**given | {"split": args.typical_split, "allow_shared": True})
-        sets["typical"] = load_classes(typical, models, num_levels, is_main)
+        sets["typical"] = load_classes(typical, models, num_levels, is_main, "typical_split")
     if args.other_transform:
         data = sets["in"]
         changed = TRANSFORMS[args.other_transform](data.images, num_levels).contiguous()
@@ -239,25 +240,24 @@ def load_sets(args: argparse.Namespace, models: list[Model], is_main: bool) -> d
             "image_column": args.other_image_column, "split": args.other_split or "test",
             "dataset_config_name": None, "label_column": None, "allow_shared": True,
         }  # fmt: skip
-        try:
-            other = load_classes(argparse.Namespace(**given | source), models, 256, is_main)
-        except SystemExit as error:
-            raise SystemExit(str(error).replace("--split", "--other_split")) from error
+        other = load_classes(argparse.Namespace(**given | source), models, 256, is_main, "other_split")
         sets["other"] = in_levels(other, num_levels)
     elif args.other_split:
         other = argparse.Namespace(**given | {"split": args.other_split, "allow_shared": True})
-        sets["other"] = load_classes(other, models, num_levels, is_main)
+        sets["other"] = load_classes(other, models, num_levels, is_main, "other_split")
     return sets
 
 
-def load_classes(args: argparse.Namespace, models: list[Model], num_levels: int, is_main: bool) -> Any:
+def load_classes(
+    args: argparse.Namespace, models: list[Model], num_levels: int, is_main: bool, split_option: str = "split"
+) -> Any:
     """Images, with the classes that some of the models need; `ValueError` if they are not known."""
     from ..conditions import conditions_needed
 
     needing = [model for model in models if model.num_classes is not None]
     first = needing[0] if needing else replace(models[0], num_classes=None)
     needs_some = any(conditions_needed(model.bound.unet) for model in models)
-    data = load_data(args, num_levels, first.num_classes, first.class_names, is_main, needs_some)
+    data = load_data(args, num_levels, first.num_classes, first.class_names, is_main, needs_some, split_option)
     for model in needing:
         if data.labels is None:
             raise ValueError(
@@ -489,12 +489,6 @@ def print_report(args: argparse.Namespace, report: dict[str, Any]) -> None:
         for name, row in report["auroc"].items():
             print(f"  {LABEL_OF[name]:<40}{with_error(row['auroc'], row['stderr']):>16}")
     print(f"report: {args.output}" + (f", picture: {args.picture}" if args.picture else ""))
-
-
-def with_error(value: float | None, error: float | None = None, digits: int = 4) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..training.options import TRAIN_OPTIONS
+from .condition_data import CONDITION_OF
 from .options import check_choice, check_ranges, option_parser
 
 if TYPE_CHECKING:
@@ -259,12 +260,9 @@ def build(args: argparse.Namespace, data):
     config |= condition_arguments_of(args, data)
     # `from_config` would take a preset for a config of diffusers, which has another default initialization
     unet: Any = cls(**config) if args.preset else cls.from_config(config)
-    named = {
-        "class_labels": args.class_conditional, "cond_vectors": args.cond_columns,
-        "cond_images": args.cond_image_column or args.upscale_factor, "encoder_hidden_states": args.caption_column,
-    }  # fmt: skip
+    named = {condition for option, condition in CONDITION_OF.items() if getattr(args, option)}
     for name in conditions_taken(unet):
-        if not named[name]:
+        if name not in named and not (name == "class_labels" and args.class_conditional):
             raise ValueError(f"the network takes {name}, but no option names them; see docs/conditions.md")
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()

@@ -148,7 +148,6 @@ def evaluate_classes(
     times = torch.zeros(num_samples, n, dtype=torch.float64)
     pilot, warp = max(1, round(_PILOT_SHARE * num_samples)), None
     bar_class = progress_bar if callable(progress_bar) else tqdm
-    calls = 0
     with (
         evaluation_mode(bound),
         bar_class(
@@ -164,7 +163,6 @@ def evaluate_classes(
                 terms = [out["diffusion"], out["prior"] + out["reconstruction"]]
                 terms = check_rows_finite(dims * torch.stack(terms, dim=1).double().cpu(), index)
                 bits[draw, index, labels], shared[draw, index] = terms.unbind(1)
-            calls += int(active.sum())
             bar.update(len(range(rank, n, world)) * active.shape[1])
             if draw + 1 == pilot:  # before any class is dropped, and before any process has ended
                 differences = _shared(bits[:pilot, :, :num_classes], rank, accelerator)
@@ -176,11 +174,10 @@ def evaluate_classes(
                 if not bool(active.any()):
                     break
     bits, shared = _shared(bits, rank, accelerator), _shared(shared[..., None], rank, accelerator)[..., 0]
-    calls = int(_shared(torch.full((1, world, 1), calls).double(), rank, accelerator).sum())
     num_draws = (~bits.isnan()).sum(0)
     total = _combined(bits, num_classes) + (shared.sum(0) / num_draws.amax(1))[:, None]
     null = total[:, num_classes] if with_null else None
-    return ClassEvaluation(total[:, :num_classes], null, num_draws[:, :num_classes], calls, dims)
+    return ClassEvaluation(total[:, :num_classes], null, num_draws[:, :num_classes], int(num_draws.sum()), dims)
 
 
 def class_probabilities(
