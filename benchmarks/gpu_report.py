@@ -63,6 +63,10 @@ def parts(args: argparse.Namespace, folder: Path) -> dict[str, tuple[list[str], 
     add("train_step", "train_step.py", step)
     if not args.tiny:
         add("train_step_compiled", "train_step.py", [*step, "--compile", "--variants", "fp32", "bf16", "--no_memory"])
+    fast = ["--preset", "cifar10-fast", "--batch_size", "128", "--mixed_precision", "bf16"]
+    if args.tiny:
+        fast = ["--preset", "digits-fast", "--batch_size", "2", "--rounds", "1", "--backend", "aot_eager"]
+    add("compilation", "compilation.py", [*fast, *device])
     add("train_loop", "train_loop.py", loop)
     add("evaluation", "evaluation.py", [*evaluation, *device], output=False)
     if args.race_minutes:

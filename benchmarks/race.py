@@ -51,6 +51,7 @@ ENTRIES: dict[str, dict[str, dict[str, Any]]] = {
         # the same with other numbers of channels, for the scaling rule
         "fast-16": {"--preset": "cifar10-fast", "--width": 16, **_HALF},
         "fast-48": {"--preset": "cifar10-fast", "--width": 48, **_HALF},
+        "fast-64": {"--preset": "cifar10-fast", "--width": 64, **_HALF},
         # each part taken away, and each alone beside the default
         "fast-adamw": {"--preset": "cifar10-fast", "--optimizer": "adamw", **_HALF},
         "fast-no-differences": {"network": {"num_difference_filters": 0}, **_HALF},
@@ -67,7 +68,7 @@ ENTRIES: dict[str, dict[str, dict[str, Any]]] = {
     },
 }  # fmt: skip
 # entries for the scaling rule, and their channels
-FITTED = {"fast-16": 16, "fast": 32, "fast-48": 48}
+FITTED = {"fast-16": 16, "fast": 32, "fast-48": 48, "fast-64": 64}
 COMMON = {"--eval_batch_size": 200, "--num_images": 36, "--ddpm_num_inference_steps": 100, "--logger": "none",
           "--checkpointing_steps": 500, "--checkpoints_total_limit": 1, "--logging_steps": 20}  # fmt: skip
 
@@ -257,7 +258,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(len(datasets), 2, figsize=(10, 4 * len(datasets)), squeeze=False)
     for line, dataset in zip(axes, datasets, strict=True):
         names = list(dict.fromkeys(row["name"] for row in rows if row["dataset"] == dataset))
-        lowest = min(row["bpd"] for row in rows if row["dataset"] == dataset)
+        bpds = [row["bpd"] for row in rows if row["dataset"] == dataset]
+        bottom, top = min(bpds) - 0.05, min(max(bpds) + 0.05, min(bpds) + 1.6)
         for axis, quantity, unit in zip(
             line, ("flops", "process_seconds"), ("FLOPs", "processor seconds"), strict=True
         ):
@@ -265,12 +267,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                 runs = dict.fromkeys(key(row)[:4] for row in rows if key(row)[:2] == (dataset, name))
                 for i, run in enumerate(runs):
                     own = [row for row in rows if key(row)[:4] == run and row[quantity] is not None]
-                    points = [(row[quantity], row["bpd"]) for row in own]
-                    if not points:
-                        continue
-                    label = name if i == 0 else None
-                    axis.plot(*zip(*points, strict=True), marker=".", color=f"C{color}", label=label, linewidth=1)
-            axis.set_ylim(lowest - 0.1, lowest + 1.6)
+                    # not joined: evaluations during training are of fewer images or draws than the last one
+                    for is_last, style in ((False, {"marker": "."}), (True, {"marker": "*", "markersize": 9})):
+                        points = [(row[quantity], row["bpd"]) for row in own if row["is_last"] == is_last]
+                        label = name if is_last and i == 0 else None
+                        if points:
+                            axis.plot(*zip(*points, strict=True), color=f"C{color}", label=label, linewidth=1, **style)
+            axis.set_ylim(bottom, top)
             axis.set(xscale="log", xlabel=f"{unit} of training", ylabel="held-out bits/dim", title=dataset)
             axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}".replace("e+", "e")))

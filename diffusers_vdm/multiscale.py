@@ -254,8 +254,7 @@ class VDMMultiscale2DModel(WholeModelMixin, ConfigMixin, AttentionMixin):
             filters = self.difference_filters.to(z_t.dtype)
             filters = filters - filters.mean((1, 2, 3), keepdim=True)
             filters = filters / filters.square().sum((1, 2, 3), keepdim=True).sqrt()
-            padded = F.pad(z_t, (1, 1, 1, 1), mode="replicate")
-            return torch.asinh(F.conv2d(padded, filters) / diffusion.expand_like(diffusion.sigma(gamma_t), z_t))
+            return torch.asinh(F.conv2d(_padded(z_t), filters) / diffusion.expand_like(diffusion.sigma(gamma_t), z_t))
 
     def _linear_prediction(self, z_t: torch.Tensor, gamma_t: torch.Tensor) -> torch.Tensor:
         """σ z_t/(α² v + σ²), the linear prediction of ε with the least error for independent values of variance v."""
@@ -309,6 +308,12 @@ def fast_arguments(size: tuple[int, int], num_levels: int, num_images: int | Non
 def channels_of(width: int, num_levels: int) -> tuple[int, ...]:
     """`width` channels at the first level, twice as many at each level below, and at most eight times as many."""
     return tuple(width * min(2**i, 8) for i in range(num_levels))
+
+
+def _padded(z_t: torch.Tensor) -> torch.Tensor:
+    """z_t with its border values repeated once; compiled, the gradient of `F.pad` fails in PyTorch 2.13 on a CPU."""
+    z_t = torch.cat([z_t[..., :1, :], z_t, z_t[..., -1:, :]], dim=-2)
+    return torch.cat([z_t[..., :1], z_t, z_t[..., -1:]], dim=-1)
 
 
 def _layers(layers_per_block: int | tuple[int, ...], num_resolutions: int) -> tuple[int, ...]:

@@ -62,9 +62,11 @@ def test_every_part_of_the_report_runs_and_is_recorded(tmp_path):
     command = [sys.executable, str(SCRIPT), "--tiny", "--device", "cpu", "--output", str(file)]
     subprocess.run(command, check=True, timeout=500, capture_output=True)
     report = json.loads(file.read_text())
-    assert report["machine"]["torch"] and set(report["parts"]) == {"train_step", "train_loop", "evaluation", "race"}
+    parts = {"train_step", "compilation", "train_loop", "evaluation", "race"}
+    assert report["machine"]["torch"] and set(report["parts"]) == parts
     assert {name: part["error"] for name, part in report["parts"].items()} == dict.fromkeys(report["parts"])
     assert report["parts"]["train_step"]["results"]["variants"]["bf16"]["speed_over_port"]
+    assert report["parts"]["compilation"]["results"]["speedup"] > 0
     assert "ratio_median" in report["parts"]["evaluation"]["output"]
     [row] = [row for row in report["parts"]["race"]["results"] if row["is_last"]]
     assert row["num_images"] == 297 and row["flops"] > 0 and row["process_seconds"] > 0

@@ -53,27 +53,31 @@ def _recorded(args: argparse.Namespace) -> tuple[int | None, int] | None:
 
 
 def _choose(args: argparse.Namespace, data: Any, accelerator: Any) -> tuple[int | None, int]:
+    from ..training.compilation import compile_network
     from ..training.cost import training_cost
     from ..training.scaling import best_width
 
     size = _size(data.shape)
     rows = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
 
-    def cost(width: int | None) -> tuple[int, float]:
+    def cost(width: int | None, compiled: bool = False) -> tuple[int, float]:
         own = copy.copy(args)
         own.width = width
         unet, noise_schedule = build(own, data)
         count = sum(parameter.numel() for parameter in unet.parameters())
         if args.max_flops is not None:
             return count, training_cost(unet, data.shape).flops_per_image / size
+        if compiled:
+            compile_network(unet, accelerator)
         seconds = _seconds_per_image(own, data, unet, noise_schedule, accelerator)
         return count, seconds / size / accelerator.num_processes
 
     budget = args.max_flops if args.max_flops is not None else 3600 * args.max_hours
+    width, images = args.width, None
     if args.width is None and follows_rule(args):
-        width, images = best_width(budget, cost)
-    else:
-        width, images = args.width, budget / cost(args.width)[1]
+        width, images = best_width(budget, cost)  # without compilation, which takes a minute for each width
+    if images is None or args.compile:
+        images = budget / cost(width, compiled=args.compile)[1]
     return width, max(1, int(images / size / rows))
 
 

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from ..console import errors_in_one_line
 from ..randomness import key_to_seed
-from ..training import checkpoints
+from ..training import checkpoints, compilation
 from ..training.metrics import append_metrics, truncate_metrics
 from ..training.run import Clock, Run
 from ..training.stopping import Stopped, StopRequest
@@ -39,6 +39,9 @@ def set_up(args: argparse.Namespace):
     )
     check_processes(accelerator)
     check_sharding(accelerator)
+    args.compile = args.compile or compilation.is_requested(accelerator)
+    if args.compile and accelerator.distributed_type.value == "FSDP":
+        raise SystemExit("a network that FSDP shards cannot be compiled; leave out --compile and --dynamo_backend")
     hold_process_group()
     set_threads(accelerator, args.num_threads)
     return accelerator
@@ -66,6 +69,8 @@ def run_training(args: argparse.Namespace, accelerator) -> None:
         print(run.plan.text, flush=True)
     if args.dry_run:
         return
+    if args.compile:
+        compilation.compile_network(unet, accelerator)
     run.held_out_conditions = run.held_out(test, args.num_images)[1]
     sharing = Sharing(run)
     if args.resume_from_checkpoint == "last-checkpoint":

@@ -227,6 +227,12 @@ TRAIN_OPTIONS: dict[str, list[Option]] = {
             ("no", "bf16", "fp16", "auto"),
             "precision of the network; γ and losses stay in float32 or better; auto measures whether bf16 is faster",
         ),
+        Option(
+            "compile",
+            False,
+            "compile the network with torch.compile, which takes a minute or two at the start; also turned on by the "
+            "--dynamo_backend of accelerate launch",
+        ),
         Option("allow_tf32", False, "use TF32 matrix products, which change bits/dim"),
         Option("gradient_checkpointing", False, "use less memory and more time", may_change=True),
         Option(

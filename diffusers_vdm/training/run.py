@@ -6,7 +6,7 @@ import argparse
 import copy
 import math
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from ..randomness import key_to_seed
 from ..repository import read_json
 from ..threads import in_order
 from ..times import ImportanceTimes
-from . import checkpoints
+from . import checkpoints, compilation
 from .averages import WeightAverages
 from .batches import KeyedBatch, keyed_batch
 from .description import NAME as OPTIONS
@@ -102,7 +102,8 @@ class Run:
         optimizer = make_optimizer(args, unet, noise_schedule)
         steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": self.total}
         self.lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **steps)
-        self.wrapped, self.optimizer = accelerator.prepare(self.objective, optimizer)
+        with compilation.left_to_us(accelerator):
+            self.wrapped, self.optimizer = accelerator.prepare(self.objective, optimizer)
         self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
         # decays of the averages to evaluate and save, the first as the pipeline; None means raw weights
         self.decays = args.ema_decays or [None]
@@ -232,8 +233,11 @@ class Run:
 
     @contextmanager
     def averaged_weights(self, decay: float | None = None):
-        """Within the context, `unet`, `noise_schedule` and `bound` have the averaged weights; all must enter it."""
-        with self.averages.applied(decay):
+        """Within the context, `unet`, `noise_schedule` and `bound` have the averaged weights; all must enter it.
+
+        The network runs without compilation there.
+        """
+        with self.averages.applied(decay), compilation.uncompiled() if self.args.compile else nullcontext():
             if not self.is_sharded:
                 yield
                 return
