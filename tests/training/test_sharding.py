@@ -169,6 +169,13 @@ def test_a_sharded_run_has_the_losses_of_a_run_with_whole_weights(train_sharded,
 
 
 @pytest.mark.slow
+def test_a_sharded_network_is_not_compiled(train_sharded, tmp_path):
+    with pytest.raises(AssertionError, match="FSDP shards cannot be compiled; leave out --compile"):
+        train_sharded[0](tmp_path / "compiled", "--compile")
+    assert not list((tmp_path / "compiled").glob("checkpoint*"))
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_sharded_run_in_half_precision_saves_float32(train_sharded, sharded_run, tmp_path):
     half = tmp_path / "half"
