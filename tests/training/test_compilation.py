@@ -14,7 +14,7 @@ from diffusers_vdm.commands import train_budget
 from diffusers_vdm.commands.train_options import parse_options
 from diffusers_vdm.data.images import load_digits_split
 from diffusers_vdm.training.compilation import uncompiled
-from tests.models import fixed_weights, tiny_unet
+from tests.models import fixed_weights, tiny_preset, tiny_unet
 from tests.running import SHORT_TRAINING, run_example, state_of, train
 from tests.tensors import normal, random_levels
 
@@ -99,7 +99,9 @@ def test_the_context_runs_a_compiled_network_without_compilation():
 
 def test_accelerates_setting_compiles_the_network_alone(tmp_path, monkeypatch):
     """Accelerate itself would compile the whole objective, in a dozen graphs; evaluations are not compiled."""
-    options = [*SHORT_TRAINING.split(), "--logger", "none", "--dropout", "0.1"]
+    tiny_preset().save_config(tmp_path / "network")
+    options = ["--model_config_name_or_path", str(tmp_path / "network"), *SHORT_TRAINING.split(), "--logger", "none"]
+    options += ["--dropout", "0.1"]
     train(tmp_path / "plain", options)
     assert num_graphs() == 0
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")
