@@ -51,7 +51,9 @@ def test_the_run_is_resumed_to_the_same_end(saved):
     again = load_file(saved / "run" / "unet" / "diffusion_pytorch_model.safetensors")
     assert again.keys() == weights.keys()
     for name, value in weights.items():
-        torch.testing.assert_close(again[name], value, rtol=1e-5, atol=1e-7)
+        # the gradient of to_k.bias is zero, so AdamW moves it by the rounding of this machine
+        tolerance = 1e-6 if name.endswith("to_k.bias") else 1e-7
+        torch.testing.assert_close(again[name], value, rtol=1e-5, atol=tolerance)
 
 
 def test_the_pipeline_has_the_likelihood_of_its_report(saved):
