@@ -1,7 +1,7 @@
 """What bits/dim to expect from a multiscale network, and how wide it should be for an amount of computation.
 
 L(N, D) = E + A N^−α + B D^−β for N parameters and D images of 32×32 pixels [Hoffmann et al. 2022, §3.3], fitted to the
-runs `fast`, `fast-16` and `fast-48` of benchmarks/race.py on CIFAR-10 by `benchmarks/race.py --fit`, from 4e12 to
+runs `fast`, `fast-16`, `fast-48` and `fast-64` of benchmarks/race.py on CIFAR-10 by `benchmarks/race.py --fit`, from 4e12 to
 2.6e14 FLOPs. Beyond these it is an extrapolation. Other images have other bits/dim, but the rule still balances the
 network against the steps.
 """
@@ -12,8 +12,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# numbers of channels at the first level, in the order in which they are tried; the rule was fitted to 16, 32 and 48
-WIDTHS = (16, 24, 32, 40, 48)
+# numbers of channels at the first level, in the order in which they are tried; the rule was fitted to 16, 32, 48 and 64
+WIDTHS = (16, 24, 32, 40, 48, 56, 64)
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ScalingRule:
         return self.limit_bpd + of_parameters + self.of_images_bpd * (num_images / 1e6) ** -self.image_exponent
 
 
-RULE = ScalingRule(3.012, 0.3169, 0.2607, 0.03225, 0.5204, 0.016)
+RULE = ScalingRule(3.187, 0.1447, 0.4912, 0.03039, 0.529, 0.015)
 
 
 def best_width(budget: float, cost: Callable[[int], tuple[int, float]]) -> tuple[int, float]:
