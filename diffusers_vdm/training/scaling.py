@@ -1,9 +1,9 @@
 """What bits/dim to expect from a multiscale network, and how wide it should be for an amount of computation.
 
-L(N, D) = E + A N^−α + B D^−β for N parameters and D images of 32×32 pixels [Hoffmann et al. 2022, §3.3], fitted to the
-runs `fast`, `fast-16`, `fast-48` and `fast-64` of benchmarks/race.py on CIFAR-10 by `benchmarks/race.py --fit`, from 4e12 to
-2.6e14 FLOPs. Beyond these it is an extrapolation. Other images have other bits/dim, but the rule still balances the
-network against the steps.
+L(N, D) = E + A N^−α + B D^−β for N parameters and D images of 32×32 pixels [Hoffmann et al. 2022, §3.3], fitted by
+`benchmarks/race.py --fit` to its runs `fast`, `fast-16`, `fast-48` and `fast-64` on CIFAR-10, from 4e12 to 2.6e14
+FLOPs. Beyond these it is an extrapolation. Other images have other bits/dim, but the rule still balances the network
+against the steps.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# numbers of channels at the first level, in the order in which they are tried; the rule was fitted to 16, 32, 48 and 64
+# numbers of channels at the first level, in the order in which they are tried; those of the fit are 16, 32, 48 and 64
 WIDTHS = (16, 24, 32, 40, 48, 56, 64)
 
 
