@@ -45,7 +45,8 @@ def plan(run, test) -> Plan:
         + ("" if isinstance(data, ImageSet) else "; NOT COMPARED with the training images, which are streamed"),
         **{f"files{'' if part is data else ', held out'}": part.files for part in (data, test) if part.files},
         **({"columns": columns_of(data)} if data.image_column else {}),
-        "network": f"{type(run.unet).__name__}, {cost.num_parameters:,} parameters, predicts {args.prediction_type}",
+        "network": f"{type(run.unet).__name__}, {cost.num_parameters:,} parameters, predicts {args.prediction_type}"
+        + (", compiled" if args.compile else ""),
         **({"conditions": conditions_text(run)} if conditions_taken(run.unet) else {}),
         "noise schedule": f"{type(schedule).__name__}, {schedule.describe()}",
         "objective": {"vdm": "variational bound, ", "ddpm": "unweighted squared error"}[args.objective]
