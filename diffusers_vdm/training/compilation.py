@@ -20,7 +20,7 @@ def is_requested(accelerator: Any) -> bool:
 
 
 @contextmanager
-def left_to_us(accelerator: Any) -> Iterator[None]:
+def not_compiled_by(accelerator: Any) -> Iterator[None]:
     """Within the context, Accelerate compiles nothing; it would compile the whole objective."""
     from accelerate.utils import DynamoBackend
 

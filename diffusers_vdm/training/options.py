@@ -230,8 +230,8 @@ TRAIN_OPTIONS: dict[str, list[Option]] = {
         Option(
             "compile",
             False,
-            "compile the network with torch.compile, which takes a minute or two at the start; also turned on by the "
-            "--dynamo_backend of accelerate launch",
+            "compile the network with torch.compile, which takes one to three minutes at the start; also turned on by "
+            "the --dynamo_backend of accelerate launch",
         ),
         Option("allow_tf32", False, "use TF32 matrix products, which change bits/dim"),
         Option("gradient_checkpointing", False, "use less memory and more time", may_change=True),

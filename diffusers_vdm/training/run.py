@@ -102,7 +102,7 @@ class Run:
         optimizer = make_optimizer(args, unet, noise_schedule)
         steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": self.total}
         self.lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **steps)
-        with compilation.left_to_us(accelerator):
+        with compilation.not_compiled_by(accelerator):
             self.wrapped, self.optimizer = accelerator.prepare(self.objective, optimizer)
         self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
         # decays of the averages to evaluate and save, the first as the pipeline; None means raw weights
