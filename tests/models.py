@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from diffusers_vdm import MonotoneGammaNetwork, VDMPipeline, VDMScheduler, VDMUNet2DModel
+from diffusers_vdm import MonotoneGammaNetwork, VDMMultiscale2DModel, VDMPipeline, VDMScheduler, VDMUNet2DModel
 from tests.tensors import F64, normal, seeded
 
 # ---- networks of diffusers' kind ----------------------------------------------------------------------------------
@@ -68,6 +68,23 @@ def network(channels: int = 3, cls=VDMUNet2DModel, **arguments):
         for module in net.modules():
             if isinstance(module, nn.GroupNorm):
                 module.weight.add_(1.0)
+    return net.eval()
+
+
+TINY_MULTISCALE = {
+    "sample_size": 8, "in_channels": 1, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 2,
+    "attention_head_dim": 8, "num_difference_filters": 6,
+}  # fmt: skip
+
+
+def tiny_multiscale(scale: float = 0.1, **arguments) -> VDMMultiscale2DModel:
+    """A multiscale network out of its zero initialization."""
+    with fixed_weights():
+        net = VDMMultiscale2DModel(**TINY_MULTISCALE | arguments)
+    generator = seeded(1)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
     return net.eval()
 
 

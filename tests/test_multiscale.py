@@ -20,24 +20,10 @@ from diffusers_vdm import (
     evaluate_ode,
     evaluate_vlb,
 )
+from tests.models import TINY_MULTISCALE as TINY
 from tests.models import fixed_weights
+from tests.models import tiny_multiscale as tiny
 from tests.tensors import F64, f64, normal, random_levels, seeded
-
-TINY = {
-    "sample_size": 8, "in_channels": 1, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 2,
-    "attention_head_dim": 8, "num_difference_filters": 6,
-}  # fmt: skip
-
-
-def tiny(scale: float = 0.1, **arguments) -> VDMMultiscale2DModel:
-    """A network out of its zero initialization."""
-    with fixed_weights():
-        net = VDMMultiscale2DModel(**TINY | arguments)
-    generator = seeded(1)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
-    return net.eval()
 
 
 def output(net, *args, **kwargs) -> torch.Tensor:

@@ -76,7 +76,7 @@ def _choose(args: argparse.Namespace, data: Any, accelerator: Any) -> tuple[int 
     width, images = args.width, None
     if args.width is None and follows_rule(args):
         width, images = best_width(budget, cost)  # without compilation, which takes a minute for each width
-    if images is None or args.compile:
+    if images is None or (args.compile and args.max_hours is not None):
         images = budget / cost(width, compiled=args.compile)[1]
     return width, max(1, int(images / size / rows))
 

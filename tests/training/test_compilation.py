@@ -9,12 +9,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch._dynamo.utils import counters
 
-from diffusers_vdm import MonotoneGammaNetwork, VariationalBound, VDMMultiscale2DModel, VDMUNet2DModel
+from diffusers_vdm import MonotoneGammaNetwork, VariationalBound
 from diffusers_vdm.commands import train_budget
 from diffusers_vdm.commands.train_options import parse_options
 from diffusers_vdm.data.images import load_digits_split
 from diffusers_vdm.training.compilation import uncompiled
-from tests.models import fixed_weights, tiny_preset, tiny_unet
+from tests.models import network, tiny_multiscale, tiny_preset
 from tests.running import SHORT_TRAINING, run_example, state_of, train
 from tests.tensors import normal, random_levels
 
@@ -33,12 +33,6 @@ def nothing_compiled_before():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def multiscale(**arguments) -> VDMMultiscale2DModel:
-    small = {"block_out_channels": (8, 16), "norm_num_groups": 2, "attention_head_dim": 8, "layers_per_block": 1}
-    with fixed_weights():
-        return VDMMultiscale2DModel(**small | arguments)
-
-
 def num_graphs() -> int:
     """The number of graphs that were compiled in this test."""
     return counters["stats"]["unique_graphs"]
@@ -54,15 +48,15 @@ def gradients(net: torch.nn.Module, seed: int, **conditions) -> list[torch.Tenso
     return [p.grad.clone() for p in bound.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("network", [tiny_unet, multiscale])
+@pytest.mark.parametrize(
+    ("make", "flags"), [(network, {"augmentation_flag": True}), (tiny_multiscale, {"num_augmentation_flags": 1})]
+)
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_a_network_trains_as_one_graph_without_recompilation(network, checkpointed):
-    flags = {VDMUNet2DModel: {"augmentation_flag": True}, VDMMultiscale2DModel: {"num_augmentation_flags": 1}}
-    plain = network(num_class_embeds=3, null_class=True, dropout=0.1, **flags[type(network())]).train()
-    compiled = network(num_class_embeds=3, null_class=True, dropout=0.1, **flags[type(network())]).train()
-    if checkpointed:
-        plain.enable_gradient_checkpointing()
-        compiled.enable_gradient_checkpointing()
+def test_a_network_trains_as_one_graph_without_recompilation(make, flags, checkpointed):
+    given = {"in_channels": 3, "num_class_embeds": 3, "null_class": True, "dropout": 0.1} | flags
+    plain, compiled = (make(**given).double().train() for _ in range(2))
+    for net in (plain, compiled) if checkpointed else ():
+        net.enable_gradient_checkpointing()
     given = {"class_labels": torch.tensor([1, 3]), "augmentation_flags": torch.tensor([0.0, 1.0])}
     expected = [gradients(plain, seed, **given) for seed in range(3)]
     compiled.compile(backend="aot_eager", fullgraph=True)
@@ -77,7 +71,7 @@ def test_a_network_trains_as_one_graph_without_recompilation(network, checkpoint
 @uses_inductor
 @pytest.mark.slow
 def test_inductor_computes_the_same_gradients():
-    plain, compiled = multiscale(), multiscale()
+    plain, compiled = (tiny_multiscale(in_channels=3).double() for _ in range(2))
     compiled.compile(fullgraph=True)
     for seed in range(2):
         expected, found = (gradients(net, seed) for net in (plain, compiled))
@@ -86,9 +80,9 @@ def test_inductor_computes_the_same_gradients():
 
 
 def test_the_context_runs_a_compiled_network_without_compilation():
-    net = multiscale().eval()
+    net = tiny_multiscale()
     net.compile(backend="aot_eager")
-    z_t = normal(2, 3, 8, 8, dtype=torch.float32)
+    z_t = normal(2, 1, 8, 8, dtype=torch.float32)
     with torch.no_grad():
         with uncompiled():
             net(z_t, 500.0)
@@ -115,7 +109,7 @@ def test_accelerates_setting_compiles_the_network_alone(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_compiled_run_resumes_bit_for_bit(tmp_path):
-    multiscale(in_channels=1, num_levels=17, gamma_min=-7.5).save_config(tmp_path / "network")
+    tiny_multiscale(num_levels=17, gamma_min=-7.5).save_config(tmp_path / "network")
     options = ["--model_config_name_or_path", str(tmp_path / "network"), *SHORT_TRAINING.split(), "--compile"]
     options += ["--logger", "none", "--dropout", "0.1"]
     train(tmp_path / "whole", options)
@@ -145,7 +139,7 @@ def test_hours_are_measured_with_the_compiled_network(monkeypatch, tmp_path):
         measured.append(unet._compiled_call_impl is not None)
         return 1e-3 if measured[-1] else 2e-3
 
-    multiscale(in_channels=1).save_config(tmp_path / "network")
+    tiny_multiscale().save_config(tmp_path / "network")
     arguments = ["--model_config_name_or_path", str(tmp_path / "network"), "--max_hours", "1", "--compile"]
     monkeypatch.setattr(train_budget, "_seconds_per_image", seconds)
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
