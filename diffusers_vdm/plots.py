@@ -74,7 +74,8 @@ def plot_schedule(noise_schedule: NoiseSchedule, path: str | os.PathLike, title:
 def plot_training(lines: Sequence[dict[str, Any]], path: str | os.PathLike, title: str = "") -> None:
     """Plots the loss and the held-out bits/dim, with error bars, over the steps of `metrics.jsonl`, and the speed.
 
-    The first tenth of the steps, where the loss falls steeply, may lie outside the axes.
+    A line joins held-out bits/dim of the same number of images and draws only. The first tenth of the steps, where
+    the loss falls steeply, may lie outside the axes.
     """
     if not lines:
         raise ValueError("lines must not be empty: a run without metrics cannot be plotted.")
@@ -87,12 +88,17 @@ def plot_training(lines: Sequence[dict[str, Any]], path: str | os.PathLike, titl
                 points += [(line["step"], line["eval_bpd"]) for line in lines if line.get("eval_bpd") is not None]
             later = [y for step, y in points if step >= lines[-1]["step"] / 10] or [points[-1][1]]
             left.set_ylim(0.97 * min(later), 1.1 * max(later))
-    held_out = [line for line in lines if line.get("eval_bpd") is not None]
-    if held_out:
-        steps, bits = ([line[name] for line in held_out] for name in ("step", "eval_bpd"))
-        errors = [line.get("eval_bpd_stderr") or 0.0 for line in held_out]
+    alike = _alike_evaluations(lines)
+    if alike:
         axes = left if any("train_bpd" in line for line in lines) else left.twinx()
-        axes.errorbar(steps, bits, errors, fmt="o-", color="C1", label="held out, bits/dim", markersize=4)
+        for i, ((images, draws), group) in enumerate(alike.items()):
+            steps, bits = ([line[name] for line in group] for name in ("step", "eval_bpd"))
+            errors = [line.get("eval_bpd_stderr") or 0.0 for line in group]
+            style: dict[str, Any] = {"fmt": "o-", "markersize": 4} if i == 0 else {"fmt": "*", "markersize": 9}
+            label = "held out, bits/dim"
+            if len(alike) > 1:
+                label += f" ({images} images, {draws} draw{'' if draws == 1 else 's'} each)"
+            axes.errorbar(steps, bits, errors, color="C1", label=label, **style)
         if axes is not left:
             axes.legend(frameon=False, loc="center right")
     left.set(xlabel="step")
@@ -103,6 +109,15 @@ def plot_training(lines: Sequence[dict[str, Any]], path: str | os.PathLike, titl
         right.set_ylim(0, 1.1 * max(speed for _, speed in speeds))
     right.set(xlabel="step", ylabel="images per second")
     _save(figure, path, title)
+
+
+def _alike_evaluations(lines: Sequence[dict[str, Any]]) -> dict[tuple, list[dict[str, Any]]]:
+    """The lines with held-out bits/dim, by the number of images and of draws for each image."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for line in lines:
+        if line.get("eval_bpd") is not None:
+            groups.setdefault((line.get("eval_num_images"), line.get("eval_num_samples")), []).append(line)
+    return groups
 
 
 def plot_loss_by_gamma(

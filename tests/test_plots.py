@@ -30,6 +30,23 @@ def test_held_out_bits_are_in_the_picture_wherever_they_are(tmp_path, held_out):
         plots.plot_training([], tmp_path / "training.png")
 
 
+def test_a_line_joins_evaluations_of_the_same_images_and_draws_only(tmp_path):
+    """The last one of a run has more draws, and would look like a rise after those on the way."""
+    lines = [{"step": s, "train_bpd": 2.0, "eval_bpd": 1.9, "eval_num_images": 297, "eval_num_samples": k,
+              "images_per_second": 9.0} for s, k in ((10, 1), (60, 1), (100, 32))]  # fmt: skip
+    groups = plots._alike_evaluations([*lines, {"step": 99, "train_bpd": 2.0}])
+    assert groups == {(297, 1): lines[:2], (297, 32): lines[2:]}
+
+    def share_of_orange(lines):
+        plots.plot_training(lines, tmp_path / "training.png")
+        pixels = np.asarray(Image.open(tmp_path / "training.png").convert("RGB")).astype(int)
+        found = np.abs(pixels - np.array((255, 127, 14))).max(-1) < 12
+        return found[found.shape[0] // 2 :, : found.shape[1] // 2].any(0).mean()
+
+    joined = share_of_orange([line | {"eval_num_samples": 1} for line in lines])
+    assert share_of_orange(lines) < 0.8 * joined
+
+
 @pytest.mark.parametrize("draws", [1, 2, 3, 19, 41])
 def test_few_draws_make_a_picture_without_a_warning(tmp_path, draws):
     """No share of the draws is empty, and one draw has no error: warnings are errors here."""
