@@ -280,7 +280,7 @@ def load_data(
     """Loads the images to measure, with their classes if the model has `num_classes`, named `class_names` if known.
 
     Without `with_conditions`, other conditions are left out, even if the model was trained with some. For an
-    unknown split of a data set, the error names `split_option`.
+    unknown or an empty split, the error names `split_option`.
     """
     from ..data.image_sources import shared_with_other_splits
     from ..data.images import load_images
@@ -291,7 +291,7 @@ def load_data(
     if args.dataset_name is None and args.data_dir is None:
         data = digits_of(args.split)
         if len(data) == 0:
-            raise SystemExit(f"--split {args.split} of the digits is empty")
+            raise SystemExit(f"--{split_option} {args.split} of the digits has no images; choose others, such as test")
     else:
         path, shared = (
             args.dataset_name or args.data_dir,

@@ -132,7 +132,7 @@ class ImageStream:
         rows = ((s, i, row) for s in range(self._num_shards) for i, row in enumerate(self._read_shard(s)))
         first = next(rows, None)
         if first is None:
-            raise ValueError(f"split {split!r} of {path!r} is empty; there is nothing to train on.")
+            raise ValueError(f"split {split!r} of {path!r} has no images; choose another split or slice.")
         if found and self._label_column and check_label(first[2][self._label_column], self._label_column) < 0:
             self._label_column = None  # a split without classes
         self.num_classes: int | None = source.num_classes if self._label_column else None

@@ -203,7 +203,7 @@ def load_images(
     )
     data, found = source.data, label_column is None
     if len(data) == 0:
-        raise ValueError(f"split {split!r} of {path!r} is empty; there is nothing to train on.")
+        raise ValueError(f"split {split!r} of {path!r} has no images; choose another split or slice.")
     rows, workers = data.cast_column(source.image_column, datasets.Image(decode=False)), max(1, num_workers)
     declared_mode = image_mode or source.image_mode
 

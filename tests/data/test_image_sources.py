@@ -24,7 +24,7 @@ from tests.pictures import DATASETS_LEAVES_FILES_OPEN, QUIET, encoded, indices, 
         ("train[:3]+train[2:]", "takes some images twice"),
         ("train[3:1]", "must not end before it starts"),
         ("train[a:b]", "must be a split or a slice"),
-        ("train[4:]", "is empty"),
+        ("train[4:]", "has no images"),
     ],
 )
 @pytest.mark.parametrize("kind", ["folder", "parquet"])
