@@ -52,6 +52,13 @@ ENTRIES: dict[str, dict[str, dict[str, Any]]] = {
         "fast-16": {"--preset": "cifar10-fast", "--width": 16, **_HALF},
         "fast-48": {"--preset": "cifar10-fast", "--width": 48, **_HALF},
         "fast-64": {"--preset": "cifar10-fast", "--width": 64, **_HALF},
+        # the same with other learning rates of Muon, which should not depend on the width
+        "fast-16-lr-0.01": {"--preset": "cifar10-fast", "--width": 16, "--muon_learning_rate": 0.01, **_HALF},
+        "fast-16-lr-0.09": {"--preset": "cifar10-fast", "--width": 16, "--muon_learning_rate": 0.09, **_HALF},
+        "fast-lr-0.01": {"--preset": "cifar10-fast", "--muon_learning_rate": 0.01, **_HALF},
+        "fast-lr-0.09": {"--preset": "cifar10-fast", "--muon_learning_rate": 0.09, **_HALF},
+        "fast-48-lr-0.01": {"--preset": "cifar10-fast", "--width": 48, "--muon_learning_rate": 0.01, **_HALF},
+        "fast-48-lr-0.09": {"--preset": "cifar10-fast", "--width": 48, "--muon_learning_rate": 0.09, **_HALF},
         # each part taken away, and each alone beside the default
         "fast-adamw": {"--preset": "cifar10-fast", "--optimizer": "adamw", **_HALF},
         "fast-no-differences": {"network": {"num_difference_filters": 0}, **_HALF},
@@ -87,9 +94,16 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--runs", type=Path, default=Path("runs/race"))
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "race.json")
     parser.add_argument("--figure", type=Path, help="PNG file of the curves")
-    parser.add_argument("--only_plot", action="store_true", help="train nothing, draw the rows of --output")
-    parser.add_argument("--fit", action="store_true", help="train nothing, fit the rule of training/scaling.py")
+    stored = parser.add_mutually_exclusive_group()
+    stored.add_argument("--only_plot", action="store_true", help="train nothing, draw the rows of --output")
+    stored.add_argument("--fit", action="store_true", help="train nothing, fit the rule of training/scaling.py")
     args = parser.parse_args(arguments)
+    if not (0 < args.budget < math.inf):
+        parser.error(f"--budget must be positive and finite, got {args.budget}")
+    if min(args.seeds) < 0:
+        parser.error(f"--seeds must not be negative, got {min(args.seeds)}")
+    if args.figure and (args.figure.suffix.lower() != ".png" or not args.figure.parent.is_dir()):
+        parser.error(f"--figure must be a .png file in an existing folder, got {args.figure}")
     known = {name for dataset in args.datasets for name in ENTRIES[dataset]}
     unknown = sorted(set(args.names or ()) - known)
     if unknown:
@@ -196,6 +210,17 @@ def save(path: Path, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return merged
 
 
+def stored_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of --output; exits if there is no such file, or another one."""
+    try:
+        rows = json.loads(args.output.read_text(encoding="utf-8"))
+        for row in rows:
+            key(row), row["is_last"], row["bpd"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise SystemExit(f"race.py: --output {args.output} is no list of rows of the race: {error!r}") from error
+    return rows
+
+
 def fit(rows: list[dict[str, Any]]) -> Any:
     """Prints and returns the rule L(N, D) = E + A N^−α + B D^−β that fits the last rows of `FITTED` best."""
     import numpy as np
@@ -213,6 +238,8 @@ def fit(rows: list[dict[str, Any]]) -> Any:
         )
         runs = [r for r in rows if (r["dataset"], r["name"]) == ("cifar10", name) and r["is_last"]]
         points += [(cost.num_parameters, row["flops"] / cost.flops_per_image, row["bpd"]) for row in runs]
+    if len(points) < 5:
+        raise SystemExit(f"race.py: --fit needs at least five runs of {sorted(FITTED)} on cifar10, got {len(points)}")
     parameters, images, bpd = np.array(points).T
 
     def residuals(logarithms: np.ndarray) -> np.ndarray:
@@ -259,6 +286,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for line, dataset in zip(axes, datasets, strict=True):
         names = list(dict.fromkeys(row["name"] for row in rows if row["dataset"] == dataset))
         bpds = [row["bpd"] for row in rows if row["dataset"] == dataset]
+        colors = plt.get_cmap("tab10" if len(names) <= 10 else "tab20")
         bottom, top = min(bpds) - 0.05, min(max(bpds) + 0.05, min(bpds) + 1.6)
         for axis, quantity, unit in zip(
             line, ("flops", "process_seconds"), ("FLOPs", "processor seconds"), strict=True
@@ -272,14 +300,19 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                         points = [(row[quantity], row["bpd"]) for row in own if row["is_last"] == is_last]
                         label = name if is_last and i == 0 else None
                         if points:
-                            axis.plot(*zip(*points, strict=True), color=f"C{color}", label=label, linewidth=1, **style)
+                            axis.plot(
+                                *zip(*points, strict=True), color=colors(color), label=label, linewidth=1, **style
+                            )
             axis.set_ylim(bottom, top)
             axis.set(xscale="log", xlabel=f"{unit} of training", ylabel="held-out bits/dim", title=dataset)
             axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}".replace("e+", "e")))
             axis.xaxis.set_minor_formatter(NullFormatter())
             axis.grid(alpha=0.3)
-        line[0].legend()
+        if len(names) <= 6:
+            line[0].legend()
+        else:
+            line[1].legend(bbox_to_anchor=(1.02, 1.02), loc="upper left")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -287,14 +320,19 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     args = parse_options()
-    rows = save(args.output, [])
+    rows = stored_rows(args) if args.output.exists() or args.only_plot or args.fit else []
     if args.fit:
-        return fit(rows)
+        fit(rows)
+        return
     for run in [] if args.only_plot else runs_of(args):
         rows = save(args.output, train(args, *run))
+    asked = {(dataset, name) for dataset, name, _ in runs_of(args)}
+    rows = [row for row in rows if key(row)[:2] in asked]
+    if not rows:
+        raise SystemExit(f"race.py: --output {args.output} has no rows of --datasets and --names")
     print(table(rows))
     if args.figure:
-        draw([row for row in rows if args.names is None or row["name"] in args.names], args.figure)
+        draw(rows, args.figure)
 
 
 if __name__ == "__main__":

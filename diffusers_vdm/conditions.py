@@ -124,7 +124,8 @@ def _check_labels(labels: Any, num_images: int, config: Mapping[str, Any]) -> No
     if classes is not None and num_images:
         low, high, highest = int(labels.min()), int(labels.max()), classes + has_null
         if low < 0 or high >= highest:
-            raise ValueError(f"class_labels must be within [0, {highest}), got values from {low} to {high}.")
+            null = f", where {classes} is the null class" if has_null else ""
+            raise ValueError(f"class_labels must be within [0, {highest}){null}, got values from {low} to {high}.")
 
 
 def _check_values(name: str, value: Any, num_images: int, size: int, config: Mapping[str, Any]) -> None:

@@ -236,7 +236,7 @@ class VDMMultiscale2DModel(WholeModelMixin, ConfigMixin, AttentionMixin):
     @classmethod
     def from_preset(cls, preset: str, **overrides: Any) -> VDMMultiscale2DModel:
         """A new network of one of `MULTISCALE_PRESETS`; `overrides` replace its arguments."""
-        check_preset(preset, MULTISCALE_PRESETS)
+        check_preset("VDMMultiscale2DModel", preset, MULTISCALE_PRESETS)
         return cls(**{**MULTISCALE_PRESETS[preset], **overrides})
 
     def gamma_of_timestep(self, timesteps: torch.Tensor) -> torch.Tensor:

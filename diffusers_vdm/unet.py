@@ -115,7 +115,8 @@ class VDMUNet2DModel(WholeModelMixin, UNet2DModel, AttentionMixin):  # pyright: 
         check_condition_arguments(cond_dim, cond_mean, cond_std, null_vectors, cond_channels, null_images)
         _check_arguments(
             sample_size, in_channels, out_channels, block_out_channels, norm_num_groups, time_embedding_type,
-            input_residual, null_class, num_class_embeds, class_embed_type,
+            input_residual, null_class, num_class_embeds, class_embed_type, attention_head_dim,
+            down_block_types,
         )  # fmt: skip
         super().__init__(
             sample_size=sample_size,
@@ -373,21 +374,21 @@ def unet_preset(preset: str, **overrides: Any) -> dict[str, Any]:
 
     Raises: `ValueError` for an unknown name.
     """
-    check_preset(preset, UNET_PRESETS)
+    check_preset("VDMUNet2DModel", preset, UNET_PRESETS)
     return {**UNET_PRESETS[preset], **overrides}
 
 
-def check_preset(preset: str, presets: Mapping[str, Any]) -> None:
-    """Raises `ValueError` unless `preset` is one of `presets`."""
+def check_preset(network: str, preset: str, presets: Mapping[str, Any]) -> None:
+    """Raises `ValueError` unless `preset` is one of the `presets` of the class `network`."""
     if preset not in presets:
         close = difflib.get_close_matches(preset, presets, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"the presets are {sorted(presets)}."
-        raise ValueError(f"preset {preset!r} does not exist; {hint}")
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"preset {preset!r} does not exist in {network}, which has {sorted(presets)}.{hint}")
 
 
 def _check_arguments(
     sample_size, in_channels, out_channels, block_out_channels, norm_num_groups, time_embedding_type,
-    input_residual, null_class, num_class_embeds, class_embed_type,
+    input_residual, null_class, num_class_embeds, class_embed_type, attention_head_dim, down_block_types,
 ) -> None:  # fmt: skip
     if input_residual and in_channels != out_channels:
         raise ValueError(f"input_residual needs in_channels == out_channels, got {in_channels} and {out_channels}.")
@@ -402,6 +403,13 @@ def _check_arguments(
         )
     check_groups(block_out_channels, norm_num_groups)
     check_size(sample_size, len(block_out_channels))
+    attended = [c for c, block in zip(block_out_channels, down_block_types, strict=False) if "Attn" in block]
+    fewest = min([*attended, block_out_channels[-1]])
+    if attention_head_dim is not None and not 1 <= attention_head_dim <= fewest:
+        raise ValueError(
+            f"attention_head_dim must be within [1, {fewest}], the fewest channels of a level with attention, got "
+            f"{attention_head_dim}."
+        )
 
 
 def check_groups(block_out_channels: tuple[int, ...], norm_num_groups: int) -> None:

@@ -92,12 +92,12 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder or repository of a VDMPipeline")
     parser.add_argument("--images", nargs="+", help="image files instead of digits")
     parser.add_argument("--upscale_factor", type=int, help="that of the training, read from its options if not given")
-    parser.add_argument(
-        "--num_images", type=int, default=12, choices=range(1, 298), metavar="N", help="digits, 1 to 297"
-    )
+    parser.add_argument("--num_images", type=int, default=12, help="digits, 1 to 297")
     parser.add_argument("--num_inference_steps", type=int, default=100)
     parser.add_argument("--output", default="upscaled.png", help="PNG file to write")
     args = parser.parse_args()
+    if not 1 <= args.num_images <= 297:
+        parser.error(f"--num_images must be within [1, 297], got {args.num_images}")
     try:
         enlarge(args)
     except (ValueError, OSError) as error:

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from PIL import Image
 
 from diffusers_vdm.training.scaling import RULE
 from tests.paths import ROOT
@@ -42,6 +43,48 @@ def test_a_name_of_the_race_runs_where_it_is_an_entry_and_unknown_ones_are_refus
     with pytest.raises(SystemExit):
         race.parse_options(["--datasets", "digits", "--names", "fast-16"])
     assert "--names must be among ['default', 'fast', 'fast-classes', 'fast-no-" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--budget", "-1"], "--budget must be positive and finite, got -1"),
+        (["--budget", "nan"], "--budget must be positive and finite, got nan"),
+        (["--seeds", "0", "-1"], "--seeds must not be negative, got -1"),
+        (["--figure", "none/race.png"], "--figure must be a .png file in an existing folder"),
+        (["--figure", "race.xyz"], "--figure must be a .png file in an existing folder"),
+        (["--fit", "--only_plot"], "not allowed with argument"),
+        (["--only_plot", "--output", "none.json"], "--output none.json is no list of rows"),
+        (["--fit", "--output", "broken.json"], "--output broken.json is no list of rows"),
+        (["--output", "other.json"], "--output other.json is no list of rows"),
+        (["--fit", "--output", "empty.json"], "--fit needs at least five runs"),
+        (["--only_plot", "--output", "empty.json"], "has no rows of --datasets and --names"),
+    ],
+)
+def test_wrong_arguments_of_the_race_start_nothing_and_write_nothing(
+    arguments, message, tmp_path, monkeypatch, capsys
+):
+    race = script("race")
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("broken", "["), ("other", '{"rows": []}'), ("empty", "[]")):
+        (tmp_path / f"{name}.json").write_text(text)
+    monkeypatch.setattr(sys, "argv", ["race.py", *arguments])
+    with pytest.raises(SystemExit) as end:
+        race.main()
+    assert message in f"{end.value} {capsys.readouterr().err}"
+    assert {path.name for path in tmp_path.iterdir()} == {"broken.json", "other.json", "empty.json"}
+
+
+def test_the_table_and_the_figure_have_the_entries_that_are_asked_for(tmp_path, monkeypatch, capsys):
+    race = script("race")
+    figure = tmp_path / "race.png"
+    options = ["--only_plot", "--datasets", "digits", "--names", "fast", "--figure", str(figure)]
+    monkeypatch.setattr(sys, "argv", ["race.py", *options])
+    race.main()
+    printed = capsys.readouterr().out
+    assert "| digits | fast |" in printed and "cifar10" not in printed and "fast-classes" not in printed
+    with Image.open(figure) as picture:
+        assert picture.size[0] > 2 * picture.size[1]  # one row of two panels
 
 
 def test_a_part_of_the_report_that_is_cut_off_leaves_no_process(tmp_path, monkeypatch):

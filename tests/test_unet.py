@@ -248,11 +248,25 @@ def test_a_preset_with_other_arguments_leaves_the_preset_as_it_is():
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("cifar-10", "did you mean 'cifar10'"), ("zzzzzzzz", "the presets are")]
+    ("name", "message"),
+    [("cifar-10", "Did you mean 'cifar10'"), ("cifar10-fast", "not exist in VDMUNet2DModel, which has .'cifar10', ")],
 )
 def test_unknown_presets_are_refused(name, message):
     with pytest.raises(ValueError, match=message):
         VDMUNet2DModel.from_preset(name)
+
+
+def test_heads_that_are_wider_than_a_level_with_attention_are_refused():
+    """diffusers fails with an IndexError, because there are no heads then."""
+    with pytest.raises(ValueError, match=r"attention_head_dim must be within \[1, 64\], the fewest .* got 128"):
+        VDMUNet2DModel.from_preset("cifar10", layers_per_block=1, block_out_channels=(64,))
+    attended = {"block_out_channels": (64, 128), "down_block_types": ("AttnDownBlock2D", "DownBlock2D"),
+                "up_block_types": ("UpBlock2D", "AttnUpBlock2D")}  # fmt: skip
+    with pytest.raises(ValueError, match=r"within \[1, 64\]"):
+        VDMUNet2DModel(**attended, attention_head_dim=128)
+    plain = attended | {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    with torch.device("meta"):
+        VDMUNet2DModel(**plain, attention_head_dim=128)
 
 
 def test_misspelled_arguments_of_a_preset_are_refused():

@@ -291,7 +291,7 @@ def load_data(
     if args.dataset_name is None and args.data_dir is None:
         data = digits_of(args.split)
         if len(data) == 0:
-            raise SystemExit(f"--{split_option} {args.split} of the digits has no images; choose others, such as test")
+            raise SystemExit(f"--{split_option} {args.split} of the digits has no images; choose another slice")
     else:
         path, shared = (
             args.dataset_name or args.data_dir,

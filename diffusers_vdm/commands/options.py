@@ -75,4 +75,5 @@ def check_ranges(args: argparse.Namespace, groups: dict[str, list[Option]]) -> N
         value, (low, high) = getattr(args, row.name), row.range
         if value is not None and not (low <= value <= high and math.isfinite(value)):
             rule = "positive" if row.range == POSITIVE else f"within [{low}, {high:.4g}]"
+            rule += "" if math.isfinite(value) else " and finite"
             raise ValueError(f"--{row.name} must be {rule}, got {value}")

@@ -78,7 +78,11 @@ def _choose(args: argparse.Namespace, data: Any, accelerator: Any) -> tuple[int 
         width, images = best_width(budget, cost)  # without compilation, which takes a minute for each width
     if images is None or (args.compile and args.max_hours is not None):
         images = budget / cost(width, compiled=args.compile)[1]
-    return width, max(1, int(images / size / rows))
+    if images / size < rows:
+        name, value = ("max_flops", args.max_flops) if args.max_hours is None else ("max_hours", args.max_hours)
+        least = value * rows * size / images
+        raise ValueError(f"--{name} {value:g} is less than one step of {rows} images, {least:.3g}; set at least that")
+    return width, int(images / size / rows)
 
 
 def _seconds_per_image(args: argparse.Namespace, data: Any, unet: Any, noise_schedule: Any, accelerator: Any) -> float:
@@ -118,10 +122,13 @@ def follows_rule(args: argparse.Namespace) -> bool:
     return is_multiscale(args) and not network_of(args)[1].get("level_logits", False)
 
 
-def budget_text(args: argparse.Namespace, unet: Any, num_images: int, shape: Sequence[int]) -> str:
-    """The budget, and what the scaling rule expects of the network after `num_images` images of `shape`."""
+def budget_text(args: argparse.Namespace, unet: Any, num_images: int, shape: Sequence[int], flops: float) -> str:
+    """The budget, and what the scaling rule expects of the network after `num_images` images of `shape` and `flops`.
+
+    The rule says nothing of fewer FLOPs than those of its runs: there, it exceeds the bits/dim of uniform values.
+    """
     from ..multiscale import VDMMultiscale2DModel
-    from ..training.scaling import RULE
+    from ..training.scaling import FITTED_FLOPS, RULE
 
     budget = f"{args.max_hours:g} h" if args.max_hours is not None else f"{args.max_flops:.3g} FLOPs"
     text = f"{budget}: {args.max_train_steps} steps" + (f", {args.width} channels" if args.width else "")
@@ -129,7 +136,11 @@ def budget_text(args: argparse.Namespace, unet: Any, num_images: int, shape: Seq
         return text
     count = sum(parameter.numel() for parameter in unet.parameters())
     expected = RULE.expected_bpd(count, num_images * _size(shape))
-    return f"{text}; on CIFAR-10, {expected:.2f} ± {RULE.error_bpd:.2f} bits/dim are expected"
+    least, most = FITTED_FLOPS
+    if flops < least:
+        return f"{text}; no bits/dim are expected, because the scaling rule begins at {least:.1e} FLOPs"
+    known = f"error of the fit {RULE.error_bpd:.3f}" if flops <= most else f"extrapolated from {most:.1e} FLOPs"
+    return f"{text}; on CIFAR-10, {expected:.3f} bits/dim are expected ({known})"
 
 
 def _size(shape: Sequence[int]) -> float:

@@ -58,7 +58,7 @@ def parse_options(description: str, arguments: list[str] | None = None) -> argpa
     preset, data = PRESETS.get(name or "", {}), PRESET_DATA.get(name or "", {})
     if given.train_data_dir is None and given.dataset_name in (None, data.get("dataset_name")):
         preset = preset | data
-    has_end = given.num_epochs or given.max_hours or given.max_flops
+    has_end = any(end is not None for end in (given.num_epochs, given.max_hours, given.max_flops))
     parser.set_defaults(**{k: v for k, v in preset.items() if not (k == "max_train_steps" and has_end)})
     options = parser.parse_args(arguments)
     options.preset = name
@@ -113,7 +113,8 @@ def check_options(args: argparse.Namespace) -> None:
     if args.ema_decays is None:
         args.ema_decays = [args.ema_max_decay]
     args.ema_decays = args.ema_decays if args.use_ema else []
-    ends = [name for name in ("max_train_steps", "num_epochs", "max_hours", "max_flops") if getattr(args, name)]
+    ends = [name for name in ("max_train_steps", "num_epochs", "max_hours", "max_flops")
+            if getattr(args, name) is not None]  # fmt: skip
     if not ends:
         args.max_train_steps, args.num_epochs = (2500, None) if args.digits else (None, 100)
     for bad, message in (
@@ -245,7 +246,9 @@ def build(args: argparse.Namespace, data):
                 config["num_augmentation_flags"] = NUM_AUGMENTATION_FLAGS
         if args.width:
             levels = len(config.get("block_out_channels", (1, 2, 4)))
-            channels = channels_of(args.width, levels)
+            channels, groups = channels_of(args.width, levels), config.get("norm_num_groups", 8)
+            if args.width % groups:
+                raise ValueError(f"--width must be a multiple of the {groups} groups of GroupNorm, got {args.width}")
             head = math.gcd(config.get("attention_head_dim", 32), channels[-1])
             config |= {"block_out_channels": channels, "attention_head_dim": head}
     else:

@@ -64,7 +64,8 @@ def plan(run, test) -> Plan:
         f"{cost.fixed_bytes / 2**30:.2f} of it for weights, gradients, moments and averages",
     }
     if has_budget(args):
-        lines["budget"] = budget_text(args, run.unet, run.total * run.global_rows, data.shape)
+        images_seen = run.total * run.global_rows
+        lines["budget"] = budget_text(args, run.unet, images_seen, data.shape, images_seen * cost.flops_per_image)
     if untrained:
         lines["classes"] = f"held-out images have the classes {untrained}, WHICH HAVE NO TRAINING IMAGES"
     if histogram is not None:

@@ -40,6 +40,8 @@ class ScalingRule:
         return self.limit_bpd + of_parameters + self.of_images_bpd * (num_images / 1e6) ** -self.image_exponent
 
 
+# the least and the most FLOPs of the runs that the rule is fitted to
+FITTED_FLOPS = (4.08e12, 2.62e14)
 RULE = ScalingRule(3.187, 0.1447, 0.4912, 0.03039, 0.529, 0.015)
 
 

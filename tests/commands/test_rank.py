@@ -211,7 +211,12 @@ def test_one_image_has_bits_and_no_errors(model, tmp_path):
         ({}, ["--reference_model", "colors"], "--reference_model must have the 17 levels of the model, got 256"),
         ({}, ["--reference_model", "letters"], "--reference_model must be a folder with a model_index.json"),
         ({}, ["--typical_split", "test[5:]"], "7 images of --typical_split are also in --split"),
-        ({}, ["--other_split", "train[:0]"], "--other_split train[:0] of the digits has no images; choose others, such as test"),
+        ({}, ["--other_split", "test[5:]"], "7 images of --other_split are also in --split"),
+        (
+            {},
+            ["--other_split", "train[:0]"],
+            "--other_split train[:0] of the digits has no images; choose another slice",
+        ),
     ],
 )
 def test_models_and_images_that_do_not_fit_are_refused(

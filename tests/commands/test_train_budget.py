@@ -12,8 +12,9 @@ from diffusers_vdm.commands.train_budget import budget_text, resolve_budget
 from diffusers_vdm.commands.train_options import build, parse_options
 from diffusers_vdm.data.images import load_digits_split
 from diffusers_vdm.training.cost import training_cost
-from diffusers_vdm.training.scaling import RULE, WIDTHS, best_width
+from diffusers_vdm.training.scaling import FITTED_FLOPS, RULE, WIDTHS, best_width
 from tests.models import tiny_preset
+from tests.paths import ROOT
 from tests.running import run_example
 
 SMALL = (
@@ -38,12 +39,45 @@ def test_steps_are_those_that_the_flops_pay(data, config):
     args = parse_options("", [*config, "--max_flops", "1e10", "--width", "12"])
     resolve_budget(args, data, Accelerator(cpu=True))
     unet = build(args, data)[0]
-    text = budget_text(args, unet, 100, data.shape)
+    text = budget_text(args, unet, 100, data.shape, 1e10)
     assert list(unet.config.block_out_channels) == [12, 24] and args.width == 12
     each = training_cost(unet, data.shape).flops_per_image * args.train_batch_size
     assert {"max_train_steps", "width"} <= set(args.given) and "max_flops" not in args.given
     assert each * args.max_train_steps <= 1e10 < each * (args.max_train_steps + 1)
     assert "1e+10 FLOPs" in text and f"{args.max_train_steps} steps, 12 channels" in text
+
+
+def test_bits_are_expected_where_the_rule_was_fitted(config):
+    """Below, the rule is more than the 8 bits/dim of uniform values; above, it is marked as an extrapolation."""
+    unet = VDMMultiscale2DModel.from_preset("cifar10-fast")
+    each = training_cost(unet, (3, 32, 32)).flops_per_image
+    for images, found in (
+        (1_000, "no bits/dim are expected"),
+        (56_464, "3.4"),
+        (1_000_000, "extrapolated from 2.6e+14"),
+    ):
+        args = parse_options("", [*config, "--max_flops", str(images * each)])
+        args.max_train_steps = images // 16
+        text = budget_text(args, unet, images, (3, 32, 32), images * each)
+        assert found in text and ("are expected (" in text) == (images > 1_000)
+    count = sum(parameter.numel() for parameter in unet.parameters())
+    text = budget_text(args, unet, 56_464, (3, 32, 32), 56_464 * each)
+    assert f"{RULE.expected_bpd(count, 56_464):.3f} bits/dim are expected (error of the fit 0.015)" in text
+
+
+def test_the_fitted_flops_are_those_of_the_stored_runs():
+    rows = json.loads((ROOT / "benchmarks/results/race.json").read_text(encoding="utf-8"))
+    fitted = {"fast", "fast-16", "fast-48", "fast-64"}
+    flops = [row["flops"] for row in rows if row["is_last"] and row["name"] in fitted and row["dataset"] == "cifar10"]
+    assert (min(flops), max(flops)) == pytest.approx(FITTED_FLOPS, rel=2e-3)
+
+
+@pytest.mark.parametrize("budget", [["--max_flops", "1e7"], ["--max_hours", "1e-9"]])
+def test_less_than_a_step_is_refused(data, config, budget, monkeypatch):
+    monkeypatch.setattr(train_budget, "MEASURED_SECONDS", 0.05)
+    args = parse_options("", [*config, *budget, "--width", "8"])
+    with pytest.raises(ValueError, match=f"{budget[0]} .* is less than one step of 64 images"):
+        resolve_budget(args, data, Accelerator(cpu=True))
 
 
 @pytest.mark.slow
@@ -60,7 +94,7 @@ def test_more_computation_buys_a_wider_network_and_more_steps(data):
 def test_a_network_of_one_size_only_gets_its_steps(data, preset):
     args = parse_options("", ["--max_flops", "1e12", *preset])
     resolve_budget(args, data, Accelerator(cpu=True))
-    assert args.width is None and "expected" not in budget_text(args, build(args, data)[0], 100, data.shape)
+    assert args.width is None and "expected" not in budget_text(args, build(args, data)[0], 100, data.shape, 1e12)
     each = training_cost(build(args, data)[0], data.shape).flops_per_image * args.train_batch_size
     assert args.max_train_steps == int(1e12 / each)
 
@@ -122,6 +156,10 @@ def test_a_run_with_a_budget_ends_at_it_and_resumes(config, tmp_path):
         (["--max_hours", "1", "--max_train_steps", "5"], "give --max_train_steps or --max_hours, not both"),
         (["--max_hours", "1", "--max_flops", "1e9"], "give --max_hours or --max_flops, not both"),
         (["--max_hours", "-1"], "--max_hours must be positive"),
+        (["--max_flops", "inf"], "--max_flops must be positive and finite, got inf"),
+        (["--max_flops", "0"], "--max_flops must be positive, got 0"),
+        (["--max_train_steps", "0"], "--max_train_steps must be positive, got 0"),
+        (["--num_epochs", "0"], "--num_epochs must be positive, got 0"),
         (["--preset", "digits", "--width", "16"], "--width needs a multiscale network"),
     ],
 )
@@ -129,6 +167,12 @@ def test_budgets_that_are_refused(arguments, message, capsys):
     with pytest.raises(SystemExit):
         parse_options("", arguments)
     assert message in capsys.readouterr().err
+
+
+def test_a_width_that_cannot_be_normalized_is_refused_by_its_name(data):
+    args = parse_options("", ["--width", "20"])
+    with pytest.raises(ValueError, match="--width must be a multiple of the 8 groups of GroupNorm, got 20"):
+        build(args, data)
 
 
 def test_a_missing_config_is_an_error_of_one_line(tmp_path, capsys):

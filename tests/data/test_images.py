@@ -192,7 +192,9 @@ def test_a_parquet_file_that_cannot_be_read_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("is_folder", [False, True])
-@pytest.mark.parametrize(("split", "message"), [("validation", "nknown split"), ("train[:0]", "no data|has no images")])
+@pytest.mark.parametrize(
+    ("split", "message"), [("validation", "nknown split"), ("train[:0]", "no data|has no images")]
+)
 def test_splits_without_images_are_refused(tmp_path, split, message, is_folder):
     rng = np.random.default_rng(0)
     path = write_image_folder(tmp_path / "data", [picture(rng) for _ in range(3)])
