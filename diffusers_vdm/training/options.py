@@ -186,7 +186,7 @@ TRAIN_OPTIONS: dict[str, list[Option]] = {
             "max_hours",
             float,
             "train for about this time instead of --max_train_steps; the steps, and the width of a multiscale "
-            "network, follow from the measured speed",
+            "network for more than 32 levels, follow from the measured speed",
             range=POSITIVE,
         ),
         Option("max_flops", float, "the same for this number of FLOPs, of all processes together", range=POSITIVE),
