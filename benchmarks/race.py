@@ -276,6 +276,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def exponent(value: float, _: Any = None) -> str:
+    return f"{value:.0e}".replace("e+", "e")
+
+
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Curves of every run, a color for each entry: against FLOPs on the left, processor seconds on the right."""
     import matplotlib.pyplot as plt
@@ -305,8 +309,11 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                             )
             axis.set_ylim(bottom, top)
             axis.set(xscale="log", xlabel=f"{unit} of training", ylabel="held-out bits/dim", title=dataset)
-            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}".replace("e+", "e")))
+            low, high = axis.get_xlim()
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 40 * low else (1,)))
+            axis.xaxis.set_major_formatter(
+                FuncFormatter(exponent if quantity == "flops" else lambda value, _: f"{value:g}")
+            )
             axis.xaxis.set_minor_formatter(NullFormatter())
             axis.grid(alpha=0.3)
         if len(names) <= 6:
