@@ -106,7 +106,7 @@ def test_a_checkpoint_of_diffusers_has_the_same_likelihood_on_two_processes(tmp_
     ("method", "more"),
     [
         ("mc", ["--num_samples", 8, "--target_stderr", 0.5, "--max_samples", 24, "--importance_sampling"]),
-        ("ode", ["--rtol", 0.1, "--atol", 0.1, "--num_importance_samples", 2, "--num_probes", 2]),
+        ("ode", ["--rtol", 1, "--atol", 1, "--num_importance_samples", 2, "--num_probes", 2]),
     ],
 )
 def test_an_evaluation_gives_the_same_numbers_on_one_and_two_processes(tmp_path, ddpm_and_images, method, more):
@@ -188,13 +188,13 @@ def test_one_image_has_no_standard_error_and_causes_no_warning(tmp_path, digits_
     [
         ["--method", "mc", "--num_samples", 3],
         ["--method", "vlb", "--num_steps", 3],
-        ["--method", "ode", "--rtol", 0.3, "--atol", 0.3],
+        ["--method", "ode", "--rtol", 1, "--atol", 1],
     ],
     ids=lambda m: m[1],
 )
 def test_the_progress_bar_shows_no_number_of_a_single_process(tmp_path, digits_pipeline, method):
     output = tmp_path / "r.json"
-    few = ["--model", digits_pipeline, "--split", "test[:40]", "--batch_size", 4, "--output", output, *method]
+    few = ["--model", digits_pipeline, "--split", "test[:12]", "--batch_size", 3, "--output", output, *method]
     done = run_example("evaluate.py", *few, processes=2)
     bpd = json.loads(output.read_text(encoding="utf-8"))["bpd"]
     shown = re.findall(r"(\d+\.\d{4})(?: ± \d\S+)? bits/dim", done.stderr)

@@ -53,7 +53,7 @@ def moments(output_dir, rng):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize(("processes", "kills"), [(1, 8), (2, 4)])
+@pytest.mark.parametrize(("processes", "kills"), [(1, 6), (2, 4)])
 def test_a_run_that_is_killed_many_times_ends_like_one_that_was_never_killed(
     tmp_path, training_options, processes, kills
 ):
