@@ -203,21 +203,21 @@ def save(path: Path, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Adds rows to those in the file, instead of earlier rows of the same runs; returns all."""
     rows = list(rows)
     runs = {key(row)[:4] for row in rows}
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    kept = stored_rows(path) if path.is_file() else []
     merged = sorted([row for row in kept if key(row)[:4] not in runs] + rows, key=key)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "[\n" + ",\n".join(json.dumps(row) for row in merged) + "\n]\n")
     return merged
 
 
-def stored_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
+def stored_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of --output; exits if there is no such file, or another one."""
     try:
-        rows = json.loads(args.output.read_text(encoding="utf-8"))
+        rows = json.loads(path.read_text(encoding="utf-8"))
         for row in rows:
             key(row), row["is_last"], row["bpd"]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise SystemExit(f"race.py: --output {args.output} is no list of rows of the race: {error!r}") from error
+        raise SystemExit(f"race.py: --output {path} is no list of rows of the race: {error!r}") from error
     return rows
 
 
@@ -277,6 +277,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def exponent(value: float, _: Any = None) -> str:
+    """2e+13 as 2e13, for a FuncFormatter of matplotlib."""
     return f"{value:.0e}".replace("e+", "e")
 
 
@@ -327,7 +328,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     args = parse_options()
-    rows = stored_rows(args) if args.output.exists() or args.only_plot or args.fit else []
+    rows = stored_rows(args.output) if args.output.exists() or args.only_plot or args.fit else []
     if args.fit:
         fit(rows)
         return

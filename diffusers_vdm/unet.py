@@ -115,9 +115,10 @@ class VDMUNet2DModel(WholeModelMixin, UNet2DModel, AttentionMixin):  # pyright: 
         check_condition_arguments(cond_dim, cond_mean, cond_std, null_vectors, cond_channels, null_images)
         _check_arguments(
             sample_size, in_channels, out_channels, block_out_channels, norm_num_groups, time_embedding_type,
-            input_residual, null_class, num_class_embeds, class_embed_type, attention_head_dim,
-            down_block_types,
+            input_residual, null_class, num_class_embeds, class_embed_type,
         )  # fmt: skip
+        types = (down_block_types, up_block_types, mid_block_type if add_attention else None)
+        _check_heads(attention_head_dim, block_out_channels, *types)
         super().__init__(
             sample_size=sample_size,
             in_channels=in_channels,
@@ -388,7 +389,7 @@ def check_preset(network: str, preset: str, presets: Mapping[str, Any]) -> None:
 
 def _check_arguments(
     sample_size, in_channels, out_channels, block_out_channels, norm_num_groups, time_embedding_type,
-    input_residual, null_class, num_class_embeds, class_embed_type, attention_head_dim, down_block_types,
+    input_residual, null_class, num_class_embeds, class_embed_type,
 ) -> None:  # fmt: skip
     if input_residual and in_channels != out_channels:
         raise ValueError(f"input_residual needs in_channels == out_channels, got {in_channels} and {out_channels}.")
@@ -403,9 +404,17 @@ def _check_arguments(
         )
     check_groups(block_out_channels, norm_num_groups)
     check_size(sample_size, len(block_out_channels))
-    attended = [c for c, block in zip(block_out_channels, down_block_types, strict=False) if "Attn" in block]
-    fewest = min([*attended, block_out_channels[-1]])
-    if attention_head_dim is not None and not 1 <= attention_head_dim <= fewest:
+
+
+def _check_heads(attention_head_dim, block_out_channels, down_block_types, up_block_types, mid_block_type) -> None:
+    """Raises `ValueError` for heads with more channels than a level with attention, which would have none of them."""
+    blocks = [
+        *zip(down_block_types, block_out_channels, strict=False),
+        *zip(up_block_types, reversed(block_out_channels), strict=False),
+        *([("Attn", block_out_channels[-1])] if mid_block_type else []),
+    ]
+    fewest = min((channels for block, channels in blocks if "Attn" in block), default=None)
+    if None not in (attention_head_dim, fewest) and not 1 <= attention_head_dim <= fewest:
         raise ValueError(
             f"attention_head_dim must be within [1, {fewest}], the fewest channels of a level with attention, got "
             f"{attention_head_dim}."

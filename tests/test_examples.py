@@ -274,3 +274,5 @@ def test_files_are_enlarged(tmp_path):
     ):
         done = run_example("upscale_images.py", *common, *more, check=False)
         assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+    done = run_example("upscale_images.py", *common, "--num_images", 298, check=False)
+    assert done.returncode == 2 and "--num_images must be within [1, 297], got 298" in done.stderr

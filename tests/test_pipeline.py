@@ -715,6 +715,11 @@ ERRORS = {
     "labels without classes": ({}, {"class_labels": 1}, "without classes"),
     "number of labels": ({"num_class_embeds": 4}, {"class_labels": [1, 2, 3]}, "one class or 2 of them"),
     "label too high": ({"num_class_embeds": 4}, {"class_labels": [1, 4]}, r"class_labels must be within \[0, 4\)"),
+    "label above the null class": (
+        {"num_class_embeds": 4, "null_class": True},
+        {"class_labels": [1, 5]},
+        r"class_labels must be within \[0, 5\), where 4 is the null class, got values from 1 to 5",
+    ),
     "label too low": ({"num_class_embeds": 4}, {"class_labels": -1}, r"class_labels must be within \[0, 4\)"),
     "no labels": ({"num_class_embeds": 4}, {}, "class_labels must be given"),
     "no size": ({"sample_size": None}, {}, "sample_size must be set"),

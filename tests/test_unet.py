@@ -264,9 +264,13 @@ def test_heads_that_are_wider_than_a_level_with_attention_are_refused():
                 "up_block_types": ("UpBlock2D", "AttnUpBlock2D")}  # fmt: skip
     with pytest.raises(ValueError, match=r"within \[1, 64\]"):
         VDMUNet2DModel(**attended, attention_head_dim=128)
+    with pytest.raises(ValueError, match=r"within \[1, 64\]"):
+        VDMUNet2DModel(**attended | {"down_block_types": ("DownBlock2D",) * 2}, attention_head_dim=128)
     plain = attended | {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
     with torch.device("meta"):
         VDMUNet2DModel(**plain, attention_head_dim=128)
+        VDMUNet2DModel(**plain, attention_head_dim=256, add_attention=False)
+        VDMUNet2DModel(**plain, attention_head_dim=256, mid_block_type=None)
 
 
 def test_misspelled_arguments_of_a_preset_are_refused():

@@ -172,8 +172,7 @@ def run_ranking(args: argparse.Namespace, accelerator: Any) -> None:
                 check_images(data.images, model.num_levels, model.bound.unet)
             except ValueError as error:
                 raise ValueError(f"{model.name} cannot measure {data.name}: {error}") from error
-    if not args.allow_shared:
-        check_disjoint(sets, {name for name in ("typical_split", "other_split") if getattr(args, name)})
+    check_disjoint(args, sets)
     files = {name: files_of(args, name, data) for name, data in sets.items() if name != "typical"}
     # images and their changed copies share their noise; others have their own
     seeds = {"typical": args.seed + 1, "other": args.seed + (0 if args.other_transform else 2)}
@@ -269,12 +268,13 @@ def load_classes(
     return data
 
 
-def check_disjoint(sets: dict[str, Any], options: set[str]) -> None:
+def check_disjoint(args: argparse.Namespace, sets: dict[str, Any]) -> None:
     """Raises `ValueError` if images to rank are among those of another split, typical or other ones."""
     from ..data.images import count_shared
 
     for option, why in (("typical_split", "compared with their own bits"), ("other_split", "both unusual and not")):
-        shared = count_shared(sets["in"], sets[option.removesuffix("_split")]) if option in options else 0
+        is_compared = getattr(args, option) and not args.allow_shared
+        shared = count_shared(sets["in"], sets[option.removesuffix("_split")]) if is_compared else 0
         if shared:
             raise ValueError(
                 f"{shared} images of --{option} are also in --split, so they would be {why}; use another split, or "

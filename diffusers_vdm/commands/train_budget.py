@@ -34,7 +34,13 @@ def resolve_budget(args: argparse.Namespace, data: Any, accelerator: Any) -> Non
     chosen = _recorded(args)
     if chosen is None:
         measured = _choose(args, data, accelerator)  # on all processes at once, as they will train
-        chosen = broadcast_object_list([measured])[0]
+        width, images = broadcast_object_list([measured])[0]
+        rows = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+        if images < rows:  # on all processes, so that none waits for another one
+            name, value = ("max_flops", args.max_flops) if args.max_hours is None else ("max_hours", args.max_hours)
+            least = f"{value * rows / images:.3g}; set at least that"
+            raise ValueError(f"--{name} {value:g} is less than one step of {rows} images, {least}")
+        chosen = width, int(images / rows)
     args.width, args.max_train_steps = chosen
     # the command on a model card repeats the run, wherever it is run
     chosen_names = {"max_train_steps"} | ({"width"} if args.width else set())
@@ -52,13 +58,13 @@ def _recorded(args: argparse.Namespace) -> tuple[int | None, int] | None:
     return None if steps is None else (description.options.get("width"), steps)
 
 
-def _choose(args: argparse.Namespace, data: Any, accelerator: Any) -> tuple[int | None, int]:
+def _choose(args: argparse.Namespace, data: Any, accelerator: Any) -> tuple[int | None, float]:
+    """The width, and the number of images that the budget pays."""
     from ..training.compilation import compile_network
     from ..training.cost import training_cost
     from ..training.scaling import best_width
 
     size = _size(data.shape)
-    rows = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
 
     def cost(width: int | None, compiled: bool = False) -> tuple[int, float]:
         own = copy.copy(args)
@@ -78,11 +84,7 @@ def _choose(args: argparse.Namespace, data: Any, accelerator: Any) -> tuple[int 
         width, images = best_width(budget, cost)  # without compilation, which takes a minute for each width
     if images is None or (args.compile and args.max_hours is not None):
         images = budget / cost(width, compiled=args.compile)[1]
-    if images / size < rows:
-        name, value = ("max_flops", args.max_flops) if args.max_hours is None else ("max_hours", args.max_hours)
-        least = value * rows * size / images
-        raise ValueError(f"--{name} {value:g} is less than one step of {rows} images, {least:.3g}; set at least that")
-    return width, int(images / size / rows)
+    return width, images / size
 
 
 def _seconds_per_image(args: argparse.Namespace, data: Any, unet: Any, noise_schedule: Any, accelerator: Any) -> float:

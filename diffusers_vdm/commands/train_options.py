@@ -58,8 +58,8 @@ def parse_options(description: str, arguments: list[str] | None = None) -> argpa
     preset, data = PRESETS.get(name or "", {}), PRESET_DATA.get(name or "", {})
     if given.train_data_dir is None and given.dataset_name in (None, data.get("dataset_name")):
         preset = preset | data
-    has_end = any(end is not None for end in (given.num_epochs, given.max_hours, given.max_flops))
-    parser.set_defaults(**{k: v for k, v in preset.items() if not (k == "max_train_steps" and has_end)})
+    has_other_end = ends_of(given) not in ([], ["max_train_steps"])
+    parser.set_defaults(**{k: v for k, v in preset.items() if not (k == "max_train_steps" and has_other_end)})
     options = parser.parse_args(arguments)
     options.preset = name
     # for the model card: options that were set on the command line, in addition to the preset
@@ -85,6 +85,12 @@ def default_preset(args: argparse.Namespace) -> str | None:
         return "text"
     suits = args.objective == "vdm" and args.schedule != "linear_beta" and args.prediction_type == "epsilon"
     return ("fast" if is_own else "digits-fast") if suits else "digits"
+
+
+def ends_of(args: argparse.Namespace) -> list[str]:
+    """The options that say how long to train, 0 included, which is refused later."""
+    names = ("max_train_steps", "num_epochs", "max_hours", "max_flops")
+    return [name for name in names if getattr(args, name) is not None]
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -113,8 +119,7 @@ def check_options(args: argparse.Namespace) -> None:
     if args.ema_decays is None:
         args.ema_decays = [args.ema_max_decay]
     args.ema_decays = args.ema_decays if args.use_ema else []
-    ends = [name for name in ("max_train_steps", "num_epochs", "max_hours", "max_flops")
-            if getattr(args, name) is not None]  # fmt: skip
+    ends = ends_of(args)
     if not ends:
         args.max_train_steps, args.num_epochs = (2500, None) if args.digits else (None, 100)
     for bad, message in (
