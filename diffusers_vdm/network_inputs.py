@@ -42,7 +42,7 @@ def embed(
     t_emb = network.time_proj(timesteps).to(network.dtype)
     count = num_augmentation_flags(config)
     if count:
-        flags = torch.zeros(len(t_emb), count) if augmentation_flags is None else augmentation_flags
+        flags = t_emb.new_zeros(len(t_emb), count) if augmentation_flags is None else augmentation_flags
         t_emb = torch.cat([t_emb, flags.to(t_emb).reshape(-1, count)], dim=1)
     emb = network.time_embedding(t_emb)
     if network.class_embedding is not None:

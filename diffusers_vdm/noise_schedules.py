@@ -353,7 +353,8 @@ class MonotoneGammaNetwork(NoiseSchedule):
         if self.config.learn_ends:
             return _learned_ends(self.bias, self.weight)
         ends = (self.config.gamma_min, self.config.gamma_max)
-        gamma_0, gamma_1 = (torch.tensor(g, dtype=torch.float64, device=self._device()) for g in ends)
+        # filled there: a copy of the numbers to a GPU would wait for it
+        gamma_0, gamma_1 = (torch.full((), g, dtype=torch.float64, device=self._device()) for g in ends)
         return gamma_0, gamma_1
 
     def gamma_and_slope(self, t, scale_shape_grad=None):

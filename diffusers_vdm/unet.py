@@ -309,8 +309,8 @@ def fourier_features(z: torch.Tensor, exponents: tuple[float, ...]) -> torch.Ten
     Returns: `torch.Tensor` of shape `(B, 2 n C, H, W)`.
     """
     z = z.to(torch.promote_types(z.dtype, torch.float32))
-    scales = torch.tensor([2.0**f * 2 * math.pi for f in exponents], dtype=z.dtype, device=z.device)
-    angles = (z[:, :, None] * scales[:, None, None]).flatten(1, 2)
+    # by numbers, because a tensor of them would have to be copied to a GPU, which waits for it
+    angles = torch.stack([z * (2.0**f * 2 * math.pi) for f in exponents], dim=2).flatten(1, 2)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 

@@ -30,6 +30,11 @@ def test_cost_of_a_convolution_by_hand():
     assert cost.memory_bytes(10) == 4 * 84 * 6 + 10 * 4 * 3 * 64
 
 
+def test_the_cost_of_a_network_on_a_device_is_that_on_a_cpu():
+    unet = tiny_preset(num_class_embeds=3, null_class=True)
+    assert training_cost(unet, (1, 8, 8)) == training_cost(unet.to("meta"), (1, 8, 8))
+
+
 @pytest.mark.parametrize("conditional", [False, True])
 def test_the_estimated_memory_is_what_a_network_keeps_for_its_backward_pass(conditional):
     labels = {"num_class_embeds": 3, "null_class": True} if conditional else {}
