@@ -468,7 +468,7 @@ def _decoder_radius(gamma_0: torch.Tensor, num_levels: int, max_gamma_0: float |
     """Number of levels on each side of the nearest one that weigh more than e^{−72}, i.e. within 12 σ_0/α_0."""
     gamma = max_gamma_0
     if gamma is None:
-        low, gamma = (float(end) for end in gamma_0.detach().aminmax())
+        low, gamma = torch.stack(gamma_0.detach().aminmax()).tolist()  # one copy, for which a GPU is waited for once
         if not (math.isfinite(low) and math.isfinite(gamma)):
             raise ValueError(
                 f"gamma_0 must be finite, as it sets the width of p(x | z_0), got {low if low < gamma else gamma}."

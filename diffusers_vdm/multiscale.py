@@ -312,9 +312,10 @@ def channels_of(width: int, num_levels: int) -> tuple[int, ...]:
 
 def _padded(z_t: torch.Tensor) -> torch.Tensor:
     """z_t with its border values repeated once."""
-    if not torch.compiler.is_compiling():
+    if z_t.device.type == "cpu" and not torch.compiler.is_compiling():
         return F.pad(z_t, (1, 1, 1, 1), mode="replicate")
-    # inductor expects another memory layout of the gradient of `F.pad` than it has on a CPU (PyTorch 2.13)
+    # On a GPU, the gradient of `F.pad` is a sum in any order, so a run would not be repeated bit for bit. Inductor
+    # expects another memory layout of that gradient than it has on a CPU (PyTorch 2.13).
     z_t = torch.cat([z_t[..., :1, :], z_t, z_t[..., -1:, :]], dim=-2)
     return torch.cat([z_t[..., :1], z_t, z_t[..., -1:]], dim=-1)
 

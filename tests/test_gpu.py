@@ -77,10 +77,11 @@ def test_a_run_is_resumed_bit_for_bit(tmp_path, options):
 
 
 @pytest.mark.parametrize("make", [network, tiny_multiscale])
-def test_bits_per_dimension_are_those_of_a_cpu(make):
+def test_bits_per_dimension_are_those_of_a_cpu(make, monkeypatch):
     net, schedule = make(in_channels=3) if make is tiny_multiscale else make(), MonotoneGammaNetwork(hidden_dim=16)
     bound = VariationalBound(net, schedule)
     images = random_levels(6, 3, 8, 8)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # as evaluate.py sets it
     found = [evaluate_mc(bound.to(device), images, num_samples=2, batch_size=4) for device in ("cpu", "cuda")]
     torch.testing.assert_close(found[1].draws_bpd.cpu(), found[0].draws_bpd, rtol=1e-5, atol=0)
 

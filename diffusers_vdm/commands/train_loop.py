@@ -30,6 +30,7 @@ def set_up(args: argparse.Namespace):
     from accelerate import Accelerator
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
+    torch.backends.cudnn.deterministic = True  # otherwise a resumed run would not repeat every bit on a GPU
     resolve_precision(args)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,

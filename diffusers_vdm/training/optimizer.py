@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from .sharding import is_sharded, sharded_like, whole
+from .sharding import sharded_like, whole
 
 # parts of a network with weights that are not matrices between hidden layers: Muon's authors leave them to AdamW
 _NOT_HIDDEN = ("conv_in", "conv_out", "time_embedding", "time_emb_proj", "class_embedding", "cond_embedding",
@@ -53,11 +54,14 @@ def _is_hidden(name: str, parameter: torch.Tensor) -> bool:
 
 
 class MuonAdamW(torch.optim.AdamW):
-    """AdamW, in which `torch.optim.Muon` updates the groups with `use_muon`.
+    """AdamW, with Muon for the groups with `use_muon`.
 
     Muon replaces the average of the gradients of a matrix by the nearest orthogonal matrix [Jordan et al. 2024]. A
     convolution's kernel of shape `(out, in, h, w)` is the matrix `(out, in · h · w)`. The learning rate, times
     √max(1, out/(in · h · w)), is the spectral norm of a matrix's change, so the best one barely depends on the width.
+
+    A step is that of `torch.optim.Muon`, but all matrices of one shape are updated at once: on a GPU, the hundreds of
+    small products of a step take much less time than starting them one by one.
 
     Like the fused optimizers of PyTorch, it skips a step if the attribute `found_inf` is one, without synchronization.
 
@@ -67,8 +71,6 @@ class MuonAdamW(torch.optim.AdamW):
     """
 
     def __init__(self, params: Any, *args: Any, momentum: float = 0.95, **kwargs: Any):
-        if not hasattr(torch.optim, "Muon"):
-            raise ValueError(f"optimizer 'muon' needs PyTorch 2.9 or newer, got {torch.__version__}; use 'adamw'.")
         self._momentum = momentum
         super().__init__([{"use_muon": False} | group for group in params], *args, fused=True, **kwargs)
 
@@ -87,33 +89,54 @@ class MuonAdamW(torch.optim.AdamW):
         return loss
 
     def _step_muon(self, group: dict[str, Any]) -> None:
-        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-        if not parameters:
-            return
-        for parameter in parameters:
+        by_shape: dict[tuple, list[torch.Tensor]] = {}
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
             if "momentum_buffer" not in self.state[parameter]:
                 # AdamW, which loads the state, requires a step of each parameter
                 self.state[parameter] |= {"step": torch.zeros(()), "momentum_buffer": torch.zeros_like(parameter)}
-        tensors = [tensor for p in parameters for tensor in (p, self.state[p]["momentum_buffer"])]
-        # views of the same memory, or copies of what is sharded or in another memory format
-        matrices = [_matrix(tensor) for tensor in tensors]
-        trained = [nn.Parameter(matrix) for matrix in matrices[::2]]
+            shape = parameter.shape[0], parameter.shape[1:].numel(), parameter.dtype
+            by_shape.setdefault(shape, []).append(parameter)
         found_inf = getattr(self, "found_inf", None)
-        before = None if found_inf is None else [matrix.clone() for matrix in matrices]
-        muon = torch.optim.Muon(trained, lr=group["lr"], weight_decay=group["weight_decay"], momentum=self._momentum)
-        for parameter, matrix, average in zip(parameters, trained, matrices[1::2], strict=True):
-            matrix.grad = _matrix(parameter.grad)
-            muon.state[matrix]["momentum_buffer"] = average
-        muon.step()
-        if before is not None:
-            skipped = whole(found_inf).bool()
-            for matrix, old in zip(matrices, before, strict=True):
-                matrix.copy_(torch.where(skipped, old, matrix))
-        for tensor, matrix in zip(tensors, matrices, strict=True):
-            if is_sharded(tensor) or matrix.data_ptr() != tensor.data_ptr():
-                tensor.copy_(sharded_like(matrix.view(tensor.shape), tensor))
+        skipped = None if found_inf is None else whole(found_inf).bool()
+        for (rows, columns, _), parameters in by_shape.items():
+            averages = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+            weight, average = _matrices(parameters), _matrices(averages)
+            gradient = _matrices([parameter.grad for parameter in parameters])
+            new_average = average.lerp(gradient, 1 - self._momentum)
+            direction = _orthogonalized(gradient.lerp(new_average, self._momentum))  # Nesterov's momentum
+            rate = group["lr"] * math.sqrt(max(1, rows / columns))
+            new_weight = (weight * (1 - group["lr"] * group["weight_decay"])).add(direction, alpha=-rate)
+            if skipped is not None:
+                new_weight = torch.where(skipped, weight, new_weight)
+                new_average = torch.where(skipped, average, new_average)
+            _assign(parameters, new_weight)
+            _assign(averages, new_average)
 
 
-def _matrix(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole tensor as a matrix with a row for each output, without a copy where possible."""
-    return whole(tensor.detach()).flatten(1)
+def _orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
+    """U S Vᵀ for each matrix U Σ Vᵀ, with singular values S from 0.7 to 1.2, in bfloat16; `(N, rows, columns)`.
+
+    Five iterations X ← a X + b X Xᵀ X + c (X Xᵀ)² X with the coefficients of Jordan et al. [2024].
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices.bfloat16()
+    is_tall = x.shape[1] > x.shape[2]
+    x = x.mT if is_tall else x
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
+
+
+def _matrices(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Whole tensors as matrices with a row for each output, `(N, rows, columns)`."""
+    return torch.stack([whole(tensor.detach()).flatten(1) for tensor in tensors])
+
+
+def _assign(tensors: list[torch.Tensor], matrices: torch.Tensor) -> None:
+    """Copies each of the matrices into its tensor, which may be sharded."""
+    for tensor, matrix in zip(tensors, matrices, strict=True):
+        tensor.copy_(sharded_like(matrix.view(tensor.shape), tensor))

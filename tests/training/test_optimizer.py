@@ -53,6 +53,24 @@ def test_a_step_of_muon_has_the_learning_rate_as_its_spectral_norm():
         assert 0.6 < float(values.min()) and float(values.max()) < 1.3
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch 2.9 has the first torch.optim.Muon")
+def test_steps_are_those_of_the_muon_of_pytorch():
+    """Also for matrices of one shape, which are updated together, and for weight decay."""
+    shapes = [(6, 4, 3, 3), (6, 36), (6, 4, 3, 3), (12, 5), (12, 5)]
+    ours = [nn.Parameter(normal(*shape, seed=i).float()) for i, shape in enumerate(shapes)]
+    theirs = [nn.Parameter(parameter.detach().flatten(1).clone()) for parameter in ours]
+    own = MuonAdamW([{"params": ours, "lr": 0.1, "use_muon": True}], 1e-3, weight_decay=0.3)
+    reference = torch.optim.Muon(theirs, lr=0.1, weight_decay=0.3, momentum=0.95)
+    for step in range(4):
+        random_gradients(ours, seed=step)
+        for parameter, matrix in zip(ours, theirs, strict=True):
+            matrix.grad = parameter.grad.flatten(1).clone()
+        own.step()
+        reference.step()
+    for parameter, matrix in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(parameter.detach().flatten(1), matrix.detach(), rtol=0, atol=1e-5)
+
+
 def test_the_other_groups_are_those_of_adamw():
     a, b = (nn.Parameter(normal(5, seed=s).float()) for s in (0, 1))
     matrix = nn.Parameter(normal(4, 4, seed=2).float())
@@ -124,9 +142,3 @@ def test_the_memory_format_changes_nothing():
             optimizer.step()
         results.append(kernel.detach())
     torch.testing.assert_close(*results)
-
-
-def test_old_versions_of_pytorch_are_named(monkeypatch):
-    monkeypatch.delattr(torch.optim, "Muon")
-    with pytest.raises(ValueError, match=r"needs PyTorch 2\.9 or newer"):
-        MuonAdamW([{"params": [nn.Parameter(torch.zeros(2))]}], 1e-3)
