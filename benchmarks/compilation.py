@@ -36,6 +36,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--mixed_precision", default="no", choices=["no", "bf16"])
     parser.add_argument("--backend", default="inductor", help="backend of torch.compile")
+    parser.add_argument("--mode", help="mode of torch.compile, such as reduce-overhead")
     parser.add_argument("--rounds", type=int, default=15, help="one step of each kind per round")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--num_threads", type=int, default=torch.get_num_threads())
@@ -78,7 +79,7 @@ def main() -> None:
     cls = VDMMultiscale2DModel if args.preset in MULTISCALE_PRESETS else VDMUNet2DModel
     plain = cls.from_preset(args.preset)
     compiled = copy.deepcopy(plain)
-    compiled.compile(backend=args.backend)
+    compiled.compile(backend=args.backend, mode=args.mode)
     steps = {"plain": make_step(args, plain), "compiled": make_step(args, compiled)}
     first = {name: step() for name, step in steps.items()}
     for step in steps.values():

@@ -62,8 +62,11 @@ def parts(args: argparse.Namespace, folder: Path) -> dict[str, tuple[list[str], 
 
     add("train_step", "train_step.py", step)
     if not args.tiny:
-        add("train_step_compiled", "train_step.py", [*step, "--compile", "--variants", "fp32", "bf16", "--no_memory"])
+        compiled = [*step, "--compile", "--variants", "port", "bf16", "--no_memory"]
+        add("train_step_compiled", "train_step.py", compiled)
+        add("train_step_compiled_channels_last", "train_step.py", [*compiled, "--force_layout"])
     fast = ["--preset", "cifar10-fast", "--batch_size", "128", "--mixed_precision", "bf16"]
+    fast += ["--mode", "reduce-overhead"]
     if args.tiny:
         fast = ["--preset", "digits-fast", "--batch_size", "2", "--rounds", "1", "--backend", "aot_eager"]
     add("compilation", "compilation.py", [*fast, *device])

@@ -52,13 +52,25 @@ ENTRIES: dict[str, dict[str, dict[str, Any]]] = {
         "fast-16": {"--preset": "cifar10-fast", "--width": 16, **_HALF},
         "fast-48": {"--preset": "cifar10-fast", "--width": 48, **_HALF},
         "fast-64": {"--preset": "cifar10-fast", "--width": 64, **_HALF},
-        # the same with other learning rates of Muon, which should not depend on the width
-        "fast-16-lr-0.01": {"--preset": "cifar10-fast", "--width": 16, "--muon_learning_rate": 0.01, **_HALF},
-        "fast-16-lr-0.09": {"--preset": "cifar10-fast", "--width": 16, "--muon_learning_rate": 0.09, **_HALF},
+        # the same with other learning rates of Muon than 0.6/√steps
+        "fast-lr-0.005": {"--preset": "cifar10-fast", "--muon_learning_rate": 0.005, **_HALF},
         "fast-lr-0.01": {"--preset": "cifar10-fast", "--muon_learning_rate": 0.01, **_HALF},
+        "fast-lr-0.015": {"--preset": "cifar10-fast", "--muon_learning_rate": 0.015, **_HALF},
+        "fast-lr-0.02": {"--preset": "cifar10-fast", "--muon_learning_rate": 0.02, **_HALF},
+        "fast-lr-0.03": {"--preset": "cifar10-fast", "--muon_learning_rate": 0.03, **_HALF},
         "fast-lr-0.09": {"--preset": "cifar10-fast", "--muon_learning_rate": 0.09, **_HALF},
+        "fast-16-lr-0.01": {"--preset": "cifar10-fast", "--width": 16, "--muon_learning_rate": 0.01, **_HALF},
+        "fast-16-lr-0.03": {"--preset": "cifar10-fast", "--width": 16, "--muon_learning_rate": 0.03, **_HALF},
+        "fast-16-lr-0.09": {"--preset": "cifar10-fast", "--width": 16, "--muon_learning_rate": 0.09, **_HALF},
         "fast-48-lr-0.01": {"--preset": "cifar10-fast", "--width": 48, "--muon_learning_rate": 0.01, **_HALF},
+        "fast-48-lr-0.02": {"--preset": "cifar10-fast", "--width": 48, "--muon_learning_rate": 0.02, **_HALF},
+        "fast-48-lr-0.03": {"--preset": "cifar10-fast", "--width": 48, "--muon_learning_rate": 0.03, **_HALF},
         "fast-48-lr-0.09": {"--preset": "cifar10-fast", "--width": 48, "--muon_learning_rate": 0.09, **_HALF},
+        "fast-64-lr-0.03": {"--preset": "cifar10-fast", "--width": 64, "--muon_learning_rate": 0.03, **_HALF},
+        # the same with larger batches, and with another learning rate of AdamW
+        "fast-batch-64": {"--preset": "cifar10-fast", "--train_batch_size": 64, **_HALF},
+        "fast-batch-128": {"--preset": "cifar10-fast", "--train_batch_size": 128, **_HALF},
+        "fast-adam-lr-0.002": {"--preset": "cifar10-fast", "--learning_rate": 2e-3, **_HALF},
         # each part taken away, and each alone beside the default
         "fast-adamw": {"--preset": "cifar10-fast", "--optimizer": "adamw", **_HALF},
         "fast-no-differences": {"network": {"num_difference_filters": 0}, **_HALF},
@@ -75,7 +87,7 @@ ENTRIES: dict[str, dict[str, dict[str, Any]]] = {
     },
 }  # fmt: skip
 # entries for the scaling rule, and their channels
-FITTED = {"fast-16": 16, "fast": 32, "fast-48": 48, "fast-64": 64}
+FITTED = {"fast-16": 16, "fast": 32, "fast-48": 48, "fast-64": 64, "fast-batch-64": 32, "fast-batch-128": 32}
 COMMON = {"--eval_batch_size": 200, "--num_images": 36, "--ddpm_num_inference_steps": 100, "--logger": "none",
           "--checkpointing_steps": 500, "--checkpoints_total_limit": 1, "--logging_steps": 20}  # fmt: skip
 
@@ -222,7 +234,7 @@ def stored_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def fit(rows: list[dict[str, Any]]) -> Any:
-    """Prints and returns the rule L(N, D) = E + A N^−α + B D^−β that fits the last rows of `FITTED` best."""
+    """Prints and returns the `ScalingRule` that fits the last rows of `FITTED` best."""
     import numpy as np
     from scipy.optimize import least_squares
 
@@ -237,20 +249,22 @@ def fit(rows: list[dict[str, Any]]) -> Any:
             VDMMultiscale2DModel.from_preset("cifar10-fast", block_out_channels=channels), (3, 32, 32)
         )
         runs = [r for r in rows if (r["dataset"], r["name"]) == ("cifar10", name) and r["is_last"]]
-        points += [(cost.num_parameters, row["flops"] / cost.flops_per_image, row["bpd"]) for row in runs]
-    if len(points) < 5:
-        raise SystemExit(f"race.py: --fit needs at least five runs of {sorted(FITTED)} on cifar10, got {len(points)}")
-    parameters, images, bpd = np.array(points).T
+        seen = [row["flops"] / cost.flops_per_image for row in runs]
+        points += [(cost.num_parameters, n, n / row["steps"], row["bpd"]) for n, row in zip(seen, runs, strict=True)]
+    if len(points) < 7:
+        raise SystemExit(f"race.py: --fit needs at least seven runs of {sorted(FITTED)} on cifar10, got {len(points)}")
+    parameters, images, batch, bpd = np.array(points).T
 
     def residuals(logarithms: np.ndarray) -> np.ndarray:
-        return ScalingRule(*np.exp(logarithms), 0.0).expected_bpd(parameters, images) - bpd
+        return ScalingRule(*np.exp(logarithms), 0.0).expected_bpd(parameters, images, batch) - bpd
 
-    found = least_squares(residuals, np.log([2.5, 0.2, 0.5, 0.2, 0.5]))
-    error = math.sqrt(2 * found.cost / max(1, len(points) - 5))
+    found = least_squares(residuals, np.log([2.5, 0.2, 0.5, 0.2, 0.5, 100.0]))
+    error = math.sqrt(2 * found.cost / max(1, len(points) - 6))
     rule = ScalingRule(*(float(f"{value:.4g}") for value in np.exp(found.x)), round(error, 3))
     print(rule)
-    for (count, seen, measured), residual in zip(points, found.fun, strict=True):
-        print(f"  {count:>9,} parameters, {seen:>9,.0f} images: {measured:.4f}, expected {measured + residual:.4f}")
+    for (count, seen, rows_of_step, measured), residual in zip(points, found.fun, strict=True):
+        shape = f"{count:>9,} parameters, {seen:>9,.0f} images in batches of {rows_of_step:3.0f}"
+        print(f"  {shape}: {measured:.4f}, expected {measured + residual:.4f}")
     return rule
 
 

@@ -58,6 +58,11 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=9, help="rounds; each variant makes one step per round")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="compile the network of our variants, not of the port")
+    parser.add_argument(
+        "--force_layout",
+        action="store_true",
+        help="--compile with channels-last convolutions, which Inductor leaves out if one of them halves its channels",
+    )
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--no_profile", action="store_true")
     parser.add_argument("--no_memory", action="store_true")
@@ -208,7 +213,12 @@ def draw(args: argparse.Namespace, unet: VDMUNet2DModel, batch_size: int | None 
 
 
 def make_step(
-    variant: str, unet: VDMUNet2DModel, schedule: LearnedLinearGamma, device: str, compiled: bool = False
+    variant: str,
+    unet: VDMUNet2DModel,
+    schedule: LearnedLinearGamma,
+    device: str,
+    compiled: bool = False,
+    force_layout: bool = False,
 ) -> tuple[Callable, Callable]:
     """Two functions `(gradients, step)` of one of `VARIANTS`, each called with the batch of [`draw`].
 
@@ -222,7 +232,7 @@ def make_step(
         bound = VariationalBound(unet, schedule, num_levels=NUM_LEVELS)
         optimizer = torch.optim.AdamW(parameters, 2e-4, fused=True)
         if compiled:
-            unet.compile()
+            unet.compile(**({"options": {"force_layout_optimization": True}} if force_layout else {}))
     kind = torch.device(device).type
 
     def gradients(batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -324,7 +334,7 @@ def profile(step: Callable, device: str, top: int = 14) -> list[dict]:
 def peak_mebibytes(args: argparse.Namespace) -> float:
     """Increase of memory to its peak during one step of `--peak_of`; must be called in a new process."""
     unet, schedule = build(args)
-    step = make_step(args.peak_of, unet, schedule, args.device, args.compile)[1]
+    step = make_step(args.peak_of, unet, schedule, args.device, args.compile, args.force_layout)[1]
     step(draw(args, unet, 1))  # threads, kernels and the optimizer's state
     batch = draw(args, unet)
     if args.device.startswith("cuda"):
@@ -397,7 +407,10 @@ def main() -> None:
         shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
         results["model_flops_per_step"] = args.batch_size * training_cost(unet, shape).flops_per_image
     batch = draw(args, unet)
-    steps = {v: make_step(v, *copy.deepcopy((unet, schedule)), args.device, args.compile)[1] for v in args.variants}
+    steps = {
+        v: make_step(v, *copy.deepcopy((unet, schedule)), args.device, args.compile, args.force_layout)[1]
+        for v in args.variants
+    }
     works = {v: (lambda step=step: step(batch)) for v, step in steps.items()}
     times = alternate(works, args.repeats, args.device)
     memory = {} if args.no_memory else peaks(args)
@@ -408,7 +421,10 @@ def main() -> None:
         if v in memory:
             row["peak_mebibytes"] = memory[v]
         if has_port:
+            # PyTorch multiplies by default in TF32 within convolutions, but not in matrix products
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
             rate = matmul_flops_per_second(args.device, torch.bfloat16 if v == "bf16" else torch.float32)
+            torch.backends.cuda.matmul.allow_tf32 = False
             row |= {"matmul_flops_per_second": rate, "utilisation": results["model_flops_per_step"] / middle / rate}
         if has_port and v != "port":
             row["speed_over_port"] = ratio(times["port"], times[v])

@@ -1,4 +1,4 @@
-"""A budget instead of a number of steps: --max_hours and --max_flops set the steps and the width of the network."""
+"""A budget instead of steps: --max_hours and --max_flops set the steps, the batch and the width of the network."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def has_budget(args: argparse.Namespace) -> bool:
 
 
 def resolve_budget(args: argparse.Namespace, data: Any, accelerator: Any) -> None:
-    """Sets `max_train_steps` and `width` for the budget in `args`, if there is one, equal on all processes.
+    """Sets `max_train_steps`, `train_batch_size` and `width` for the budget in `args`, if any, equal on all processes.
 
     A run that is resumed gets the values of its options.json, because another measurement would give other ones.
     """
@@ -34,62 +34,76 @@ def resolve_budget(args: argparse.Namespace, data: Any, accelerator: Any) -> Non
     chosen = _recorded(args)
     if chosen is None:
         measured = _choose(args, data, accelerator)  # on all processes at once, as they will train
-        width, images = broadcast_object_list([measured])[0]
+        width, args.train_batch_size, images = broadcast_object_list([measured])[0]
         rows = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
         if images < rows:  # on all processes, so that none waits for another one
             name, value = ("max_flops", args.max_flops) if args.max_hours is None else ("max_hours", args.max_hours)
             least = f"{value * rows / images:.3g}; set at least that"
             raise ValueError(f"--{name} {value:g} is less than one step of {rows} images, {least}")
-        chosen = width, int(images / rows)
-    args.width, args.max_train_steps = chosen
+        chosen = width, args.train_batch_size, int(images / rows)
+    args.width, args.train_batch_size, args.max_train_steps = chosen
     # the command on a model card repeats the run, wherever it is run
-    chosen_names = {"max_train_steps"} | ({"width"} if args.width else set())
+    chosen_names = {"max_train_steps", "train_batch_size"} | ({"width"} if args.width else set())
     args.given = sorted(set(args.given) - {"max_hours", "max_flops"} | chosen_names)
 
 
-def _recorded(args: argparse.Namespace) -> tuple[int | None, int] | None:
-    """`(width, max_train_steps)` of the run that is resumed, if it has the same budget."""
+def _recorded(args: argparse.Namespace) -> tuple[int | None, int, int] | None:
+    """`(width, train_batch_size, max_train_steps)` of the run that is resumed, if it has the same budget."""
     description = resumed_description(args)
     if description is None or any(
         description.options.get(option) != getattr(args, option) for option in ("max_hours", "max_flops")
     ):
         return None
     steps = description.num_steps
-    return None if steps is None else (description.options.get("width"), steps)
+    if steps is None:
+        return None
+    batch = args.train_batch_size
+    if follows_rule(args) and "train_batch_size" not in args.given:
+        batch = description.options.get("train_batch_size", batch)
+    return description.options.get("width"), batch, steps
 
 
-def _choose(args: argparse.Namespace, data: Any, accelerator: Any) -> tuple[int | None, float]:
-    """The width, and the number of images that the budget pays."""
+def _choose(args: argparse.Namespace, data: Any, accelerator: Any) -> tuple[int | None, int, float]:
+    """The width, the batch of a process, and the number of images that the budget pays."""
     from ..training.compilation import compile_network
     from ..training.cost import training_cost
-    from ..training.scaling import best_width
+    from ..training.scaling import BATCHES, WIDTHS, best_shape
 
     size = _size(data.shape)
 
-    def cost(width: int | None, compiled: bool = False) -> tuple[int, float]:
+    def cost(width: int | None, batch: int, compiled: bool = False) -> tuple[int, float] | None:
         own = copy.copy(args)
-        own.width = width
+        own.width, own.train_batch_size = width, batch
         unet, noise_schedule = build(own, data)
         count = sum(parameter.numel() for parameter in unet.parameters())
         if args.max_flops is not None:
             return count, training_cost(unet, data.shape).flops_per_image / size
         if compiled:
             compile_network(unet, accelerator)
-        seconds = _seconds_per_image(own, data, unet, noise_schedule, accelerator)
+        try:
+            seconds = _seconds_per_image(own, data, unet, noise_schedule, accelerator)
+        except torch.OutOfMemoryError:
+            if batch == args.train_batch_size:
+                raise
+            return None
         return count, seconds / size / accelerator.num_processes
 
     budget = args.max_flops if args.max_flops is not None else 3600 * args.max_hours
-    width, images = args.width, None
-    if args.width is None and follows_rule(args):
-        width, images = best_width(budget, cost)  # without compilation, which takes a minute for each width
+    width, batch, images = args.width, args.train_batch_size, None
+    if follows_rule(args):  # without compilation, which takes a minute for each network
+        batches = [batch] if "train_batch_size" in args.given else [b for b in BATCHES if b >= batch]
+        rows = args.gradient_accumulation_steps * accelerator.num_processes
+        width, batch, images = best_shape(budget, cost, WIDTHS if width is None else [width], batches, rows)
     if images is None or (args.compile and args.max_hours is not None):
-        images = budget / cost(width, compiled=args.compile)[1]
-    return width, images / size
+        _, each = cost(width, batch, compiled=args.compile)
+        images = budget / each
+    return width, batch, images / size
 
 
 def _seconds_per_image(args: argparse.Namespace, data: Any, unet: Any, noise_schedule: Any, accelerator: Any) -> float:
-    """Measured time of training on an image: forward, backward and the optimizer, for random images."""
+    """Measured time of training on an image, for random images: all work of a step but drawing images and noise."""
     from ..objectives import SimpleObjective, VariationalBound
+    from ..training.averages import WeightAverages
     from ..training.cost import conditions_of_zeros, synchronize
     from ..training.optimizer import make_optimizer
 
@@ -97,7 +111,11 @@ def _seconds_per_image(args: argparse.Namespace, data: Any, unet: Any, noise_sch
     shared = {"num_levels": data.num_levels, "prediction_type": args.prediction_type}
     objective = (VariationalBound if args.objective == "vdm" else SimpleObjective)(unet, noise_schedule, **shared)
     objective.to(device).train()
-    optimizer = make_optimizer(args, unet, noise_schedule)
+    own = copy.copy(args)
+    own.muon_learning_rate = args.muon_learning_rate or 0.01  # follows from the steps, which are not known yet
+    optimizer = make_optimizer(own, unet, noise_schedule)
+    parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    averages = WeightAverages(parameters, args.ema_decays, args.ema_inv_gamma, args.ema_power)
     images = torch.randint(0, data.num_levels, (args.train_batch_size, *data.shape), device=device)
     conditions = {name: value.to(device) for name, value in conditions_of_zeros(unet, len(images)).items()}
 
@@ -105,8 +123,10 @@ def _seconds_per_image(args: argparse.Namespace, data: Any, unet: Any, noise_sch
         with accelerator.autocast():
             loss = objective(images, **conditions).loss
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
+        averages.step()
 
     for _ in range(2):
         step()
@@ -115,12 +135,12 @@ def _seconds_per_image(args: argparse.Namespace, data: Any, unet: Any, noise_sch
     while steps < 3 or time.perf_counter() - start < MEASURED_SECONDS:
         step()
         steps += 1
-        synchronize(device)
+    synchronize(device)
     return (time.perf_counter() - start) / (steps * len(images))
 
 
 def follows_rule(args: argparse.Namespace) -> bool:
-    """Whether the scaling rule may choose the width: for networks like those that it was fitted to."""
+    """Whether the scaling rule may choose width and batch: for networks like those that it was fitted to."""
     return is_multiscale(args) and not network_of(args)[1].get("level_logits", False)
 
 
@@ -137,7 +157,7 @@ def budget_text(args: argparse.Namespace, unet: Any, num_images: int, shape: Seq
     if not isinstance(unet, VDMMultiscale2DModel) or unet.config.level_logits:
         return text
     count = sum(parameter.numel() for parameter in unet.parameters())
-    expected = RULE.expected_bpd(count, num_images * _size(shape))
+    expected = RULE.expected_bpd(count, num_images * _size(shape), num_images // args.max_train_steps)
     least, most = FITTED_FLOPS
     if flops < least:
         return f"{text}; no bits/dim are expected, because the scaling rule begins at {least:.1e} FLOPs"

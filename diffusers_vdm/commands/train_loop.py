@@ -21,7 +21,7 @@ from .processes import check_processes, check_sharding, hold_process_group, only
 from .train_budget import resolve_budget
 from .train_data import load_data
 from .train_hub import Sharing
-from .train_options import build, check_output_dir
+from .train_options import build, check_output_dir, resumed_description
 from .train_report import draw, evaluation_metrics, finish, is_finished, plan, remove_results, save_pipelines
 
 
@@ -62,6 +62,9 @@ def run_training(args: argparse.Namespace, accelerator) -> None:
     out, is_main = Path(args.output_dir), accelerator.is_main_process
     train, test = load_data(args, progress_bar=is_main)
     resolve_budget(args, train, accelerator)
+    before = resumed_description(args)
+    if before is not None and args.muon_learning_rate is None:  # the rule for a new run may have been another one
+        args.muon_learning_rate = before.options.get("muon_learning_rate")
     torch.manual_seed(key_to_seed(args.seed, "weights"))
     unet, noise_schedule = build(args, train)
     run = Run(args, accelerator, train, unet, noise_schedule)

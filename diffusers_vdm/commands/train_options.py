@@ -22,12 +22,13 @@ _LONG = {"train_batch_size": 128, "lr_scheduler": "constant_with_warmup", "check
 # training options of the presets; their networks are in diffusers_vdm.UNET_PRESETS. Steps, batch size and learning
 # rate are from google-research/vdm for cifar10, and from the DDPM paper, app. B, for ddpm-cifar10 and ddpm-ffhq128
 # (there: LSUN and CelebA-HQ)
-_FAST = {"optimizer": "muon", "muon_learning_rate": 0.03, "learning_rate": 4e-3, "gamma_learning_rate": 2e-2,
+_FAST = {"optimizer": "muon", "learning_rate": 4e-3, "gamma_learning_rate": 2e-2,
          "ema_max_decay": 0.999, "mixed_precision": "auto"}  # fmt: skip
 PRESETS: dict[str, dict] = {
     "fast": _FAST | {"train_batch_size": 16},
     # 1,500 images are learned by heart unless most are augmented, and a second thread makes such small layers slower
-    "digits-fast": _FAST | {"max_train_steps": 11_500, "ema_max_decay": 0.9999, "lr_warmup_steps": 1000,
+    "digits-fast": _FAST | {"max_train_steps": 11_500, "muon_learning_rate": 0.03, "ema_max_decay": 0.9999,
+                            "lr_warmup_steps": 1000,
                             "random_flip": True, "random_rotation": True, "random_shift": 1,
                             "augmentation_rate": 0.5, "mixed_precision": "no", "num_threads": 1},
     "cifar10-fast": _FAST | {"max_train_steps": 14_117, "train_batch_size": 16},
@@ -54,6 +55,7 @@ def parse_options(description: str, arguments: list[str] | None = None) -> argpa
     """Parses and checks the command line; exits on invalid arguments before any work starts."""
     parser = option_parser("%(prog)s [options], see --help", description, TRAIN_OPTIONS)
     given = parser.parse_args(arguments)
+    has_batch = given.train_batch_size != parser.get_default("train_batch_size")  # also the one of the preset
     name = given.preset or default_preset(given)
     preset, data = PRESETS.get(name or "", {}), PRESET_DATA.get(name or "", {})
     if given.train_data_dir is None and given.dataset_name in (None, data.get("dataset_name")):
@@ -66,6 +68,8 @@ def parse_options(description: str, arguments: list[str] | None = None) -> argpa
     options.given = sorted(k for k, v in vars(options).items() if v != parser.get_default(k))
     if given.preset is None:
         options.given = [option for option in options.given if option != "preset"]
+    if has_batch:
+        options.given = sorted({*options.given, "train_batch_size"})
     try:
         check_options(options)
     except (ValueError, OSError) as error:

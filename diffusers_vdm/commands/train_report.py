@@ -57,7 +57,9 @@ def plan(run, test) -> Plan:
         "steps": f"{run.total}"
         + (f", or {run.total * run.global_rows / images:.1f} epochs" if images else "")
         + f"; {args.lr_scheduler} from "
-        f"{args.learning_rate:g}; averages {args.ema_decays or 'none'}",
+        f"{args.learning_rate:g}"
+        + (f", of Muon from {args.muon_learning_rate:.3g}" if args.optimizer == "muon" else "")
+        + f"; averages {args.ema_decays or 'none'}",
         "FLOPs": f"{cost.flops_per_image * run.global_rows:.3g} per step; matrix products here in {dtype}: "
         f"{flops_per_second:.3g} per second, so at least {hours:.3g} h",
         "memory": f"about {cost.memory_bytes(args.train_batch_size) / 2**30:.2f} GiB per process, "

@@ -185,8 +185,8 @@ TRAIN_OPTIONS: dict[str, list[Option]] = {
         Option(
             "max_hours",
             float,
-            "train for about this time instead of --max_train_steps; the steps, and the width of a multiscale "
-            "network for more than 32 levels, follow from the measured speed",
+            "train for about this time instead of --max_train_steps; the steps, and for a multiscale network for more "
+            "than 32 levels the width and the batch, unless they are given, follow from the measured speed",
             range=POSITIVE,
         ),
         Option("max_flops", float, "the same for this number of FLOPs, of all processes together", range=POSITIVE),
@@ -198,7 +198,7 @@ TRAIN_OPTIONS: dict[str, list[Option]] = {
         Option(
             "optimizer", ("adamw", "muon"), "AdamW, or Muon for the matrices inside the network and AdamW for the rest"
         ),
-        Option("muon_learning_rate", 0.05, "peak learning rate of Muon", range=POSITIVE),
+        Option("muon_learning_rate", float, "peak learning rate of Muon; defaults to 0.6/√steps", range=POSITIVE),
         Option(
             "learning_rate",
             float,

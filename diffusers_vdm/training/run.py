@@ -32,7 +32,7 @@ from .description import NAME as OPTIONS
 from .description import DataDescription, HeldOutDescription, RunDescription
 from .finite_steps import FiniteSteps
 from .metrics import LossMeter
-from .optimizer import make_optimizer
+from .optimizer import make_optimizer, muon_learning_rate
 from .sharding import gathered, sharded_like, whole
 
 
@@ -99,6 +99,8 @@ class Run:
             self.objective = SimpleObjective(unet, noise_schedule, **shared)
         self.global_rows = args.train_batch_size * args.gradient_accumulation_steps * world
         self.total = args.max_train_steps or math.ceil(args.num_epochs * data.num_images / self.global_rows)
+        if args.optimizer == "muon" and args.muon_learning_rate is None:
+            args.muon_learning_rate = muon_learning_rate(self.total)
         optimizer = make_optimizer(args, unet, noise_schedule)
         steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": self.total}
         self.lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **steps)

@@ -16,8 +16,17 @@ from safetensors.torch import load_file
 from diffusers_vdm import VDMMultiscale2DModel
 from diffusers_vdm.training.checkpoints import list_checkpoints
 from diffusers_vdm.training.metrics import read_metrics
-from tests.models import tiny_preset
-from tests.running import exit_codes, log_of, start_training, state_of, train, train_here, wait_for
+from tests.models import tiny_multiscale, tiny_preset
+from tests.running import (
+    SHORT_TRAINING,
+    exit_codes,
+    log_of,
+    start_training,
+    state_of,
+    train,
+    train_here,
+    wait_for,
+)
 
 
 def count_files(folder):
@@ -116,6 +125,22 @@ def test_a_run_that_is_stopped_by_a_signal_saves_and_is_resumed(
     before, lines = state_of(stopped), len(log.read_text())
     train(stopped, rare, processes, batch_size)
     assert state_of(stopped) == before and "nothing to do" in log.read_text()[lines:]
+
+
+def test_a_resumed_run_keeps_the_learning_rate_of_muon_that_it_recorded(tmp_path):
+    """The rule that gives the default may have been another one when the run began."""
+    options = [*SHORT_TRAINING.split(), "--logger", "none", "--optimizer", "muon"]
+    options += ["--model_config_name_or_path", str(tmp_path / "network")]
+    tiny_multiscale(num_levels=17, gamma_min=-7.5).save_config(tmp_path / "network")
+    train(tmp_path / "whole", [*options, "--muon_learning_rate", "0.02"])
+    (tmp_path / "resumed").mkdir()
+    for name in ("options.json", "metrics.jsonl"):
+        shutil.copy(tmp_path / "whole" / name, tmp_path / "resumed")
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
+    train(tmp_path / "resumed", options)
+    assert state_of(tmp_path / "whole") == state_of(tmp_path / "resumed")
+    train(tmp_path / "new", options)
+    assert state_of(tmp_path / "whole")[0] != state_of(tmp_path / "new")[0]
 
 
 @pytest.mark.slow

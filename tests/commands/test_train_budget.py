@@ -12,7 +12,7 @@ from diffusers_vdm.commands.train_budget import budget_text, resolve_budget
 from diffusers_vdm.commands.train_options import build, parse_options
 from diffusers_vdm.data.images import load_digits_split
 from diffusers_vdm.training.cost import training_cost
-from diffusers_vdm.training.scaling import FITTED_FLOPS, RULE, WIDTHS, best_width
+from diffusers_vdm.training.scaling import BATCHES, FITTED_FLOPS, RULE, WIDTHS, best_shape
 from tests.models import tiny_preset
 from tests.paths import ROOT
 from tests.running import run_example
@@ -61,8 +61,11 @@ def test_bits_are_expected_where_the_rule_was_fitted(config):
         text = budget_text(args, unet, images, (3, 32, 32), images * each)
         assert found in text and ("are expected (" in text) == (images > 1_000)
     count = sum(parameter.numel() for parameter in unet.parameters())
+    args.max_train_steps = 56_464 // 16
     text = budget_text(args, unet, 56_464, (3, 32, 32), 56_464 * each)
-    assert f"{RULE.expected_bpd(count, 56_464):.3f} bits/dim are expected (error of the fit 0.015)" in text
+    assert (
+        f"{RULE.expected_bpd(count, 56_464):.3f} bits/dim are expected (error of the fit {RULE.error_bpd:.3f})" in text
+    )
 
 
 def test_the_fitted_flops_are_those_of_the_stored_runs():
@@ -100,13 +103,48 @@ def test_a_network_of_one_size_only_gets_its_steps(data, preset):
 
 
 def test_the_chosen_width_minimizes_the_rule():
-    def cost(width):
+    def cost(width, batch):
         return 1000 * width**2, 1e6 * width**2
 
     for budget in (1e12, 1e14, 1e16):
-        width, images = best_width(budget, cost)
-        expected = {w: RULE.expected_bpd(cost(w)[0], budget / cost(w)[1]) for w in WIDTHS}
-        assert width == min(expected, key=expected.get) and images == budget / cost(width)[1]
+        width, batch, images = best_shape(budget, cost)
+        expected = {w: RULE.expected_bpd(cost(w, 16)[0], budget / cost(w, 16)[1]) for w in WIDTHS}
+        assert width == min(expected, key=expected.get) and images == budget / cost(width, 16)[1]
+        assert batch == 16  # larger ones cost the same for each image, and need more of them
+
+
+@pytest.mark.parametrize("processes", [1, 8])
+def test_batches_grow_where_a_step_takes_as_long_for_any_number_of_images(processes):
+    """As on a GPU that waits for its next kernel; the batch that is chosen has the least expected bits/dim."""
+
+    def cost(width, batch):
+        return 1000 * width**2, (40e-3 + 1e-4 * batch) / batch / processes
+
+    width, batch, images = best_shape(90.0, cost, processes=processes)
+    expected = {
+        (w, b): RULE.expected_bpd(cost(w, b)[0], 90.0 / cost(w, b)[1], b * processes) for w in WIDTHS for b in BATCHES
+    }
+    assert (width, batch) == min(expected, key=expected.get) and batch > 16
+    assert images == 90.0 / cost(width, batch)[1]
+    assert best_shape(90.0, cost, [24], [32], processes)[:2] == (24, 32)
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_not_chosen():
+    def cost(width, batch):
+        return None if batch > 64 else (1000 * width**2, 40e-3 / batch)
+
+    assert best_shape(90.0, cost)[1] == 64
+
+
+def test_a_batch_that_was_given_stays(data, config, monkeypatch):
+    """Also the one of the preset; and a run that is resumed has the batch that was chosen for it."""
+    monkeypatch.setattr(train_budget, "_seconds_per_image", lambda args, *_: 1e-1 / args.train_batch_size)
+    own = ["--preset", "cifar10-fast", "--dataset_name", "x", "--max_hours", "0.1"]
+    for given, expected in (([], None), (["--train_batch_size", "16"], 16), (["--train_batch_size", "32"], 32)):
+        args = parse_options("", [*own, *given])
+        resolve_budget(args, data, Accelerator(cpu=True))
+        assert args.train_batch_size == expected if expected else args.train_batch_size > 32
+        assert args.max_train_steps == int(3600 * 0.1 / 1e-1) and "train_batch_size" in args.given
 
 
 def test_hours_are_measured_once(data, config, tmp_path, monkeypatch):
