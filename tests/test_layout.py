@@ -308,6 +308,7 @@ SUBJECTS = {
     "test_documentation.py": "the pages of the documentation",
     "test_earlier_versions.py": "files that an earlier version saved",
     "test_examples.py": "the self-contained examples",
+    "test_gpu.py": "what only a GPU shows",
     "test_hub_server.py": "hub_server.py",
     "test_layout.py": "the layout of the package and of the tests",
     "test_minimize_variance.py": "the schedule that training finds",
