@@ -71,10 +71,10 @@ ENTRIES: dict[str, dict[str, dict[str, Any]]] = {
         "fast-batch-64": {"--preset": "cifar10-fast", "--train_batch_size": 64, **_HALF},
         "fast-batch-128": {"--preset": "cifar10-fast", "--train_batch_size": 128, **_HALF},
         "fast-adam-lr-0.002": {"--preset": "cifar10-fast", "--learning_rate": 2e-3, **_HALF},
-        # each part taken away, and each alone beside the default
+        # each part of fast-lr-0.03 taken away, and Muon alone beside the default
         "fast-adamw": {"--preset": "cifar10-fast", "--optimizer": "adamw", **_HALF},
-        "fast-no-differences": {"network": {"num_difference_filters": 0}, **_HALF},
-        "fast-no-levels": {"network": {"predict_levels": False}, **_HALF},
+        "fast-no-differences": {"network": {"num_difference_filters": 0}, "--muon_learning_rate": 0.03, **_HALF},
+        "fast-no-levels": {"network": {"predict_levels": False}, "--muon_learning_rate": 0.03, **_HALF},
         "default-muon": {**_PAPER, **_HALF, **_MUON, "--ema_max_decay": 0.999, "--train_batch_size": 16},
     },
     "digits": {

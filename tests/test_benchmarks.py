@@ -57,7 +57,7 @@ def test_a_name_of_the_race_runs_where_it_is_an_entry_and_unknown_ones_are_refus
         (["--only_plot", "--output", "none.json"], "--output none.json is no list of rows"),
         (["--fit", "--output", "broken.json"], "--output broken.json is no list of rows"),
         (["--output", "other.json"], "--output other.json is no list of rows"),
-        (["--fit", "--output", "empty.json"], "--fit needs at least five runs"),
+        (["--fit", "--output", "empty.json"], "--fit needs at least seven runs"),
         (["--only_plot", "--output", "empty.json"], "has no rows of --datasets and --names"),
     ],
 )
