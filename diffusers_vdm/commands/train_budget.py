@@ -83,7 +83,7 @@ def _choose(args: argparse.Namespace, data: Any, accelerator: Any) -> tuple[int 
         try:
             seconds = _seconds_per_image(own, data, unet, noise_schedule, accelerator)
         except torch.OutOfMemoryError:
-            if batch == args.train_batch_size:
+            if batch == args.train_batch_size or compiled:
                 raise
             return None
         return count, seconds / size / accelerator.num_processes
@@ -95,8 +95,8 @@ def _choose(args: argparse.Namespace, data: Any, accelerator: Any) -> tuple[int 
         rows = args.gradient_accumulation_steps * accelerator.num_processes
         width, batch, images = best_shape(budget, cost, WIDTHS if width is None else [width], batches, rows)
     if images is None or (args.compile and args.max_hours is not None):
-        _, each = cost(width, batch, compiled=args.compile)
-        images = budget / each
+        found: Any = cost(width, batch, compiled=args.compile)
+        images = budget / found[1]
     return width, batch, images / size
 
 

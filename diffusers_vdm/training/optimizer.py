@@ -111,7 +111,7 @@ class MuonAdamW(torch.optim.AdamW):
         for (rows, columns, _), parameters in by_shape.items():
             averages = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
             weight, average = _matrices(parameters), _matrices(averages)
-            gradient = _matrices([parameter.grad for parameter in parameters])
+            gradient = _matrices([p.grad for p in parameters if p.grad is not None])
             new_average = average.lerp(gradient, 1 - self._momentum)
             direction = _orthogonalized(gradient.lerp(new_average, self._momentum))  # Nesterov's momentum
             rate = group["lr"] * math.sqrt(max(1, rows / columns))
