@@ -86,8 +86,12 @@ ENTRIES: dict[str, dict[str, dict[str, Any]]] = {
         "fast-no-augmentation": {"--preset": "digits-fast", "--augmentation_rate": 0.0},
     },
 }  # fmt: skip
-# entries for the scaling rule, and their channels
-FITTED = {"fast-16": 16, "fast": 32, "fast-48": 48, "fast-64": 64, "fast-batch-64": 32, "fast-batch-128": 32}
+# entries for the scaling rule, and their channels: those that only choose width, batch and Muon's learning rate
+FITTED = {
+    name: entry.get("--width", 32)
+    for name, entry in ENTRIES["cifar10"].items()
+    if "--preset" in entry and not {"--optimizer", "--learning_rate"} & set(entry)
+}
 COMMON = {"--eval_batch_size": 200, "--num_images": 36, "--ddpm_num_inference_steps": 100, "--logger": "none",
           "--checkpointing_steps": 500, "--checkpoints_total_limit": 1, "--logging_steps": 20}  # fmt: skip
 
@@ -233,8 +237,21 @@ def stored_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def fitted_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last rows of `FITTED` whose learning rate is within 10 % of the default for their steps."""
+    from diffusers_vdm.training.optimizer import muon_learning_rate
+
+    found = [row for row in rows if row["dataset"] == "cifar10" and row["name"] in FITTED and row["is_last"]]
+    rates = [ENTRIES["cifar10"][row["name"]].get("--muon_learning_rate") for row in found]
+    near = [
+        rate is None or abs(rate / muon_learning_rate(r["steps"]) - 1) < 0.1
+        for r, rate in zip(found, rates, strict=True)
+    ]
+    return [row for row, is_near in zip(found, near, strict=True) if is_near]
+
+
 def fit(rows: list[dict[str, Any]]) -> Any:
-    """Prints and returns the `ScalingRule` that fits the last rows of `FITTED` best."""
+    """Prints and returns the `ScalingRule` that fits [`fitted_rows`] best."""
     import numpy as np
     from scipy.optimize import least_squares
 
@@ -248,7 +265,7 @@ def fit(rows: list[dict[str, Any]]) -> Any:
         cost = training_cost(
             VDMMultiscale2DModel.from_preset("cifar10-fast", block_out_channels=channels), (3, 32, 32)
         )
-        runs = [r for r in rows if (r["dataset"], r["name"]) == ("cifar10", name) and r["is_last"]]
+        runs = [row for row in fitted_rows(rows) if row["name"] == name]
         seen = [row["flops"] / cost.flops_per_image for row in runs]
         points += [(cost.num_parameters, n, n / row["steps"], row["bpd"]) for n, row in zip(seen, runs, strict=True)]
     if len(points) < 7:

@@ -9,7 +9,7 @@ import time
 import pytest
 from PIL import Image
 
-from diffusers_vdm.training.scaling import RULE
+from diffusers_vdm.training.scaling import FITTED_FLOPS, RULE
 from tests.paths import ROOT
 
 SCRIPT = ROOT / "benchmarks" / "gpu_report.py"
@@ -32,7 +32,15 @@ def test_the_scaling_rule_is_the_fit_of_the_stored_runs(capsys):
                 RULE.expected_bpd(parameters, images), abs=2e-3
             )
     assert found.error_bpd == pytest.approx(RULE.error_bpd, abs=2e-3)
+    assert found.critical_batch == pytest.approx(RULE.critical_batch, rel=1e-2)
     assert " 24,510 images" not in capsys.readouterr().out  # those of the digits
+
+
+def test_the_fitted_flops_are_those_of_the_stored_runs():
+    race = script("race")
+    rows = race.fitted_rows(json.loads((ROOT / "benchmarks/results/race.json").read_text(encoding="utf-8")))
+    flops = [row["flops"] for row in rows]
+    assert (min(flops), max(flops)) == pytest.approx(FITTED_FLOPS, rel=2e-3)
 
 
 def test_a_name_of_the_race_runs_where_it_is_an_entry_and_unknown_ones_are_refused(capsys):

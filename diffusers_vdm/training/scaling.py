@@ -47,8 +47,8 @@ class ScalingRule:
 
 
 # the least and the most FLOPs of the runs that the rule is fitted to
-FITTED_FLOPS = (4.08e12, 2.62e14)
-RULE = ScalingRule(3.187, 0.1447, 0.4912, 0.03039, 0.529, 120.0, 0.015)
+FITTED_FLOPS = (1.63e13, 2.62e14)
+RULE = ScalingRule(2.931, 0.1945, 0.3158, 0.1375, 0.2962, 67.12, 0.008)
 
 
 def best_shape(
