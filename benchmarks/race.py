@@ -238,16 +238,20 @@ def stored_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def fitted_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The last rows of `FITTED` whose learning rate is within 10 % of the default for their steps."""
+    """The last rows of `FITTED` whose learning rate is within 10 % of the default for their steps.
+
+    Two with the same width, FLOPs, steps and seed are the same experiment, and only one of them counts.
+    """
     from diffusers_vdm.training.optimizer import muon_learning_rate
 
-    found = [row for row in rows if row["dataset"] == "cifar10" and row["name"] in FITTED and row["is_last"]]
-    rates = [ENTRIES["cifar10"][row["name"]].get("--muon_learning_rate") for row in found]
-    near = [
-        rate is None or abs(rate / muon_learning_rate(r["steps"]) - 1) < 0.1
-        for r, rate in zip(found, rates, strict=True)
-    ]
-    return [row for row, is_near in zip(found, near, strict=True) if is_near]
+    found: dict[tuple, dict[str, Any]] = {}
+    for row in rows:
+        if row["dataset"] != "cifar10" or row["name"] not in FITTED or not row["is_last"]:
+            continue
+        rate = ENTRIES["cifar10"][row["name"]].get("--muon_learning_rate")
+        if rate is None or abs(rate / muon_learning_rate(row["steps"]) - 1) < 0.1:
+            found.setdefault((FITTED[row["name"]], row["flops"], row["steps"], row["seed"]), row)
+    return list(found.values())
 
 
 def fit(rows: list[dict[str, Any]]) -> Any:

@@ -9,7 +9,7 @@ import time
 import pytest
 from PIL import Image
 
-from diffusers_vdm.training.scaling import FITTED_FLOPS, RULE
+from diffusers_vdm.training.scaling import FITTED_BATCHES, FITTED_FLOPS, RULE
 from tests.paths import ROOT
 
 SCRIPT = ROOT / "benchmarks" / "gpu_report.py"
@@ -41,6 +41,8 @@ def test_the_fitted_flops_are_those_of_the_stored_runs():
     rows = race.fitted_rows(json.loads((ROOT / "benchmarks/results/race.json").read_text(encoding="utf-8")))
     flops = [row["flops"] for row in rows]
     assert (min(flops), max(flops)) == pytest.approx(FITTED_FLOPS, rel=2e-3)
+    batches = {round(row["flops"] / row["steps"] / 1.157e9) for row in rows if row["name"].startswith("fast-batch")}
+    assert max(batches) == FITTED_BATCHES[1]
 
 
 def test_a_name_of_the_race_runs_where_it_is_an_entry_and_unknown_ones_are_refused(capsys):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..multiscale import fast_arguments
 from .train_options import build, is_multiscale, network_of, resumed_description
 
 # seconds for which the speed of a network is measured
@@ -31,7 +32,7 @@ def resolve_budget(args: argparse.Namespace, data: Any, accelerator: Any) -> Non
 
     if not has_budget(args):
         return
-    chosen = _recorded(args)
+    chosen = _recorded(args, data, accelerator)
     if chosen is None:
         measured = _choose(args, data, accelerator)  # on all processes at once, as they will train
         width, args.train_batch_size, images = broadcast_object_list([measured])[0]
@@ -47,8 +48,11 @@ def resolve_budget(args: argparse.Namespace, data: Any, accelerator: Any) -> Non
     args.given = sorted(set(args.given) - {"max_hours", "max_flops"} | chosen_names)
 
 
-def _recorded(args: argparse.Namespace) -> tuple[int | None, int, int] | None:
-    """`(width, train_batch_size, max_train_steps)` of the run that is resumed, if it has the same budget."""
+def _recorded(args: argparse.Namespace, data: Any, accelerator: Any) -> tuple[int | None, int, int] | None:
+    """`(width, train_batch_size, max_train_steps)` of the run that is resumed, if it has the same budget.
+
+    The batch is split over the processes that there are now.
+    """
     description = resumed_description(args)
     if description is None or any(
         description.options.get(option) != getattr(args, option) for option in ("max_hours", "max_flops")
@@ -58,8 +62,14 @@ def _recorded(args: argparse.Namespace) -> tuple[int | None, int, int] | None:
     if steps is None:
         return None
     batch = args.train_batch_size
-    if follows_rule(args) and "train_batch_size" not in args.given:
-        batch = description.options.get("train_batch_size", batch)
+    rows = args.gradient_accumulation_steps * accelerator.num_processes
+    if follows_rule(args, data) and "train_batch_size" not in args.given and description.global_batch_size:
+        batch, rest = divmod(description.global_batch_size, rows)
+        if rest:
+            raise ValueError(
+                f"the run has {description.global_batch_size} images per step, which {rows} = processes × "
+                "gradient_accumulation_steps do not divide; set both so that they do"
+            )
     return description.options.get("width"), batch, steps
 
 
@@ -83,17 +93,19 @@ def _choose(args: argparse.Namespace, data: Any, accelerator: Any) -> tuple[int 
         try:
             seconds = _seconds_per_image(own, data, unet, noise_schedule, accelerator)
         except torch.OutOfMemoryError:
-            if batch == args.train_batch_size or compiled:
+            if compiled:
                 raise
             return None
         return count, seconds / size / accelerator.num_processes
 
     budget = args.max_flops if args.max_flops is not None else 3600 * args.max_hours
     width, batch, images = args.width, args.train_batch_size, None
-    if follows_rule(args):  # without compilation, which takes a minute for each network
-        batches = [batch] if "train_batch_size" in args.given else [b for b in BATCHES if b >= batch]
+    if follows_rule(args, data):  # without compilation, which takes a minute for each network
+        groups = network_of(args)[1].get("norm_num_groups", 8)
+        widths = [w for w in WIDTHS if w % groups == 0] if width is None else [width]
+        batches = [batch] if "train_batch_size" in args.given else BATCHES
         rows = args.gradient_accumulation_steps * accelerator.num_processes
-        width, batch, images = best_shape(budget, cost, WIDTHS if width is None else [width], batches, rows)
+        width, batch, images = best_shape(budget, cost, widths, batches, rows)
     if images is None or (args.compile and args.max_hours is not None):
         found: Any = cost(width, batch, compiled=args.compile)
         images = budget / found[1]
@@ -101,7 +113,7 @@ def _choose(args: argparse.Namespace, data: Any, accelerator: Any) -> tuple[int 
 
 
 def _seconds_per_image(args: argparse.Namespace, data: Any, unet: Any, noise_schedule: Any, accelerator: Any) -> float:
-    """Measured time of training on an image, for random images: all work of a step but drawing images and noise."""
+    """Measured time of training on an image, for random images, without reading images and without communication."""
     from ..objectives import SimpleObjective, VariationalBound
     from ..training.averages import WeightAverages
     from ..training.cost import conditions_of_zeros, synchronize
@@ -120,9 +132,10 @@ def _seconds_per_image(args: argparse.Namespace, data: Any, unet: Any, noise_sch
     conditions = {name: value.to(device) for name, value in conditions_of_zeros(unet, len(images)).items()}
 
     def step() -> None:
-        with accelerator.autocast():
-            loss = objective(images, **conditions).loss
-        loss.backward()
+        for _ in range(args.gradient_accumulation_steps):
+            with accelerator.autocast():
+                loss = objective(images, **conditions).loss
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -136,12 +149,17 @@ def _seconds_per_image(args: argparse.Namespace, data: Any, unet: Any, noise_sch
         step()
         steps += 1
     synchronize(device)
-    return (time.perf_counter() - start) / (steps * len(images))
+    return (time.perf_counter() - start) / (steps * len(images) * args.gradient_accumulation_steps)
 
 
-def follows_rule(args: argparse.Namespace) -> bool:
+def follows_rule(args: argparse.Namespace, data: Any) -> bool:
     """Whether the scaling rule may choose width and batch: for networks like those that it was fitted to."""
-    return is_multiscale(args) and not network_of(args)[1].get("level_logits", False)
+    if not is_multiscale(args):
+        return False
+    network = network_of(args)[1]
+    if args.preset == "fast":
+        network |= fast_arguments(tuple(data.shape[1:]), data.num_levels, data.num_images)
+    return not network.get("level_logits", False)
 
 
 def budget_text(args: argparse.Namespace, unet: Any, num_images: int, shape: Sequence[int], flops: float) -> str:
@@ -150,18 +168,27 @@ def budget_text(args: argparse.Namespace, unet: Any, num_images: int, shape: Seq
     The rule says nothing of fewer FLOPs than those of its runs: there, it exceeds the bits/dim of uniform values.
     """
     from ..multiscale import VDMMultiscale2DModel
-    from ..training.scaling import FITTED_FLOPS, RULE
+    from ..training.scaling import FITTED_BATCHES, FITTED_FLOPS, FITTED_PARAMETERS, RULE
 
     budget = f"{args.max_hours:g} h" if args.max_hours is not None else f"{args.max_flops:.3g} FLOPs"
     text = f"{budget}: {args.max_train_steps} steps" + (f", {args.width} channels" if args.width else "")
     if not isinstance(unet, VDMMultiscale2DModel) or unet.config.level_logits:
         return text
     count = sum(parameter.numel() for parameter in unet.parameters())
-    expected = RULE.expected_bpd(count, num_images * _size(shape), num_images // args.max_train_steps)
+    batch = num_images // args.max_train_steps
+    expected = RULE.expected_bpd(count, num_images * _size(shape), batch)
     least, most = FITTED_FLOPS
     if flops < least:
         return f"{text}; no bits/dim are expected, because the scaling rule begins at {least:.1e} FLOPs"
-    known = f"error of the fit {RULE.error_bpd:.3f}" if flops <= most else f"extrapolated from {most:.1e} FLOPs"
+    known = f"error of the fit {RULE.error_bpd:.3f}"
+    for value, limit, unit in (
+        (flops, most, f"{most:.1e} FLOPs"),
+        (count, FITTED_PARAMETERS[1], f"{FITTED_PARAMETERS[1]:,} parameters"),
+        (batch, FITTED_BATCHES[1], f"batches of {FITTED_BATCHES[1]} images"),
+    ):
+        if value > limit:
+            known = f"extrapolated from {unit}"
+            break
     return f"{text}; on CIFAR-10, {expected:.3f} bits/dim are expected ({known})"
 
 

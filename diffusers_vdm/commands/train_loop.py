@@ -65,6 +65,8 @@ def run_training(args: argparse.Namespace, accelerator) -> None:
     before = resumed_description(args)
     if before is not None and args.muon_learning_rate is None:  # the rule for a new run may have been another one
         args.muon_learning_rate = before.options.get("muon_learning_rate")
+        if args.optimizer == "muon" and args.muon_learning_rate is not None:
+            args.given = sorted({*args.given, "muon_learning_rate"})
     torch.manual_seed(key_to_seed(args.seed, "weights"))
     unet, noise_schedule = build(args, train)
     run = Run(args, accelerator, train, unet, noise_schedule)

@@ -176,9 +176,19 @@ def rate_state(lr_scheduler: torch.optim.lr_scheduler.LRScheduler) -> dict[str, 
 
 
 def load_rate_state(lr_scheduler: torch.optim.lr_scheduler.LRScheduler, state: dict[str, Any]) -> None:
-    """Loads the output of [`rate_state`] into the scheduler and its optimizer."""
-    lr_scheduler.load_state_dict({**lr_scheduler.state_dict(), **state})
-    for group, rate in zip(lr_scheduler.optimizer.param_groups, state["_last_lr"], strict=True):
+    """Loads the output of [`rate_state`] into the scheduler and its optimizer.
+
+    The peak rates stay those of the scheduler, which follow from the options of the run: they are the same as those in
+    the state, unless the user has changed them.
+    """
+    peaks = lr_scheduler.base_lrs
+    lr_scheduler.load_state_dict({**lr_scheduler.state_dict(), **state, "base_lrs": peaks})
+    if peaks == state["base_lrs"]:
+        rates = state["_last_lr"]
+    else:
+        rates = [peak * at(lr_scheduler.last_epoch) for peak, at in zip(peaks, lr_scheduler.lr_lambdas, strict=True)]
+        lr_scheduler._last_lr = rates
+    for group, rate in zip(lr_scheduler.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
 
 

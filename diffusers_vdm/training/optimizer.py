@@ -18,15 +18,17 @@ _NOT_HIDDEN = ("conv_in", "conv_out", "time_embedding", "time_emb_proj", "class_
 
 
 def muon_learning_rate(num_steps: int) -> float:
-    """The default of --muon_learning_rate for a training of `num_steps` steps: 0.6/√num_steps, at most 0.05.
+    """The default of --muon_learning_rate for a training of `num_steps` steps: 0.6/√num_steps to three digits, ≤ 0.05.
 
     Measured for `cifar10-fast` with 400 to 14,000 steps, 16 to 48 channels and a cosine schedule (docs/compute.md).
     """
-    return min(0.05, 0.6 / math.sqrt(num_steps))
+    return min(0.05, float(f"{0.6 / math.sqrt(num_steps):.3g}"))
 
 
 def make_optimizer(args: argparse.Namespace, unet: nn.Module, noise_schedule: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of the options of a run."""
+    """The optimizer of the options of a run, which state the learning rate of Muon if they are of Muon."""
+    if args.optimizer == "muon" and args.muon_learning_rate is None:
+        raise ValueError("muon_learning_rate must be set for optimizer 'muon', got None; see `muon_learning_rate`.")
     muon = args.muon_learning_rate if args.optimizer == "muon" else None
     groups = parameter_groups(unet, noise_schedule, args.gamma_learning_rate or 10 * args.learning_rate, muon)
     betas = (args.adam_beta1, args.adam_beta2)

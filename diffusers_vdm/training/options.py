@@ -198,7 +198,12 @@ TRAIN_OPTIONS: dict[str, list[Option]] = {
         Option(
             "optimizer", ("adamw", "muon"), "AdamW, or Muon for the matrices inside the network and AdamW for the rest"
         ),
-        Option("muon_learning_rate", float, "peak learning rate of Muon; defaults to 0.6/√steps", range=POSITIVE),
+        Option(
+            "muon_learning_rate",
+            float,
+            "peak learning rate of Muon; defaults to 0.6/√steps, at most 0.05",
+            range=POSITIVE,
+        ),
         Option(
             "learning_rate",
             float,

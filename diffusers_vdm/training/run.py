@@ -101,6 +101,7 @@ class Run:
         self.total = args.max_train_steps or math.ceil(args.num_epochs * data.num_images / self.global_rows)
         if args.optimizer == "muon" and args.muon_learning_rate is None:
             args.muon_learning_rate = muon_learning_rate(self.total)
+            args.given = sorted({*args.given, "muon_learning_rate"})  # a model card states it
         optimizer = make_optimizer(args, unet, noise_schedule)
         steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": self.total}
         self.lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **steps)

@@ -2,8 +2,10 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate import Accelerator
 
 from diffusers_vdm import VDMMultiscale2DModel
@@ -60,7 +62,11 @@ def test_bits_are_expected_where_the_rule_was_fitted(config):
         text = budget_text(args, unet, images, (3, 32, 32), images * each)
         assert found in text and ("are expected (" in text) == (images > 1_000)
     count = sum(parameter.numel() for parameter in unet.parameters())
+    args.max_train_steps = 56_464 // 512
+    assert "extrapolated from batches of 128 images" in budget_text(args, unet, 56_464, (3, 32, 32), 56_464 * each)
     args.max_train_steps = 56_464 // 16
+    wide = VDMMultiscale2DModel.from_preset("cifar10-fast", block_out_channels=(64, 128, 256))
+    assert "extrapolated from 2,197,275 parameters" in budget_text(args, wide, 56_464, (3, 32, 32), 56_464 * each)
     text = budget_text(args, unet, 56_464, (3, 32, 32), 56_464 * each)
     assert (
         f"{RULE.expected_bpd(count, 56_464):.3f} bits/dim are expected (error of the fit {RULE.error_bpd:.3f})" in text
@@ -71,7 +77,7 @@ def test_bits_are_expected_where_the_rule_was_fitted(config):
 def test_less_than_a_step_is_refused(data, config, budget, monkeypatch):
     monkeypatch.setattr(train_budget, "MEASURED_SECONDS", 0.05)
     args = parse_options("", [*config, *budget, "--width", "8"])
-    with pytest.raises(ValueError, match=f"{budget[0]} .* is less than one step of 64 images"):
+    with pytest.raises(ValueError, match=f"{budget[0]} .* is less than one step of .* images"):
         resolve_budget(args, data, Accelerator(cpu=True))
 
 
@@ -128,8 +134,37 @@ def test_a_batch_that_does_not_fit_into_memory_is_not_chosen():
     assert best_shape(90.0, cost)[1] == 64
 
 
+def test_a_network_that_does_not_fit_into_memory_is_not_chosen():
+    """Also if the middle width does not fit with the smallest batch; if none does, an error names the options."""
+
+    def fits_up_to(widest):
+        return lambda width, batch: None if width > widest else (1000 * width**2, 40e-3 / batch)
+
+    width, batch, images = best_shape(1e3, fits_up_to(24))
+    assert width <= 24 and batch > 16 and images
+    with pytest.raises(ValueError, match="train_batch_size 16 does not fit into memory with 16 channels"):
+        best_shape(1e3, fits_up_to(0))
+
+
+@pytest.mark.parametrize("widest", [16, 0])
+def test_too_little_memory_for_a_width_is_no_error(data, monkeypatch, widest):
+    def seconds(args, *_):
+        if args.width > widest:
+            raise torch.OutOfMemoryError
+        return 1e-1 / args.train_batch_size
+
+    monkeypatch.setattr(train_budget, "_seconds_per_image", seconds)
+    args = parse_options("", ["--preset", "cifar10-fast", "--dataset_name", "x", "--max_hours", "0.1"])
+    if widest:
+        resolve_budget(args, data, Accelerator(cpu=True))
+        assert args.width == 16
+    else:
+        with pytest.raises(ValueError, match="does not fit into memory"):
+            resolve_budget(args, data, Accelerator(cpu=True))
+
+
 def test_a_batch_that_was_given_stays(data, config, monkeypatch):
-    """Also the one of the preset; and a run that is resumed has the batch that was chosen for it."""
+    """Also the one of the preset."""
     monkeypatch.setattr(train_budget, "_seconds_per_image", lambda args, *_: 1e-1 / args.train_batch_size)
     own = ["--preset", "cifar10-fast", "--dataset_name", "x", "--max_hours", "0.1"]
     for given, expected in (([], None), (["--train_batch_size", "16"], 16), (["--train_batch_size", "32"], 32)):
@@ -137,6 +172,32 @@ def test_a_batch_that_was_given_stays(data, config, monkeypatch):
         resolve_budget(args, data, Accelerator(cpu=True))
         assert args.train_batch_size == expected if expected else args.train_batch_size > 32
         assert args.max_train_steps == int(3600 * 0.1 / 1e-1) and "train_batch_size" in args.given
+
+
+@pytest.mark.parametrize(("processes", "batch"), [(1, 96), (2, 48), (5, None)])
+def test_a_resumed_run_has_the_batch_that_was_chosen_for_it(data, tmp_path, processes, batch):
+    """Split over the processes that there are now."""
+    own = ["--preset", "cifar10-fast", "--dataset_name", "x", "--max_hours", "0.1", "--output_dir", str(tmp_path)]
+    args = parse_options("", own)
+    saved = {**vars(args), "given": None, "width": 24, "train_batch_size": 96}
+    written = {"options": saved, "total_steps": 700, "global_batch_size": 96}
+    (tmp_path / "options.json").write_text(json.dumps(written))
+    resumed = parse_options("", [*own, "--resume_from_checkpoint", "latest"])
+    several = SimpleNamespace(num_processes=processes)
+    if batch is None:
+        with pytest.raises(ValueError, match="96 images per step, which 5 = processes × gradient_accumulation_steps"):
+            resolve_budget(resumed, data, several)
+    else:
+        resolve_budget(resumed, data, several)
+        assert (resumed.train_batch_size, resumed.width, resumed.max_train_steps) == (batch, 24, 700)
+
+
+def test_the_rule_chooses_nothing_for_a_network_that_predicts_levels(data):
+    """The digits have 17 levels, so the preset for own data predicts them."""
+    args = parse_options("", ["--preset", "cifar10-fast", "--dataset_name", "x", "--max_flops", "1e12"])
+    args.preset, args.digits = "fast", True
+    resolve_budget(args, data, Accelerator(cpu=True))
+    assert args.width is None and args.train_batch_size == 16
 
 
 def test_hours_are_measured_once(data, config, tmp_path, monkeypatch):

@@ -99,7 +99,10 @@ def test_a_fast_preset_is_a_multiscale_network_trained_by_muon(preset, tmp_path)
     rest, of_gamma, hidden = run.optimizer.param_groups
     of_muon = 0.03 if preset == "digits-fast" else 0.6 / math.sqrt(run.total)
     assert (rest["initial_lr"], of_gamma["initial_lr"]) == (4e-3, 2e-2)
-    assert hidden["initial_lr"] == pytest.approx(min(0.05, of_muon)) and o.muon_learning_rate == hidden["initial_lr"]
+    assert (
+        hidden["initial_lr"] == pytest.approx(min(0.05, of_muon), rel=5e-3)
+        and o.muon_learning_rate == hidden["initial_lr"]
+    )
     assert hidden["use_muon"] and not rest["use_muon"] and of_gamma["weight_decay"] == 0.0
 
 

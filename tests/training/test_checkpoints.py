@@ -243,3 +243,18 @@ def test_the_description_of_a_machine_has_threads_and_instructions():
             assert machine["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_learning_rate_that_was_changed_has_an_effect():
+    """As with `--learning_rate 1e-4 --allow_changed learning_rate`; the schedule goes on where it was."""
+    _, optimizer, _, scheduler = setup_run()
+    for _ in range(3):
+        optimizer.step()
+        scheduler.step()
+    changed = torch.optim.AdamW(tiny_objective().parameters(), 1e-4)
+    found = torch.optim.lr_scheduler.LambdaLR(changed, lambda step: 1 / (1 + step))
+    checkpoints.load_rate_state(found, checkpoints.rate_state(scheduler))
+    for step in (3, 4):
+        assert changed.param_groups[0]["lr"] == found.get_last_lr()[0] == 1e-4 * (1 / (1 + step))
+        changed.step()
+        found.step()
