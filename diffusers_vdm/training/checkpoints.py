@@ -175,7 +175,7 @@ def rate_state(lr_scheduler: torch.optim.lr_scheduler.LRScheduler) -> dict[str, 
     return {name: value for name, value in lr_scheduler.state_dict().items() if name != "lr_lambdas"}
 
 
-def load_rate_state(lr_scheduler: torch.optim.lr_scheduler.LRScheduler, state: dict[str, Any]) -> None:
+def load_rate_state(lr_scheduler: torch.optim.lr_scheduler.LambdaLR, state: dict[str, Any]) -> None:
     """Loads the output of [`rate_state`] into the scheduler and its optimizer.
 
     The peak rates stay those of the scheduler, which follow from the options of the run: they are the same as those in
