@@ -263,13 +263,13 @@ def fit(rows: list[dict[str, Any]]) -> Any:
     from diffusers_vdm.training.cost import training_cost
     from diffusers_vdm.training.scaling import ScalingRule
 
-    points = []
+    points, fitted = [], fitted_rows(rows)
     for name, width in FITTED.items():
         channels = (width, 2 * width, 4 * width)
         cost = training_cost(
             VDMMultiscale2DModel.from_preset("cifar10-fast", block_out_channels=channels), (3, 32, 32)
         )
-        runs = [row for row in fitted_rows(rows) if row["name"] == name]
+        runs = [row for row in fitted if row["name"] == name]
         seen = [row["flops"] / cost.flops_per_image for row in runs]
         points += [(cost.num_parameters, n, n / row["steps"], row["bpd"]) for n, row in zip(seen, runs, strict=True)]
     if len(points) < 7:
