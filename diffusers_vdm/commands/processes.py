@@ -14,6 +14,19 @@ from typing import Any
 _HELD = []  # the reference of [`hold_process_group`]
 
 
+def load_collectives() -> None:
+    """Imports what has the default process group in defaults of arguments, to be called before the group exists.
+
+    If `torch.distributed.nn` and `.fsdp` are first imported afterwards, as diffusers and transformers do, they keep
+    the group and its threads until the process exits (torch 2.13), and it can abort; see [`evaluation_accelerator`].
+    """
+    import torch.distributed
+
+    if torch.distributed.is_available():
+        import torch.distributed.fsdp
+        import torch.distributed.nn
+
+
 def check_processes(accelerator) -> None:
     """Raises `SystemExit` if a launcher started independent copies, or fewer processes than requested."""
     world, advice = accelerator.num_processes, "set ACCELERATE_USE_CPU=1 and launch with --multi_gpu --num_processes N"
@@ -101,6 +114,7 @@ def evaluation_accelerator(args: argparse.Namespace) -> Iterator[Any]:
     import accelerate
     import torch
 
+    load_collectives()
     accelerator = accelerate.Accelerator(mixed_precision="no")
     check_processes(accelerator)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32

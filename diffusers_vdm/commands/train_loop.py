@@ -17,7 +17,7 @@ from ..training.metrics import append_metrics, truncate_metrics
 from ..training.run import Clock, Run
 from ..training.stopping import Stopped, StopRequest
 from .precision import resolve_precision
-from .processes import check_processes, check_sharding, hold_process_group, only_run, set_threads
+from .processes import check_processes, check_sharding, hold_process_group, load_collectives, only_run, set_threads
 from .train_budget import resolve_budget
 from .train_data import load_data
 from .train_hub import Sharing
@@ -29,6 +29,7 @@ def set_up(args: argparse.Namespace):
     """The accelerator, after checks of its processes; also sets their threads."""
     from accelerate import Accelerator
 
+    load_collectives()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     torch.backends.cudnn.deterministic = True  # otherwise a resumed run would not repeat every bit on a GPU
     resolve_precision(args)
