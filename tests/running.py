@@ -27,6 +27,7 @@ from accelerate.state import AcceleratorState, GradientState
 import diffusers_vdm.commands.__main__
 from diffusers_vdm.training.checkpoints import list_checkpoints
 from diffusers_vdm.training.metrics import read_metrics
+from tests import fork_server
 from tests.paths import EXAMPLES
 
 # of processes that tests start: one thread, no network, no accelerator
@@ -204,14 +205,15 @@ TIMINGS = ("process_seconds", "images_per_second", "flop_utilisation", "data_wai
 
 def start_training(output_dir: Path, options: list[str], processes: int = 1, batch_size: int = 4) -> list:
     """Starts train.py in as many processes as a launcher would; the output of each goes to a log file."""
-    started = []
-    for rank, place in enumerate(ranks(processes)):
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONUNBUFFERED": "1"}
-        environment |= {"PYTHONFAULTHANDLER": "1"} | place  # on SIGABRT, Python prints where it stands
-        command = [sys.executable, str(TRAIN), *_arguments(output_dir, options, batch_size)]
-        with open(log_path(output_dir, rank), "ab") as log:
-            started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-    return started
+    return start_script(TRAIN, _arguments(output_dir, options, batch_size), output_dir, processes)
+
+
+def start_script(script: Path, arguments: list, output_dir: Path, processes: int = 1) -> list:
+    """Starts a script in as many processes as a launcher would, which write to [`log_path`] of `output_dir`."""
+    command = [str(part) for part in (script, *arguments)]
+    return [
+        fork_server.start(command, place, log_path(output_dir, rank)) for rank, place in enumerate(ranks(processes))
+    ]
 
 
 def train_here(output_dir: Path, options: list[str], batch_size: int = 4) -> int:

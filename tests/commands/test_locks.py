@@ -1,17 +1,14 @@
 """Two runs of a command in one place: the second is refused, and a run that was killed leaves no lock behind."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 
 import pytest
 
 from diffusers_vdm.files import Lock
 from diffusers_vdm.training.metrics import read_metrics
 from tests.paths import EXAMPLES
-from tests.running import ENVIRONMENT, exit_codes, log_of, ranks, start_training, wait_for
+from tests.running import exit_codes, log_of, log_path, start_script, start_training, wait_for
 
 # ---- train.py -----------------------------------------------------------------------------------------------------
 
@@ -20,12 +17,17 @@ def files_of(folder):
     return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
 
 
+def ended(out, processes, start):
+    """Exit codes of the processes that `start` starts, and what each of them adds to its log."""
+    logs = [log_path(out, rank) for rank in range(processes)]
+    before = [len(log.read_bytes()) if log.exists() else 0 for log in logs]
+    codes = exit_codes(out, start())
+    return codes, [log.read_bytes()[n:].decode() for log, n in zip(logs, before, strict=True)]
+
+
 def second(out, arguments, processes=1, batch_size=4):
     """Another run in the folder: its exit codes, and what each of its processes prints."""
-    logs = [out.with_suffix(f".{rank}.log") for rank in range(processes)]
-    before = [len(log.read_bytes()) if log.exists() else 0 for log in logs]
-    codes = exit_codes(out, start_training(out, arguments, processes, batch_size))
-    return codes, [log.read_bytes()[n:].decode() for log, n in zip(logs, before, strict=True)]
+    return ended(out, processes, lambda: start_training(out, arguments, processes, batch_size))
 
 
 @pytest.mark.slow
@@ -108,39 +110,31 @@ def test_a_run_that_fails_leaves_no_folder(tmp_path, training_options):
 # ---- evaluate.py -------------------------------------------------------------------------------------------------
 
 
-def start_evaluation(pipeline, output, processes=1, *more):
-    """Starts evaluate.py in as many processes as a launcher would."""
-    command = [sys.executable, str(EXAMPLES / "evaluate.py"), "--model", str(pipeline), "--output", str(output),
-               "--num_threads", "1", *map(str, more)]  # fmt: skip
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return [subprocess.Popen(command, env=os.environ | ENVIRONMENT | place, **pipes) for place in ranks(processes)]
-
-
-def outputs_of(processes):
-    return [(p.communicate(timeout=200)[1].decode(), p.returncode) for p in processes]
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_second_evaluation_of_the_same_output_is_refused(tmp_path, digits_pipeline, processes):
     output = tmp_path / "reports" / "r.json"
+
+    def evaluation(*more):
+        command = ["--model", digits_pipeline, "--output", output, "--num_threads", 1, "--num_samples", 2, *more]
+        start = lambda: start_script(EXAMPLES / "evaluate.py", command, tmp_path / "evaluation", processes)  # noqa: E731
+        return ended(tmp_path / "evaluation", processes, start)
+
     lock = Lock(output.with_name(".r.lock"))
     assert lock.acquire()
-    texts = outputs_of(start_evaluation(digits_pipeline, output, processes, "--num_samples", 2))
-    assert [code for _, code in texts] == [1] * processes
-    assert sum("another run is writing to --output" in text for text, _ in texts) == 1
-    assert not any("Traceback" in text for text, _ in texts)
+    codes, texts = evaluation()
+    assert codes == [1] * processes
+    assert sum("another run is writing to --output" in text for text in texts) == 1
+    assert not any("Traceback" in text for text in texts)
     lock.release()
     kept = tmp_path / "reports" / "r.partial" / "mc" / "rows-0.safetensors"
     kept.parent.mkdir(parents=True)
     kept.touch()
-    texts = outputs_of(
-        start_evaluation(digits_pipeline, output, processes, "--num_samples", 2)
-    )  # all processes end, not the main one alone
-    assert [code for _, code in texts] == [1] * processes
-    assert sum("holds the results of an interrupted run" in text for text, _ in texts) == 1
-    texts = outputs_of(start_evaluation(digits_pipeline, output, processes, "--num_samples", 2, "--no-resume"))
-    assert [code for _, code in texts] == [0] * processes, texts
+    codes, texts = evaluation()  # all processes end, not the main one alone
+    assert codes == [1] * processes
+    assert sum("holds the results of an interrupted run" in text for text in texts) == 1
+    codes, texts = evaluation("--no-resume")
+    assert codes == [0] * processes, texts
     assert json.loads(output.read_text(encoding="utf-8"))["num_images"] == 297
     assert not kept.exists() and not output.with_name(".r.lock").exists()
