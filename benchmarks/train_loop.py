@@ -48,7 +48,7 @@ def main() -> None:
                      "--max_train_steps", 10**6, "--mixed_precision", args.mixed_precision]  # fmt: skip
         options = parse_training("", [str(a) for a in arguments])
         options.num_threads = args.num_threads
-        accelerator = set_up(options)
+        accelerator, _ = set_up(options)
         small = {"block_out_channels": (64,), "layers_per_block": 4, "attention_head_dim": 64}
         unet = VDMUNet2DModel(**(unet_preset(args.preset) if args.preset else unet_preset("cifar10", **small)))
         shape = (2000, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)

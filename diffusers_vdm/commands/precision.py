@@ -8,16 +8,16 @@ from typing import Any
 import torch
 
 from ..training.cost import best_seconds
-from .train_options import resumed_description
+from ..training.description import RunDescription
 
 # how much faster half precision must be, to be worth its rounding
 MIN_SPEEDUP = 1.2
 
 
-def resolve_precision(args: argparse.Namespace) -> None:
+def resolve_precision(args: argparse.Namespace, resumed: RunDescription | None = None) -> None:
     """Replaces `auto` in `args.mixed_precision` by `bf16` or `no`, equal on all processes, and prints the choice.
 
-    A run that is resumed keeps the precision in its options.json, wherever it goes on.
+    A run that is resumed keeps the precision that it has recorded, wherever it goes on.
     """
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
@@ -25,8 +25,7 @@ def resolve_precision(args: argparse.Namespace) -> None:
     if args.mixed_precision != "auto":
         return
     state = PartialState()
-    description = resumed_description(args)
-    recorded = None if description is None else description.options.get("mixed_precision")
+    recorded = None if resumed is None else resumed.options.get("mixed_precision")
     speedup = None
     if recorded is None:
         speedup = broadcast_object_list([bf16_speedup(torch.device(state.device or "cpu"))])[0]

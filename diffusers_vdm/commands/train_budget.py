@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from ..multiscale import fast_arguments
-from .train_options import build, is_multiscale, network_of, resumed_description
+from ..training.description import RunDescription
+from .train_options import build, is_multiscale, network_of
 
 # seconds for which the speed of a network is measured
 MEASURED_SECONDS = 2.0
@@ -23,16 +24,18 @@ def has_budget(args: argparse.Namespace) -> bool:
     return args.max_hours is not None or args.max_flops is not None
 
 
-def resolve_budget(args: argparse.Namespace, data: Any, accelerator: Any) -> None:
+def resolve_budget(
+    args: argparse.Namespace, data: Any, accelerator: Any, resumed: RunDescription | None = None
+) -> None:
     """Sets `max_train_steps`, `train_batch_size` and `width` for the budget in `args`, if any, equal on all processes.
 
-    A run that is resumed gets the values of its options.json, because another measurement would give other ones.
+    A run that is resumed gets the values that it has recorded, because another measurement would give other ones.
     """
     from accelerate.utils import broadcast_object_list
 
     if not has_budget(args):
         return
-    chosen = _recorded(args, data, accelerator)
+    chosen = _recorded(args, data, accelerator, resumed)
     if chosen is None:
         measured = _choose(args, data, accelerator)  # on all processes at once, as they will train
         width, args.train_batch_size, images = broadcast_object_list([measured])[0]
@@ -48,12 +51,13 @@ def resolve_budget(args: argparse.Namespace, data: Any, accelerator: Any) -> Non
     args.given = sorted(set(args.given) - {"max_hours", "max_flops"} | chosen_names)
 
 
-def _recorded(args: argparse.Namespace, data: Any, accelerator: Any) -> tuple[int | None, int, int] | None:
+def _recorded(
+    args: argparse.Namespace, data: Any, accelerator: Any, description: RunDescription | None
+) -> tuple[int | None, int, int] | None:
     """`(width, train_batch_size, max_train_steps)` of the run that is resumed, if it has the same budget.
 
     The batch is split over the processes that there are now.
     """
-    description = resumed_description(args)
     if description is None or any(
         description.options.get(option) != getattr(args, option) for option in ("max_hours", "max_flops")
     ):

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from ..console import errors_in_one_line
 from ..randomness import key_to_seed
 from ..training import checkpoints, compilation
+from ..training.description import RunDescription
 from ..training.metrics import append_metrics, truncate_metrics
 from ..training.run import Clock, Run
 from ..training.stopping import Stopped, StopRequest
@@ -26,13 +27,14 @@ from .train_report import draw, evaluation_metrics, finish, is_finished, plan, r
 
 
 def set_up(args: argparse.Namespace):
-    """The accelerator, after checks of its processes; also sets their threads."""
+    """The accelerator, after checks of its processes, and what a run that is resumed recorded; also sets threads."""
     from accelerate import Accelerator
 
     load_collectives()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     torch.backends.cudnn.deterministic = True  # otherwise a resumed run would not repeat every bit on a GPU
-    resolve_precision(args)
+    resumed = resumed_description(args)
+    resolve_precision(args, resumed)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -46,26 +48,26 @@ def set_up(args: argparse.Namespace):
         raise SystemExit("a network that FSDP shards cannot be compiled; leave out --compile and --dynamo_backend")
     hold_process_group()
     set_threads(accelerator, args.num_threads)
-    return accelerator
+    return accelerator, resumed
 
 
 def train(args: argparse.Namespace) -> None:
-    """Trains on all processes; nothing in the output folder is read or written before the lock is taken."""
-    accelerator = set_up(args)
-    taken = f"another run is writing to --output_dir {args.output_dir}; wait for its end, or use another folder"
-    lock = only_run(accelerator, Path(args.output_dir) / ".lock", taken, lambda: check_output_dir(args))
-    with errors_in_one_line("train.py", ValueError, OSError), nullcontext() if args.dry_run else lock:
-        run_training(args, accelerator)
+    """Trains on all processes; nothing in the output folder is written before the lock is taken."""
+    with errors_in_one_line("train.py", ValueError, OSError):
+        accelerator, resumed = set_up(args)
+        taken = f"another run is writing to --output_dir {args.output_dir}; wait for its end, or use another folder"
+        lock = only_run(accelerator, Path(args.output_dir) / ".lock", taken, lambda: check_output_dir(args))
+        with nullcontext() if args.dry_run else lock:
+            run_training(args, accelerator, resumed)
 
 
-def run_training(args: argparse.Namespace, accelerator) -> None:
+def run_training(args: argparse.Namespace, accelerator, resumed: RunDescription | None) -> None:
 
     out, is_main = Path(args.output_dir), accelerator.is_main_process
     train, test = load_data(args, progress_bar=is_main)
-    resolve_budget(args, train, accelerator)
-    before = resumed_description(args)
-    if before is not None and args.muon_learning_rate is None:  # the rule for a new run may have been another one
-        args.muon_learning_rate = before.options.get("muon_learning_rate")
+    resolve_budget(args, train, accelerator, resumed)
+    if resumed is not None and args.muon_learning_rate is None:  # the rule for a new run may have been another one
+        args.muon_learning_rate = resumed.options.get("muon_learning_rate")
         if args.optimizer == "muon" and args.muon_learning_rate is not None:
             args.given = sorted({*args.given, "muon_learning_rate"})
     torch.manual_seed(key_to_seed(args.seed, "weights"))

@@ -175,13 +175,32 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 def resumed_description(args: argparse.Namespace) -> RunDescription | None:
-    """What the run that `args` resume has recorded, if there is one."""
+    """What the run that `args` resume has recorded, if there is one; the same on all processes.
+
+    Raises: `ValueError` if its options.json is damaged, and `SystemExit` on the processes other than the main one.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
     from ..training.description import read_description
 
-    name = args.resume_from_checkpoint
+    name, found, error = args.resume_from_checkpoint, None, None
     if name is None:
         return None
-    return read_description(Path(args.output_dir) if name in ("latest", "last-checkpoint") else Path(name).parent)
+    if PartialState().is_main_process:
+        try:
+            folder = args.output_dir if name in ("latest", "last-checkpoint") else Path(name).parent
+            found = read_description(folder)
+        except ValueError as damaged:
+            error = damaged
+        if name == "last-checkpoint" and found is None and error is None:
+            from ..sharing.uploads import fetch_description
+
+            found = fetch_description(args.hub_model_id or Path(args.output_dir).resolve().name, token=args.hub_token)
+    found, failed = broadcast_object_list([found, error is not None])
+    if failed:
+        raise error or SystemExit(1)
+    return found
 
 
 def check_output_dir(args: argparse.Namespace) -> None:

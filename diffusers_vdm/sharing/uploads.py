@@ -23,6 +23,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from ..files import write_atomically
 from ..repository import INDEX, UNREACHABLE, call_with_retries, list_files, read_json, status_of
 from ..training.checkpoints import list_checkpoints, load_checkpoint, step_of
+from ..training.description import NAME as OPTIONS
+from ..training.description import RunDescription, read_description
 
 logger = logging.get_logger(__name__)
 
@@ -248,6 +250,25 @@ def reason_of(error: BaseException) -> str:
 
 
 # ---- download ----------------------------------------------------------------------------------------------------
+
+
+def fetch_description(repo_id: str, *, token: str | None = None) -> RunDescription | None:
+    """Reads what the run in `last-checkpoint` of a repository has recorded; writes nothing.
+
+    `repo_id` may be a name in the user's own space. Returns `None` if there is none, or the Hub does not answer.
+    """
+    try:
+        user = "" if "/" in repo_id else f"{call_with_retries(HfApi(token=token).whoami)['name']}/"
+        listing, _ = list_files(user + repo_id, None, token)
+        names = [file.rfilename for file in listing.siblings] if listing else []
+        if f"{LAST_CHECKPOINT}/state.json" not in names or OPTIONS not in names:
+            return None
+        with tempfile.TemporaryDirectory() as temporary:
+            options = {"revision": listing.sha, "local_dir": temporary, "token": token}
+            call_with_retries(snapshot_download, user + repo_id, allow_patterns=[OPTIONS], **options)
+            return read_description(temporary)
+    except UNREACHABLE:  # OSError is one of them
+        return None
 
 
 def fetch_checkpoint(

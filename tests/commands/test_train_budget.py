@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from diffusers_vdm import VDMMultiscale2DModel
 from diffusers_vdm.commands import train_budget
 from diffusers_vdm.commands.train_budget import budget_text, resolve_budget
-from diffusers_vdm.commands.train_options import build, parse_options
+from diffusers_vdm.commands.train_options import build, parse_options, resumed_description
 from diffusers_vdm.data.images import load_digits_split
 from diffusers_vdm.training.cost import training_cost
 from diffusers_vdm.training.scaling import BATCHES, RULE, WIDTHS, best_shape
@@ -186,9 +186,9 @@ def test_a_resumed_run_has_the_batch_that_was_chosen_for_it(data, tmp_path, proc
     several = SimpleNamespace(num_processes=processes)
     if batch is None:
         with pytest.raises(ValueError, match="96 images per step, which 5 = processes × gradient_accumulation_steps"):
-            resolve_budget(resumed, data, several)
+            resolve_budget(resumed, data, several, resumed_description(resumed))
     else:
-        resolve_budget(resumed, data, several)
+        resolve_budget(resumed, data, several, resumed_description(resumed))
         assert (resumed.train_batch_size, resumed.width, resumed.max_train_steps) == (batch, 24, 700)
 
 
@@ -213,11 +213,11 @@ def test_hours_are_measured_once(data, config, tmp_path, monkeypatch):
     again = [*config, "--max_hours", "0.01", "--width", "8", "--train_batch_size", "6"]
     for name in ("latest", str(tmp_path / "run" / "checkpoint-3")):
         resumed = parse_options("", [*again, "--resume_from_checkpoint", name])
-        resolve_budget(resumed, data, Accelerator(cpu=True))
+        resolve_budget(resumed, data, Accelerator(cpu=True), resumed_description(resumed))
         assert (resumed.max_train_steps, resumed.width) == (6000, 8)
     other = parse_options("", [*config, "--max_hours", "0.02", "--resume_from_checkpoint", "latest"])
     with pytest.raises(StopIteration):  # another budget is measured
-        resolve_budget(other, data, Accelerator(cpu=True))
+        resolve_budget(other, data, Accelerator(cpu=True), resumed_description(other))
 
 
 def test_the_measured_speed_is_that_of_training(data, config, monkeypatch):

@@ -98,9 +98,11 @@ def test_a_pushed_run_is_loaded_as_it_was_trained(hub, run, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_run_is_resumed_from_the_hub_on_another_machine(hub, run, tmp_path):
+    """Which takes the options that would have other defaults there from what the run has recorded."""
     whole, first, second = (tmp_path / name for name in ("whole", "first", "second"))
-    assert exit_codes(whole, run(whole, "end", "--hub_model_id", "whole")) == [0], log_of(whole)
-    (process,) = run(first, "checkpoint", "--resume_from_checkpoint", "last-checkpoint")
+    chosen = ["--optimizer", "muon", "--muon_learning_rate", "0.02", "--mixed_precision", "bf16"]
+    assert exit_codes(whole, run(whole, "end", "--hub_model_id", "whole", *chosen)) == [0], log_of(whole)
+    (process,) = run(first, "checkpoint", "--resume_from_checkpoint", "last-checkpoint", *chosen)
     wait_for(lambda: REPO in hub.repos and any("checkpoint/state" in name for name in head(hub)))
     process.kill()
     process.wait()
@@ -110,16 +112,16 @@ def test_a_run_is_resumed_from_the_hub_on_another_machine(hub, run, tmp_path):
     assert {"metrics.jsonl", "options.json", "model_index.json", "last-checkpoint/ema_0.9.safetensors"} <= set(
         head(hub)
     )
-    assert exit_codes(second, run(second, "checkpoint", "--resume_from_checkpoint", "last-checkpoint")) == [0], log_of(
-        second
-    )
+    again = ["--resume_from_checkpoint", "last-checkpoint", "--optimizer", "muon", "--mixed_precision", "auto"]
+    assert exit_codes(second, run(second, "checkpoint", *again)) == [0], log_of(second)
+    assert "--mixed_precision bf16: as recorded" in log_of(second)
     assert f"checkpoint-{step} was downloaded from {REPO}" in log_of(second)
     assert state_of(whole) == state_of(second)
     assert json.loads(head(hub)["last-checkpoint/state.json"])["step"] == 9
     assert "Training had not finished" not in head(hub)["README.md"].decode()
     # another run is not resumed from this checkpoint, and keeps its own files
     before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
-    other = ["--hub_model_id", "digits", "--resume_from_checkpoint", "last-checkpoint", "--seed", "3"]
+    other = ["--hub_model_id", "digits", "--resume_from_checkpoint", "last-checkpoint", "--seed", "3", *chosen]
     (whole / "checkpoint-9" / "state.json").rename(tmp_path / "state.json")  # the Hub's is newer then
     assert exit_codes(whole, run(whole, "checkpoint", *other)) == [1]
     assert "this is not the same run: seed" in log_of(whole).splitlines()[-1]
