@@ -55,7 +55,9 @@ def parse_options(description: str, arguments: list[str] | None = None) -> argpa
     """Parses and checks the command line; exits on invalid arguments before any work starts."""
     parser = option_parser("%(prog)s [options], see --help", description, TRAIN_OPTIONS)
     given = parser.parse_args(arguments)
-    has_batch = given.train_batch_size != parser.get_default("train_batch_size")  # also the one of the preset
+    # also if it is the default, or the one of the preset: a budget chooses another one otherwise
+    unset = argparse.Namespace(train_batch_size=None)
+    has_batch = parser.parse_args(arguments, unset).train_batch_size is not None
     name = given.preset or default_preset(given)
     preset, data = PRESETS.get(name or "", {}), PRESET_DATA.get(name or "", {})
     if given.train_data_dir is None and given.dataset_name in (None, data.get("dataset_name")):

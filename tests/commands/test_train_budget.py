@@ -164,13 +164,19 @@ def test_too_little_memory_for_a_width_is_no_error(data, monkeypatch, widest):
 
 
 def test_a_batch_that_was_given_stays(data, config, monkeypatch):
-    """Also the one of the preset."""
+    """Also the one of the preset, and the default of the option."""
     monkeypatch.setattr(train_budget, "_seconds_per_image", lambda args, *_: 1e-1 / args.train_batch_size)
     own = ["--preset", "cifar10-fast", "--dataset_name", "x", "--max_hours", "0.1"]
-    for given, expected in (([], None), (["--train_batch_size", "16"], 16), (["--train_batch_size", "32"], 32)):
-        args = parse_options("", [*own, *given])
+    for options, expected in (
+        (own, None),
+        ([*own, "--train_batch_size", "16"], 16),
+        ([*own, "--train_batch_size", "32"], 32),
+        ([*config, "--max_hours", "0.1"], None),
+        ([*config, "--max_hours", "0.1", "--train_batch_size", "64"], 64),
+    ):
+        args = parse_options("", options)
         resolve_budget(args, data, Accelerator(cpu=True))
-        assert args.train_batch_size == expected if expected else args.train_batch_size > 32
+        assert args.train_batch_size == expected if expected else args.train_batch_size > 64
         assert args.max_train_steps == int(3600 * 0.1 / 1e-1) and "train_batch_size" in args.given
 
 
