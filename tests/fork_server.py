@@ -22,9 +22,10 @@ from tests.paths import ROOT
 class Forked:
     """A process that [`start`] forked, with the methods of `subprocess.Popen`."""
 
-    def __init__(self, record: Path):
+    def __init__(self, record: Path, server: subprocess.Popen):
         self._record = record  # its process id, and later its exit code
         while not self._lines():
+            assert server.poll() is None, f"the server of forked processes ended with code {server.returncode}"
             time.sleep(0.002)
         self.pid = int(self._lines()[0])
 
@@ -84,7 +85,7 @@ def start(command: list[str], place: dict[str, str], log: Path) -> Forked | subp
     record = str(Path(folder.name) / str(time.monotonic_ns()))
     request = {"command": command, "environment": own | place, "log": str(log), "record": record}
     print(json.dumps(request | {"folder": str(Path.cwd())}), file=server.stdin, flush=True)
-    return Forked(Path(record))
+    return Forked(Path(record), server)
 
 
 @atexit.register

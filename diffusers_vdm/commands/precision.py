@@ -9,6 +9,7 @@ import torch
 
 from ..training.cost import best_seconds
 from ..training.description import RunDescription
+from .processes import process_state
 
 # how much faster half precision must be, to be worth its rounding
 MIN_SPEEDUP = 1.2
@@ -19,12 +20,11 @@ def resolve_precision(args: argparse.Namespace, resumed: RunDescription | None =
 
     A run that is resumed keeps the precision that it has recorded, wherever it goes on.
     """
-    from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
     if args.mixed_precision != "auto":
         return
-    state = PartialState()
+    state = process_state()
     recorded = None if resumed is None else resumed.options.get("mixed_precision")
     speedup = None
     if recorded is None:

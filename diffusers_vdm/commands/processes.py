@@ -27,6 +27,17 @@ def load_collectives() -> None:
         import torch.distributed.nn
 
 
+def process_state():
+    """The `accelerate.PartialState` that `Accelerator()` will have, before there is one.
+
+    Without the flag that `Accelerator()` reads, processes on CPUs would be independent of each other.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    return PartialState(cpu=bool(parse_flag_from_env("ACCELERATE_USE_CPU")))
+
+
 def check_processes(accelerator) -> None:
     """Raises `SystemExit` if a launcher started independent copies, or fewer processes than requested."""
     world, advice = accelerator.num_processes, "set ACCELERATE_USE_CPU=1 and launch with --multi_gpu --num_processes N"

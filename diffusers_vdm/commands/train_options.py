@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..training.options import TRAIN_OPTIONS
 from .condition_data import CONDITION_OF
 from .options import check_choice, check_ranges, option_parser
+from .processes import process_state
 
 if TYPE_CHECKING:
     from ..training.description import RunDescription
@@ -181,7 +182,6 @@ def resumed_description(args: argparse.Namespace) -> RunDescription | None:
 
     Raises: `ValueError` if its options.json is damaged, and `SystemExit` on the processes other than the main one.
     """
-    from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
     from ..training.description import read_description
@@ -189,7 +189,7 @@ def resumed_description(args: argparse.Namespace) -> RunDescription | None:
     name, found, error = args.resume_from_checkpoint, None, None
     if name is None:
         return None
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         try:
             folder = args.output_dir if name in ("latest", "last-checkpoint") else Path(name).parent
             found = read_description(folder)
