@@ -2,6 +2,7 @@
 
 Importing torch, diffusers and transformers takes seconds of each process, and tests of interrupted runs start many.
 A forked process ends as any other: Python is finalized, with its handlers, and signals are those of a new process.
+Unlike others, all have the same hashes of strings.
 """
 
 import atexit
@@ -14,7 +15,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
+
+import numpy as np
 
 from tests.paths import ROOT
 
@@ -24,7 +28,9 @@ class Forked:
 
     def __init__(self, record: Path, server: subprocess.Popen):
         self._record = record  # its process id, and later its exit code
+        end = time.monotonic() + 120
         while not self._lines():
+            assert time.monotonic() < end, "the server of forked processes does not answer"
             assert server.poll() is None, f"the server of forked processes ended with code {server.returncode}"
             time.sleep(0.002)
         self.pid = int(self._lines()[0])
@@ -50,7 +56,8 @@ class Forked:
 
     def send_signal(self, number: int) -> None:
         if self.returncode is None:
-            os.kill(self.pid, number)
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
@@ -61,7 +68,8 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "PYTHONUNBUFFE
 # and what they import in functions
 MODULES = ("diffusers_vdm.commands.train_loop", "diffusers_vdm.commands.evaluate", "matplotlib.pyplot", "pandas",
            "sklearn.datasets", "torch.utils.flop_counter")  # fmt: skip
-_servers: dict[str, tuple[subprocess.Popen, tempfile.TemporaryDirectory]] = {}  # at most one
+_records = tempfile.TemporaryDirectory()  # of all servers
+_servers: dict[str, subprocess.Popen] = {}  # at most one
 
 
 def start(command: list[str], place: dict[str, str], log: Path) -> Forked | subprocess.Popen:
@@ -71,30 +79,31 @@ def start(command: list[str], place: dict[str, str], log: Path) -> Forked | subp
     server of its own, because much of it is read when modules are imported.
     """
     own = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"} | ENVIRONMENT
-    if not hasattr(os, "fork"):
+    if not hasattr(os, "waitid"):
         with open(log, "ab") as stream:
             return subprocess.Popen([sys.executable, *command], env=own | place, stdout=stream, stderr=stream)
     key = json.dumps(own, sort_keys=True)
-    if key not in _servers:
+    if key not in _servers or _servers[key].poll() is not None:
         _close()
-        server = subprocess.Popen(
-            [sys.executable, "-m", __name__], cwd=ROOT, env=own, stdin=subprocess.PIPE, text=True
-        )
-        _servers[key] = server, tempfile.TemporaryDirectory()
-    server, folder = _servers[key]
-    record = str(Path(folder.name) / str(time.monotonic_ns()))
+        words = [sys.executable, "-m", __name__]
+        _servers[key] = subprocess.Popen(words, cwd=ROOT, env=own, stdin=subprocess.PIPE, text=True)
+    record = str(Path(_records.name) / str(time.monotonic_ns()))
     request = {"command": command, "environment": own | place, "log": str(log), "record": record}
-    print(json.dumps(request | {"folder": str(Path.cwd())}), file=server.stdin, flush=True)
-    return Forked(Path(record), server)
+    print(json.dumps(request | {"folder": str(Path.cwd())}), file=_servers[key].stdin, flush=True)
+    return Forked(Path(record), _servers[key])
 
 
 @atexit.register
 def _close() -> None:
-    for server, folder in _servers.values():
-        server.stdin.close()
-        server.wait()
-        folder.cleanup()
-    _servers.clear()
+    while _servers:
+        _, server = _servers.popitem()
+        with suppress(BrokenPipeError):
+            server.stdin.close()
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
 
 
 # ---- in the server -----------------------------------------------------------------------------------------------
@@ -116,7 +125,9 @@ def serve() -> dict | None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         with open(request["record"], "a") as record:
             print(pid, file=record, flush=True)
-            print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=record, flush=True)
+            # the process id is not free for others before the exit code is written
+            end = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+            print(end.si_status if end.si_code == os.CLD_EXITED else -end.si_status, file=record, flush=True)
         os._exit(0)
     return None
 
@@ -130,6 +141,7 @@ def become(request: dict) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
+    np.random.seed()  # noqa: NPY002 - not that of the server
     sys.argv = request["command"]
     runpy.run_path(sys.argv[0], run_name="__main__")
 

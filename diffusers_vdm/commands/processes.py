@@ -131,7 +131,7 @@ def evaluation_accelerator(args: argparse.Namespace) -> Iterator[Any]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     set_threads(accelerator, args.num_threads)
     yield accelerator
-    _destroy_process_group(accelerator)
+    destroy_process_group(accelerator)
 
 
 def set_threads(accelerator, num_threads: int | None) -> None:
@@ -145,8 +145,8 @@ def set_threads(accelerator, num_threads: int | None) -> None:
         torch.set_num_threads(num_threads or max(1, os.cpu_count() // accelerator.num_processes))
 
 
-def _destroy_process_group(accelerator) -> None:
-    """Destroys the process group before any process exits, because the others could abort then."""
+def destroy_process_group(accelerator) -> None:
+    """Destroys the process group of an `Accelerator` or a state before a process exits, or the others could abort."""
     import torch
 
     if accelerator.num_processes > 1:
@@ -175,7 +175,7 @@ def only_run(accelerator, lock_file: Path, message: str, check: Callable[[], obj
             except (Exception, SystemExit) as raised:
                 error = raised
         if broadcast_object_list([error is not None])[0]:
-            _destroy_process_group(accelerator)
+            destroy_process_group(accelerator)
             raise error or SystemExit(1)
         yield
     finally:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..training.options import TRAIN_OPTIONS
 from .condition_data import CONDITION_OF
 from .options import check_choice, check_ranges, option_parser
-from .processes import process_state
+from .processes import destroy_process_group, process_state
 
 if TYPE_CHECKING:
     from ..training.description import RunDescription
@@ -178,31 +178,39 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 def resumed_description(args: argparse.Namespace) -> RunDescription | None:
-    """What the run that `args` resume has recorded, if there is one; the same on all processes.
+    """What the run that `args` resume has recorded, if there is one; the main process reads it for all.
 
-    Raises: `ValueError` if its options.json is damaged, and `SystemExit` on the processes other than the main one.
+    Raises: on the main process, `ValueError` or `OSError` if its options.json cannot be read; on others, `SystemExit`.
     """
     from accelerate.utils import broadcast_object_list
 
-    from ..training.description import read_description
-
-    name, found, error = args.resume_from_checkpoint, None, None
-    if name is None:
+    if args.resume_from_checkpoint is None:
         return None
-    if process_state().is_main_process:
+    state, found, error = process_state(), None, None
+    if state.is_main_process:
         try:
-            folder = args.output_dir if name in ("latest", "last-checkpoint") else Path(name).parent
-            found = read_description(folder)
-        except ValueError as damaged:
-            error = damaged
-        if name == "last-checkpoint" and found is None and error is None:
-            from ..sharing.uploads import fetch_description
-
-            found = fetch_description(args.hub_model_id or Path(args.output_dir).resolve().name, token=args.hub_token)
+            found = _read_description(args)
+        except (Exception, SystemExit) as raised:
+            error = raised
     found, failed = broadcast_object_list([found, error is not None])
     if failed:
+        destroy_process_group(state)
         raise error or SystemExit(1)
     return found
+
+
+def _read_description(args: argparse.Namespace) -> RunDescription | None:
+    from ..training.checkpoints import list_checkpoints
+    from ..training.description import read_description
+
+    name, folder = args.resume_from_checkpoint, Path(args.output_dir)
+    if name == "last-checkpoint" and not list_checkpoints(folder):  # then that of the Hub is resumed
+        from ..sharing.uploads import fetch_description
+
+        found = fetch_description(args.hub_model_id or folder.resolve().name, token=args.hub_token)
+        if found is not None:
+            return found
+    return read_description(folder if name in ("latest", "last-checkpoint") else Path(name).parent)
 
 
 def check_output_dir(args: argparse.Namespace) -> None:

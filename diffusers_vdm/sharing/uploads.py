@@ -18,7 +18,7 @@ from typing import Any
 
 from diffusers.utils import logging
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
 from ..files import write_atomically
 from ..repository import INDEX, UNREACHABLE, call_with_retries, list_files, read_json, status_of
@@ -255,7 +255,8 @@ def reason_of(error: BaseException) -> str:
 def fetch_description(repo_id: str, *, token: str | None = None) -> RunDescription | None:
     """Reads what the run in `last-checkpoint` of a repository has recorded; writes nothing.
 
-    `repo_id` may be a name in the user's own space. Returns `None` if there is none, or the Hub does not answer.
+    `repo_id` may be a name in the user's own space. Returns `None` if there is none, and with a warning if the Hub
+    does not answer. Raises: `ValueError` if it is not JSON.
     """
     try:
         user = "" if "/" in repo_id else f"{call_with_retries(HfApi(token=token).whoami)['name']}/"
@@ -267,7 +268,9 @@ def fetch_description(repo_id: str, *, token: str | None = None) -> RunDescripti
             options = {"revision": listing.sha, "local_dir": temporary, "token": token}
             call_with_retries(snapshot_download, user + repo_id, allow_patterns=[OPTIONS], **options)
             return read_description(temporary)
-    except UNREACHABLE:  # OSError is one of them
+    except UNREACHABLE as error:  # OSError is one of them
+        if not isinstance(error.__cause__, RepositoryNotFoundError):  # a new run has no repository yet
+            logger.warning(f"What the run in {repo_id} has recorded could not be read: {error}")
         return None
 
 

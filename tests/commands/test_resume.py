@@ -6,6 +6,7 @@ import resource
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -164,6 +165,16 @@ def test_a_run_is_resumed_from_the_checkpoint_before_a_damaged_one(tmp_path, tra
         log = whole.with_suffix(".0.log").read_text()
         assert f"{victim} is damaged" in log and f"resuming from {before}" in log
         assert state_of(whole) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="a file that cannot be read is Linux's")
+def test_all_processes_end_if_the_description_of_a_run_cannot_be_read(tmp_path, training_options):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "options.json").symlink_to("/proc/self/mem")
+    assert exit_codes(out, start_training(out, training_options, 2, 2)) == [1, 1]
+    assert "train.py: " in log_of(out) and not any("Traceback" in log_of(out, rank) for rank in (0, 1))
 
 
 @pytest.mark.slow

@@ -112,6 +112,10 @@ def test_a_run_is_resumed_from_the_hub_on_another_machine(hub, run, tmp_path):
     assert {"metrics.jsonl", "options.json", "model_index.json", "last-checkpoint/ema_0.9.safetensors"} <= set(
         head(hub)
     )
+    stale = json.loads((whole / "options.json").read_text())  # a run that was killed here before its first checkpoint
+    stale["options"] |= {"mixed_precision": "no", "muon_learning_rate": 0.05}
+    second.mkdir()
+    (second / "options.json").write_text(json.dumps(stale))
     again = ["--resume_from_checkpoint", "last-checkpoint", "--optimizer", "muon", "--mixed_precision", "auto"]
     assert exit_codes(second, run(second, "checkpoint", *again)) == [0], log_of(second)
     assert "--mixed_precision bf16: as recorded" in log_of(second)
@@ -144,6 +148,7 @@ def test_a_damaged_checkpoint_on_the_hub_is_refused(hub, run, tmp_path):
     for damage, message in (
         ({"last-checkpoint/model.safetensors": files["last-checkpoint/model.safetensors"][:-9]}, "content does not"),
         ({"last-checkpoint/state.json": b"[]"}, "JSON object"),
+        ({"options.json": b"[]"}, "JSON object"),
     ):
         hub.create(REPO, files | damage)
         resumed = run(other, "checkpoint", "--resume_from_checkpoint", "last-checkpoint", "--max_train_steps", "3")
