@@ -131,7 +131,7 @@ def evaluation_accelerator(args: argparse.Namespace) -> Iterator[Any]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.allow_tf32
     set_threads(accelerator, args.num_threads)
     yield accelerator
-    destroy_process_group(accelerator)
+    _destroy_process_group(accelerator)
 
 
 def set_threads(accelerator, num_threads: int | None) -> None:
@@ -145,13 +145,33 @@ def set_threads(accelerator, num_threads: int | None) -> None:
         torch.set_num_threads(num_threads or max(1, os.cpu_count() // accelerator.num_processes))
 
 
-def destroy_process_group(accelerator) -> None:
+def _destroy_process_group(accelerator) -> None:
     """Destroys the process group of an `Accelerator` or a state before a process exits, or the others could abort."""
     import torch
 
     if accelerator.num_processes > 1:
         accelerator.wait_for_everyone()
         torch.distributed.destroy_process_group()
+
+
+def on_main_process(accelerator, work: Callable[[], Any]) -> Any:
+    """What `work` returns on the main process, for all processes of an `Accelerator` or a state.
+
+    If it raises, all processes exit: the main one with its error, the others silently.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    result, error = None, None
+    if accelerator.is_main_process:
+        try:
+            result = work()
+        except (Exception, SystemExit) as raised:
+            error = raised
+    result, failed = broadcast_object_list([result, error is not None])
+    if failed:
+        _destroy_process_group(accelerator)
+        raise error or SystemExit(1)
+    return result
 
 
 @contextmanager
@@ -161,22 +181,17 @@ def only_run(accelerator, lock_file: Path, message: str, check: Callable[[], obj
     The main process takes the lock and calls `check`. If another run has the lock, or `check` raises, all processes
     exit: the main one with `message` or the error of `check`, the others silently.
     """
-    from accelerate.utils import broadcast_object_list
-
     from ..files import Lock
 
-    lock, error = Lock(lock_file), None
+    lock = Lock(lock_file)
+
+    def take() -> None:
+        if not lock.acquire():
+            raise ValueError(message)
+        check()
+
     try:
-        if accelerator.is_main_process:
-            try:
-                if not lock.acquire():
-                    raise ValueError(message)
-                check()
-            except (Exception, SystemExit) as raised:
-                error = raised
-        if broadcast_object_list([error is not None])[0]:
-            destroy_process_group(accelerator)
-            raise error or SystemExit(1)
+        on_main_process(accelerator, take)
         yield
     finally:
         lock.release()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..training.options import TRAIN_OPTIONS
 from .condition_data import CONDITION_OF
 from .options import check_choice, check_ranges, option_parser
-from .processes import destroy_process_group, process_state
+from .processes import on_main_process, process_state
 
 if TYPE_CHECKING:
     from ..training.description import RunDescription
@@ -55,10 +55,9 @@ PRESET_DATA: dict[str, dict[str, str]] = {
 def parse_options(description: str, arguments: list[str] | None = None) -> argparse.Namespace:
     """Parses and checks the command line; exits on invalid arguments before any work starts."""
     parser = option_parser("%(prog)s [options], see --help", description, TRAIN_OPTIONS)
-    given = parser.parse_args(arguments)
+    given = parser.parse_args(arguments, argparse.Namespace(train_batch_size=None))
     # also if it is the default, or the one of the preset: a budget chooses another one otherwise
-    unset = argparse.Namespace(train_batch_size=None)
-    has_batch = parser.parse_args(arguments, unset).train_batch_size is not None
+    has_batch = given.train_batch_size is not None
     name = given.preset or default_preset(given)
     preset, data = PRESETS.get(name or "", {}), PRESET_DATA.get(name or "", {})
     if given.train_data_dir is None and given.dataset_name in (None, data.get("dataset_name")):
@@ -182,21 +181,9 @@ def resumed_description(args: argparse.Namespace) -> RunDescription | None:
 
     Raises: on the main process, `ValueError` or `OSError` if its options.json cannot be read; on others, `SystemExit`.
     """
-    from accelerate.utils import broadcast_object_list
-
     if args.resume_from_checkpoint is None:
         return None
-    state, found, error = process_state(), None, None
-    if state.is_main_process:
-        try:
-            found = _read_description(args)
-        except (Exception, SystemExit) as raised:
-            error = raised
-    found, failed = broadcast_object_list([found, error is not None])
-    if failed:
-        destroy_process_group(state)
-        raise error or SystemExit(1)
-    return found
+    return on_main_process(process_state(), lambda: _read_description(args))
 
 
 def _read_description(args: argparse.Namespace) -> RunDescription | None:

@@ -19,7 +19,7 @@ from ..files import write_atomically
 from ..repository import INDEX, call_with_retries, read_json
 from .model_card import NAME, is_made_here, load_quietly, save_model_card
 from .remote_code import save_code
-from .uploads import LAST_CHECKPOINT, STALE_CODE, components_in, create_repository, refusals, stage
+from .uploads import LAST_CHECKPOINT, STALE_CODE, components_in, create_repository, full_name, refusals, stage
 
 if TYPE_CHECKING:
     from ..pipeline import VDMPipeline
@@ -55,9 +55,9 @@ def publish(
                 shutil.rmtree(folder / component)
         shutil.copytree(saved, folder, dirs_exist_ok=True)
         with refusals(repo_id):
-            user = "" if "/" in repo_id else f"{call_with_retries(HfApi(token=token).whoami)['name']}/"
+            named = full_name(repo_id, token)
         loaded = load_quietly(type(pipeline), folder, variant)  # check that the upload can be loaded
-        add_card_and_code(loaded, folder, user + repo_id, include_code=include_code, license=license, variant=variant)
+        add_card_and_code(loaded, folder, named, include_code=include_code, license=license, variant=variant)
         created = create_repository(repo_id, private=private, token=token)
         keep_edited_card(folder, created, token)
         message = commit_message or f"Upload {type(pipeline).__name__}"

@@ -114,6 +114,11 @@ def create_repository(
         return call_with_retries(create, repo_id, private=private, exist_ok=True, attempts=attempts).repo_id
 
 
+def full_name(repo_id: str, token: str | None) -> str:
+    """`repo_id`, in the user's own space if it names none."""
+    return repo_id if "/" in repo_id else f"{call_with_retries(HfApi(token=token).whoami)['name']}/{repo_id}"
+
+
 @contextmanager
 def refusals(repo_id: str) -> Iterator[None]:
     """Turns client errors for missing write access to the repository into a [`RefusedError`]."""
@@ -259,14 +264,14 @@ def fetch_description(repo_id: str, *, token: str | None = None) -> RunDescripti
     does not answer. Raises: `ValueError` if it is not JSON.
     """
     try:
-        user = "" if "/" in repo_id else f"{call_with_retries(HfApi(token=token).whoami)['name']}/"
-        listing, _ = list_files(user + repo_id, None, token)
+        repo_id = full_name(repo_id, token)
+        listing, _ = list_files(repo_id, None, token)
         names = [file.rfilename for file in listing.siblings] if listing else []
         if f"{LAST_CHECKPOINT}/state.json" not in names or OPTIONS not in names:
             return None
         with tempfile.TemporaryDirectory() as temporary:
             options = {"revision": listing.sha, "local_dir": temporary, "token": token}
-            call_with_retries(snapshot_download, user + repo_id, allow_patterns=[OPTIONS], **options)
+            call_with_retries(snapshot_download, repo_id, allow_patterns=[OPTIONS], **options)
             return read_description(temporary)
     except UNREACHABLE as error:  # OSError is one of them
         if not isinstance(error.__cause__, RepositoryNotFoundError):  # a new run has no repository yet
