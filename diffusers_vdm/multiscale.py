@@ -60,6 +60,7 @@ class VDMMultiscale2DModel(WholeModelMixin, ConfigMixin, AttentionMixin):
         norm_num_groups (`int`, defaults to 8): groups of each GroupNorm, at least two channels each.
         norm_eps (`float`, defaults to 1e-6): ε of each GroupNorm.
         dropout (`float`, defaults to 0.0): dropout in each residual block.
+        conv_in_kernel, conv_out_kernel (`int`, default to 3): size of the kernels of the first and the last convolution.
         num_difference_filters (`int`, defaults to 24): number of 3×3 filters for the differences, or 0 for none.
         num_levels (`int`, defaults to 256): levels of the data.
         predict_levels (`bool`, defaults to `True`): pass the output through the mean of the levels near x̂.
@@ -94,6 +95,8 @@ class VDMMultiscale2DModel(WholeModelMixin, ConfigMixin, AttentionMixin):
         norm_num_groups: int = 8,
         norm_eps: float = 1e-6,
         dropout: float = 0.0,
+        conv_in_kernel: int = 3,
+        conv_out_kernel: int = 3,
         num_difference_filters: int = 24,
         num_levels: int = 256,
         predict_levels: bool = True,
@@ -119,7 +122,7 @@ class VDMMultiscale2DModel(WholeModelMixin, ConfigMixin, AttentionMixin):
         layers = _layers(layers_per_block, len(block_out_channels))
         _check_multiscale_arguments(
             sample_size, block_out_channels, attention_head_dim, norm_num_groups, num_levels, num_difference_filters,
-            data_variance, null_class, num_class_embeds,
+            data_variance, null_class, num_class_embeds, conv_in_kernel, conv_out_kernel,
         )  # fmt: skip
         first, embedding = block_out_channels[0], 4 * block_out_channels[0]
         self.gradient_checkpointing = False
@@ -134,7 +137,7 @@ class VDMMultiscale2DModel(WholeModelMixin, ConfigMixin, AttentionMixin):
             # normalized when used, so this norm only sets how fast they turn: from a larger one, they hardly learn
             nn.init.kaiming_uniform_(self.difference_filters, a=math.sqrt(5))
         features = in_channels + num_difference_filters + condition_channels(cond_channels, null_images)
-        self.conv_in = nn.Conv2d(features, first, kernel_size=3, padding=1)
+        self.conv_in = nn.Conv2d(features, first, conv_in_kernel, padding=conv_in_kernel // 2)
 
         def block(channels: int) -> ResnetBlock2D:
             return ResnetBlock2D(
@@ -168,7 +171,7 @@ class VDMMultiscale2DModel(WholeModelMixin, ConfigMixin, AttentionMixin):
         self.up_blocks = nn.ModuleList(nn.ModuleList(block(c) for _ in range(n)) for c, _, n in upper)
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, first, eps=norm_eps)
         outputs = in_channels * (num_levels if level_logits else 1)
-        self.conv_out = nn.Conv2d(first, outputs, kernel_size=3, padding=1)
+        self.conv_out = nn.Conv2d(first, outputs, conv_out_kernel, padding=conv_out_kernel // 2)
         for name, module in self.named_modules():
             if name.endswith((".conv2", ".time_emb_proj", ".to_out.0")) or module is self.conv_out:
                 ends: Any = module
@@ -278,6 +281,8 @@ MULTISCALE_PRESETS: dict[str, dict[str, Any]] = {
         "in_channels": 1,
         "block_out_channels": (32, 64),
         "layers_per_block": (1, 2),
+        "conv_in_kernel": 1,
+        "conv_out_kernel": 1,
         "num_levels": 17,
         "level_logits": True,
         "gamma_min": -7.5,
@@ -335,7 +340,7 @@ def _layers(layers_per_block: int | tuple[int, ...], num_resolutions: int) -> tu
 
 def _check_multiscale_arguments(
     sample_size, block_out_channels, attention_head_dim, norm_num_groups, num_levels, num_difference_filters,
-    data_variance, null_class, num_class_embeds,
+    data_variance, null_class, num_class_embeds, conv_in_kernel, conv_out_kernel,
 ) -> None:  # fmt: skip
     check_groups(block_out_channels, norm_num_groups)
     check_size(sample_size, len(block_out_channels))
@@ -349,5 +354,8 @@ def _check_multiscale_arguments(
         raise ValueError(f"num_difference_filters must be an integer of at least 0, got {num_difference_filters}.")
     if not 0 < data_variance <= 1:
         raise ValueError(f"data_variance, E[x²] of data in [−1, 1], must be within (0, 1], got {data_variance}.")
+    for name, size in (("conv_in_kernel", conv_in_kernel), ("conv_out_kernel", conv_out_kernel)):
+        if not isinstance(size, int) or size < 1 or size % 2 == 0:
+            raise ValueError(f"{name} must be a positive odd integer, got {size!r}.")
     if null_class and num_class_embeds is None:
         raise ValueError("null_class needs num_class_embeds, the number of real classes, got None.")

@@ -272,6 +272,8 @@ def test_other_levels_and_predictions_are_refused():
         ({"sample_size": 9}, "sample_size must be divisible by 2"),
         ({"norm_num_groups": 3}, "norm_num_groups must divide all of block_out_channels"),
         ({"gamma_min": 6.0}, "gamma_min must be below gamma_max"),
+        ({"conv_in_kernel": 2}, "conv_in_kernel must be a positive odd integer, got 2"),
+        ({"conv_out_kernel": 0}, "conv_out_kernel must be a positive odd integer, got 0"),
     ],
 )
 def test_wrong_arguments(arguments, message):
@@ -330,6 +332,18 @@ def test_saved_pipeline_samples_the_same(tmp_path):
     pipe.set_progress_bar_config(disable=True)
     samples = [p(2, 5, seeded(3), output_type="pt").images for p in (pipe, loaded)]
     assert torch.equal(*samples)
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+def test_kernels_of_any_odd_size_keep_the_size_of_the_image(kernel):
+    """And each output of the first layer sees as many pixels as the kernel has."""
+    net = tiny(conv_in_kernel=kernel, conv_out_kernel=kernel)
+    assert net.conv_in.weight.shape[2:] == net.conv_out.weight.shape[2:] == (kernel, kernel)
+    z_t = normal(1, 1, 8, 8, dtype=torch.float32)
+    assert output(net, z_t, 600.0).shape == z_t.shape
+    seen = normal(1, net.conv_in.in_channels, 8, 8, dtype=torch.float32).requires_grad_()
+    net.conv_in(seen)[0, :, 4, 4].sum().backward()
+    assert int(seen.grad.abs().sum((0, 1)).gt(0).sum()) == kernel**2
 
 
 def test_gradient_checkpointing_changes_no_gradient():
