@@ -38,6 +38,7 @@ _MUON = {"--optimizer": "muon", "--muon_learning_rate": 0.03, "--learning_rate":
 # the arithmetic of plain PyTorch ports of VDM: fixed log-SNR-linear γ, constant learning rate, no half precision
 _PORT = {"--schedule": "fixed_linear", "--lr_scheduler": "constant_with_warmup", "--adam_beta2": 0.99,
          "--ema_max_decay": 0.9999, "--mixed_precision": "no"}  # fmt: skip
+_KERNELS_3 = {"conv_in_kernel": 3, "conv_out_kernel": 3}
 ENTRIES: dict[str, dict[str, dict[str, Any]]] = {
     "cifar10": {
         "port": {**_PAPER, **_PORT, "--learning_rate": 8e-3, "--train_batch_size": 32},
@@ -82,6 +83,9 @@ ENTRIES: dict[str, dict[str, dict[str, Any]]] = {
         "fast": {"--preset": "digits-fast"},
         # p(x) ≥ p(c) p(x | c) with the class c of the image, so its bits are log₂ 10 and those of x given c
         "fast-classes": {"--preset": "digits-fast", "--class_conditional": True},
+        # the presets' network before its first and last kernels had one pixel
+        "fast-3x3": {"network": _KERNELS_3},
+        "fast-classes-3x3": {"network": _KERNELS_3, "--class_conditional": True},
         "fast-no-logits": {"network": {"level_logits": False}},
         "fast-no-augmentation": {"--preset": "digits-fast", "--augmentation_rate": 0.0},
     },

@@ -60,7 +60,8 @@ class VDMMultiscale2DModel(WholeModelMixin, ConfigMixin, AttentionMixin):
         norm_num_groups (`int`, defaults to 8): groups of each GroupNorm, at least two channels each.
         norm_eps (`float`, defaults to 1e-6): ε of each GroupNorm.
         dropout (`float`, defaults to 0.0): dropout in each residual block.
-        conv_in_kernel, conv_out_kernel (`int`, default to 3): size of the kernels of the first and the last convolution.
+        conv_in_kernel, conv_out_kernel (`int`, default to 3): odd sizes of the kernels of the first and the last
+            convolution.
         num_difference_filters (`int`, defaults to 24): number of 3×3 filters for the differences, or 0 for none.
         num_levels (`int`, defaults to 256): levels of the data.
         predict_levels (`bool`, defaults to `True`): pass the output through the mean of the levels near x̂.
@@ -355,7 +356,7 @@ def _check_multiscale_arguments(
     if not 0 < data_variance <= 1:
         raise ValueError(f"data_variance, E[x²] of data in [−1, 1], must be within (0, 1], got {data_variance}.")
     for name, size in (("conv_in_kernel", conv_in_kernel), ("conv_out_kernel", conv_out_kernel)):
-        if not isinstance(size, int) or size < 1 or size % 2 == 0:
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1 or size % 2 == 0:
             raise ValueError(f"{name} must be a positive odd integer, got {size!r}.")
     if null_class and num_class_embeds is None:
         raise ValueError("null_class needs num_class_embeds, the number of real classes, got None.")

@@ -273,6 +273,7 @@ def test_other_levels_and_predictions_are_refused():
         ({"norm_num_groups": 3}, "norm_num_groups must divide all of block_out_channels"),
         ({"gamma_min": 6.0}, "gamma_min must be below gamma_max"),
         ({"conv_in_kernel": 2}, "conv_in_kernel must be a positive odd integer, got 2"),
+        ({"conv_in_kernel": True}, "conv_in_kernel must be a positive odd integer, got True"),
         ({"conv_out_kernel": 0}, "conv_out_kernel must be a positive odd integer, got 0"),
     ],
 )
