@@ -83,7 +83,7 @@ ENTRIES: dict[str, dict[str, dict[str, Any]]] = {
         "fast": {"--preset": "digits-fast"},
         # p(x) ≥ p(c) p(x | c) with the class c of the image, so its bits are log₂ 10 and those of x given c
         "fast-classes": {"--preset": "digits-fast", "--class_conditional": True},
-        # the presets' network before its first and last kernels had one pixel
+        # the network of the preset before its first and last kernels had one pixel
         "fast-3x3": {"network": _KERNELS_3},
         "fast-classes-3x3": {"network": _KERNELS_3, "--class_conditional": True},
         "fast-no-logits": {"network": {"level_logits": False}},
