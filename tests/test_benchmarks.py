@@ -52,7 +52,8 @@ def test_a_name_of_the_race_runs_where_it_is_an_entry_and_unknown_ones_are_refus
     assert {d for d, name, _ in race.runs_of(race.parse_options(["--names", "default"]))} == {"cifar10", "digits"}
     with pytest.raises(SystemExit):
         race.parse_options(["--datasets", "digits", "--names", "fast-16"])
-    assert "--names must be among ['default', 'fast', 'fast-3x3', 'fast-classes', " in capsys.readouterr().err
+    names = "'default', 'fast', 'fast-3x3', 'fast-classes', 'fast-classes-3x3', 'fast-no-"
+    assert f"--names must be among [{names}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
